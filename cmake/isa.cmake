@@ -1,0 +1,37 @@
+# The only place where instruction-set and optimisation flags of the kernels appear.
+#
+# fastnorm_add_isa(<level> <flags>...) compiles csrc/isa/kernels.cpp for one level. The rules, each of which has bitten a
+# well-known library: no contraction of a*b+c (every level must give the same bits), no -ffast-math (it sets flush-to-zero
+# for the whole process), optimised even in Debug builds, no link-time optimisation.
+
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$" AND CMAKE_SIZEOF_VOID_P EQUAL 8)
+  set(FASTNORM_X86_64 TRUE)
+else()
+  set(FASTNORM_X86_64 FALSE)
+endif()
+
+add_library(fastnorm_openmp INTERFACE)
+find_package(OpenMP COMPONENTS CXX)
+if(OpenMP_CXX_FOUND)
+  target_link_libraries(fastnorm_openmp INTERFACE OpenMP::OpenMP_CXX)
+else()
+  message(WARNING "This compiler has no OpenMP: fastnorm is built without threads (it works, on one core).")
+endif()
+
+include(CheckCXXCompilerFlag)
+check_cxx_compiler_flag(-fopenmp-simd FASTNORM_HAS_OPENMP_SIMD)
+
+set(FASTNORM_KERNEL_FLAGS -O3 -ffp-contract=off -fno-math-errno -fno-trapping-math -fno-lto)
+if(FASTNORM_HAS_OPENMP_SIMD)
+  list(APPEND FASTNORM_KERNEL_FLAGS -fopenmp-simd)
+endif()
+
+function(fastnorm_add_isa level)
+  add_library(fastnorm_isa_${level} OBJECT csrc/isa/kernels.cpp)
+  target_include_directories(fastnorm_isa_${level} PRIVATE csrc)
+  target_compile_definitions(fastnorm_isa_${level} PRIVATE FASTNORM_ISA=${level})
+  target_compile_options(fastnorm_isa_${level} PRIVATE ${FASTNORM_KERNEL_FLAGS} ${ARGN})
+  target_link_libraries(fastnorm_isa_${level} PRIVATE fastnorm_openmp)
+  target_sources(fastnorm_kernels PRIVATE $<TARGET_OBJECTS:fastnorm_isa_${level}>)
+  target_compile_definitions(fastnorm_kernels PRIVATE FASTNORM_HAS_ISA_${level})
+endfunction()
