@@ -1,0 +1,22 @@
+#include "cpu_features.hpp"
+
+#include <cstring>
+
+namespace fastnorm {
+
+bool cpu_supports(const char* level) {
+  if (std::strcmp(level, "baseline") == 0) return true;
+#if defined(__x86_64__)
+  // The builtin also asks the operating system whether it saves the wide registers.
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  if (std::strcmp(level, "avx2") == 0) return avx2;
+  if (std::strcmp(level, "avx512") == 0) {
+    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  }
+#endif
+  return false;
+}
+
+}  // namespace fastnorm

@@ -1,0 +1,37 @@
+// The normalisation kernels' entry points. Shapes and strides are in the Plan; what is not an array of x's shape is here.
+#pragma once
+
+#include "plan.hpp"
+
+namespace fastnorm {
+
+// Statistics are indexed by set (C order over the SET axes), parameters as in x's PARAM axes order (Plan::param_order).
+template <class T>
+struct NormArgs {
+  const T* weight = nullptr;  // (params), nullptr: 1
+  const T* bias = nullptr;    // (params), nullptr: 0
+  double eps = 0;
+  bool centred = true;         // false: RMS norm, mean taken as 0
+  bool constant_stats = false; // backward through given statistics (batch norm in evaluation mode)
+  double* mean = nullptr;      // (sets); mean + mean_lo is the mean to twice the precision of float64
+  double* mean_lo = nullptr;
+  double* var = nullptr;       // (sets), biased; may be nullptr
+  double* rstd = nullptr;      // (sets)
+  T* dweight = nullptr;        // (params), nullptr: not wanted
+  T* dbias = nullptr;
+};
+
+// Every kernel returns false when memory for its workspace could not be had, and has then written nothing.
+template <class T>
+struct NormKernels {
+  // mean, mean_lo and var (here: the sum of squared deviations m2) of every set of x
+  bool (*moments)(const Plan& plan, const NormArgs<T>& args);
+  // y = (x - mean) * rstd * weight + bias; fills mean, mean_lo, var, rstd
+  bool (*forward)(const Plan& plan, const NormArgs<T>& args);
+  // the same from given mean, mean_lo and rstd
+  bool (*apply)(const Plan& plan, const NormArgs<T>& args);
+  // dx, dweight, dbias from dy, x, mean, mean_lo, rstd
+  bool (*backward)(const Plan& plan, const NormArgs<T>& args);
+};
+
+}  // namespace fastnorm

@@ -1,0 +1,141 @@
+#include "plan.hpp"
+
+#include <cstdlib>
+
+namespace fastnorm {
+namespace {
+
+// Position of an axis in memory: broadcast axes (stride 0) count as outermost.
+int64_t nearness(int64_t stride) { return stride == 0 ? INT64_MAX : std::llabs(stride); }
+
+struct Axes {
+  int count = 0;
+  int axis[kMaxRank];
+
+  void push(int a) { axis[count++] = a; }
+
+  // Outermost in memory first; equal strides keep their C order.
+  void sort_by(const int64_t* stride) {
+    for (int i = 1; i < count; ++i) {
+      const int a = axis[i];
+      int j = i;
+      for (; j > 0 && nearness(stride[axis[j - 1]]) < nearness(stride[a]); --j) axis[j] = axis[j - 1];
+      axis[j] = a;
+    }
+  }
+};
+
+bool input_has(const PlanInput& input, Role role) {
+  for (int axis = 0; axis < input.rank; ++axis) {
+    if (input.role[axis] == role && input.size[axis] > 1) return true;
+  }
+  return false;
+}
+
+void fill(Operand& to, const PlanInput& input, const PlanInput::Array& from, const Axes& set, const Axes& segment,
+          const Axes& element, int column_axis) {
+  to.data = from.data;
+  if (from.data == nullptr) return;
+  for (int i = 0; i < set.count; ++i) to.set.push(input.size[set.axis[i]], from.stride[set.axis[i]]);
+  for (int i = 0; i < segment.count; ++i) to.segment.push(input.size[segment.axis[i]], from.stride[segment.axis[i]]);
+  for (int i = 0; i < element.count; ++i) to.element.push(input.size[element.axis[i]], from.stride[element.axis[i]]);
+  if (column_axis >= 0) to.column_stride = from.stride[column_axis];
+  uint64_t bits = reinterpret_cast<uintptr_t>(from.data);
+  for (int axis = 0; axis < input.rank; ++axis) bits |= static_cast<uint64_t>(from.stride[axis]);
+  to.aligned = bits % static_cast<uint64_t>(input.itemsize) == 0;
+}
+
+Blocks cut(int64_t elements, int64_t run) {
+  Blocks blocks;
+  blocks.total = elements;
+  if (run >= kShortRun) {
+    blocks.run = run;
+    blocks.per_run = (run + kBlock - 1) / kBlock;
+    blocks.length = (run + blocks.per_run - 1) / blocks.per_run;
+  } else {
+    blocks.run = blocks.length = kBlock / run * run;
+  }
+  const int64_t runs = (elements + blocks.run - 1) / blocks.run;
+  blocks.count = runs * blocks.per_run;
+  return blocks;
+}
+
+}  // namespace
+
+Plan make_plan(const PlanInput& input) {
+  Plan plan;
+  Axes set, param, reduce;
+  int nearest = -1;
+  int64_t set_c_stride[kMaxRank], param_c_stride[kMaxRank], owned_stride[kMaxRank];
+  int64_t set_total = 1, param_total = 1, owned_total = 1;
+  for (int axis = input.rank - 1; axis >= 0; --axis) {
+    const int64_t size = input.size[axis];
+    if (input.role[axis] == Role::set) {
+      set_c_stride[axis] = set_total;
+      set_total *= size;
+    } else if (input.role[axis] == Role::param) {
+      param_c_stride[axis] = param_total;
+      param_total *= size;
+    }
+    if (size > 1 && (nearest < 0 || nearness(input.x.stride[axis]) < nearness(input.x.stride[nearest]))) nearest = axis;
+  }
+  // A SET axis that owns parameters is always outside the PARAM axes: its weights lie param_total apart.
+  for (int axis = input.rank - 1; axis >= 0; --axis) {
+    owned_stride[axis] = 0;
+    if (input.role[axis] == Role::set && input.set_owns_param[axis]) {
+      owned_stride[axis] = param_total * owned_total;
+      owned_total *= input.size[axis];
+    }
+  }
+  plan.params = param_total * owned_total;
+  plan.params_per_set = param_total;
+
+  const Role near_role = nearest >= 0 ? input.role[nearest] : Role::reduce;
+  const bool has_reduce = input_has(input, Role::reduce);
+  if (near_role == Role::set && param_total == 1) {
+    plan.family = Family::column;
+  } else if (near_role == Role::param || !has_reduce) {
+    plan.family = Family::row;
+  } else {
+    plan.family = Family::channel;
+  }
+  const int column_axis = plan.family == Family::column ? nearest : -1;
+
+  for (int axis = 0; axis < input.rank; ++axis) {
+    if (input.size[axis] == 1 || axis == column_axis) continue;
+    (input.role[axis] == Role::set ? set : input.role[axis] == Role::param ? param : reduce).push(axis);
+  }
+  set.sort_by(input.x.stride);
+  param.sort_by(input.x.stride);
+  reduce.sort_by(input.x.stride);
+
+  Axes segment, element = reduce;
+  if (plan.family == Family::row) {
+    for (int i = 0; i < param.count; ++i) element.push(param.axis[i]);
+  } else {
+    segment = param;
+  }
+  for (int i = 0; i < param.count; ++i) {
+    plan.param_order.push(input.size[param.axis[i]], param_c_stride[param.axis[i]]);
+  }
+  for (int i = 0; i < set.count; ++i) {
+    plan.set_stat.push(input.size[set.axis[i]], set_c_stride[set.axis[i]]);
+    plan.set_param.push(input.size[set.axis[i]], owned_stride[set.axis[i]]);
+  }
+  if (column_axis >= 0) {
+    plan.columns = input.size[column_axis];
+    plan.column_stat = set_c_stride[column_axis];
+    plan.column_param = owned_stride[column_axis];
+  }
+  fill(plan.x, input, input.x, set, segment, element, column_axis);
+  fill(plan.y, input, input.y, set, segment, element, column_axis);
+  fill(plan.dy, input, input.dy, set, segment, element, column_axis);
+  fill(plan.dx, input, input.dx, set, segment, element, column_axis);
+  plan.sets = plan.x.set.count;
+  plan.segments = plan.x.segment.count;
+  plan.elements = plan.x.element.count;
+  plan.blocks = cut(plan.elements, plan.family == Family::row ? plan.params_per_set : plan.x.element.inner_size());
+  return plan;
+}
+
+}  // namespace fastnorm

@@ -1,0 +1,134 @@
+// How one normalisation lies in memory: plain counts and byte strides, made once per call, read by the kernels.
+//
+// Every axis of x has one of three roles. SET axes number the sets (a set is normalised together); PARAM axes lie inside a
+// set and carry a weight and a bias of their own; REDUCE axes lie inside a set and share one.
+//
+//                    SET            PARAM           REDUCE
+//   batch norm       C              -               N, spatial
+//   instance norm    N, C           -               spatial
+//   group norm       N, G           C/G             spatial
+//   layer, RMS norm  leading        trailing        -
+//
+// Layouts are values here, not types: any strides, any order, any alignment. This file knows nothing of element types.
+#pragma once
+
+#include <cstdint>
+
+namespace fastnorm {
+
+constexpr int kMaxRank = 32;
+
+// A walk in order over some axes of one array: byte strides, neighbouring axes merged where the memory allows it.
+struct Walk {
+  int rank = 0;
+  int64_t count = 1;
+  int64_t size[kMaxRank];
+  int64_t stride[kMaxRank];
+
+  // Adds an axis inside those already there. Axes of size 1 are left out.
+  void push(int64_t axis_size, int64_t axis_stride) {
+    count *= axis_size;
+    if (axis_size == 1) return;
+    if (rank > 0 && stride[rank - 1] == axis_size * axis_stride) {
+      size[rank - 1] *= axis_size;
+      stride[rank - 1] = axis_stride;
+      return;
+    }
+    size[rank] = axis_size;
+    stride[rank] = axis_stride;
+    ++rank;
+  }
+
+  int64_t offset(int64_t index) const {
+    if (rank == 1) return index * stride[0];
+    int64_t sum = 0;
+    for (int axis = rank - 1; axis >= 0; --axis) {
+      sum += index % size[axis] * stride[axis];
+      index /= size[axis];
+    }
+    return sum;
+  }
+
+  int64_t inner_size() const { return rank ? size[rank - 1] : 1; }
+};
+
+// One array of the call. `set`, `segment` and `element` walk the same axes, in the same order, for every operand.
+struct Operand {
+  char* data = nullptr;
+  Walk set;
+  Walk segment;
+  Walk element;
+  int64_t column_stride = 0;  // Family::columns only
+  bool aligned = true;        // every element lies at a multiple of its size
+};
+
+// Which axis runs along memory, and therefore which kernel reads it well.
+enum class Family {
+  channel,  // REDUCE runs along memory: a set is `segments` runs of `elements`, each with one weight
+  row,      // PARAM runs along memory: a set is one run of `elements`, the weights repeat every `params_per_set`
+  column,   // SET runs along memory: `columns` neighbouring sets are worked on together
+};
+
+// The fixed cut of a segment's elements into blocks: it depends on x's shape and layout alone, never on threads.
+struct Blocks {
+  int64_t total = 0;    // elements
+  int64_t run = 1;      // blocks never cross a multiple of this
+  int64_t per_run = 1;  // blocks in a run
+  int64_t length = 1;   // elements in a block; the last of a run may have fewer
+  int64_t count = 0;
+
+  int64_t start(int64_t block) const { return block / per_run * run + block % per_run * length; }
+  int64_t size(int64_t block) const {
+    const int64_t first = start(block);
+    int64_t end = first + length;
+    const int64_t run_end = block / per_run * run + run;
+    if (end > run_end) end = run_end;
+    return (end > total ? total : end) - first;
+  }
+};
+
+constexpr int64_t kBlock = 2048;      // elements: a block of doubles is 16 KB, so its second reading comes from L1
+constexpr int64_t kShortRun = 512;    // shorter runs share a block
+constexpr int64_t kChunkBlocks = 32;  // blocks whose moments are merged before chunks are: also the unit of work inside a set
+constexpr int64_t kColumnTile = 64;   // columns worked on together
+constexpr int64_t kColumnRows = 128;  // rows of a column block
+
+struct Plan {
+  Family family = Family::row;
+  int64_t sets = 1;            // SET walk; in Family::column without the column axis
+  int64_t columns = 1;         // sets next to each other (Family::column), else 1
+  int64_t segments = 1;        // per set
+  int64_t elements = 1;        // per segment
+  int64_t params = 1;          // length of weight and bias
+  int64_t params_per_set = 1;  // PARAM axes' product
+  Blocks blocks;
+  Walk set_param;              // set -> index of its first weight (strides count elements)
+  Walk set_stat;               // set -> index of its statistics, C order over the SET axes
+  int64_t column_param = 0;    // the same two for the column axis
+  int64_t column_stat = 0;
+  Walk param_order;            // PARAM axes as x walks them -> index in C order
+  Operand x, y, dy, dx;        // y: forward; dy, dx: backward
+  int threads = 1;
+
+  int64_t set_size() const { return segments * elements; }
+  int64_t all_sets() const { return sets * columns; }
+};
+
+enum class Role : uint8_t { set, param, reduce };
+
+// What the bindings know of a call: the axes of x in C order with their roles, and each array's byte strides.
+struct PlanInput {
+  int rank = 0;
+  int64_t size[kMaxRank];
+  Role role[kMaxRank];
+  bool set_owns_param[kMaxRank];  // a SET axis along which the weight changes (channels of batch norm, groups)
+  int64_t itemsize = 4;
+  struct Array {
+    char* data = nullptr;
+    int64_t stride[kMaxRank];
+  } x, y, dy, dx;                 // data == nullptr: not part of this call
+};
+
+Plan make_plan(const PlanInput& input);
+
+}  // namespace fastnorm
