@@ -1,7 +1,8 @@
 """What every test module starts from: the installed package, one thread count and one instruction-set level.
 
-`python -m pytest` puts the working directory first on the path, where `fastnorm/` is the source tree without its compiled
-module: it is taken off, so that what is tested is what was installed. No test inherits another's threads or level.
+`python -m pytest` puts the working directory first on the path, where `fastnorm/` is the source tree without its
+compiled module: it is taken off, so that what is tested is what was installed. No test inherits another's threads or
+level.
 """
 
 from __future__ import annotations

@@ -300,13 +300,19 @@ _FUSED_RMS = (*_RMS_ROWS, {"residual": None}, {"p": 0.0, "rng": None})
 
 
 def _triple(
-    stem: str, maker: Maker, variants: tuple[dict[str, Any], ...], *, min_rank: int = 1, forward: Maker | None = None
+    stem: str,
+    maker: Maker,
+    variants: tuple[dict[str, Any], ...],
+    *,
+    min_rank: int = 1,
+    forward: Maker | None = None,
+    in_place: str = "x",
 ) -> list[Operation]:
     forward = forward or maker
     own = maker is forward
     plain = tuple(v for v in variants if own or not v.keys() & {"training", "running_mean"})
     return [
-        Operation(stem, maker, min_rank, in_place="x", variants=plain),
+        Operation(stem, maker, min_rank, in_place=in_place, variants=plain),
         Operation(f"{stem}_forward", forward, min_rank, variants=variants),
         Operation(f"{stem}_backward", _backward(forward), min_rank, in_place="dy", variants=variants),
     ]
@@ -333,7 +339,7 @@ OPERATIONS: dict[str, Operation] = {
         Operation("dropout_mask", _dropout_mask, out=False, variants=_DROPOUT[:-1]),
         Operation("apply_dropout_mask", _apply_dropout_mask, in_place="x"),
         Operation("dropout_inference", _dropout_inference, in_place="x"),
-        *_triple("drop_connect", _drop_connect, _DROP_CONNECT),
+        *_triple("drop_connect", _drop_connect, _DROP_CONNECT, in_place="weight"),
         Operation("gaussian_noise", _gaussian_noise, in_place="x"),
         *_fused_triple("dropout_add_layer_norm", _dropout_add_layer_norm, _FUSED),
         *_fused_triple("dropout_add_rms_norm", _dropout_add_rms_norm, _FUSED_RMS),

@@ -1,7 +1,7 @@
 """The dispatcher and what it dispatches to: each level runs, is chosen by FASTNORM_ISA, and gives the same bits.
 
-The objects of the levels are looked into with nm and objdump: a weak symbol in one of them would let the linker hand code
-of AVX-512 to a machine without it. Objects of the last build are used where the tree has them, else one is compiled.
+The objects of the levels are looked into with nm and objdump: a weak symbol in one of them would let the linker hand
+AVX-512 code to a machine without it. Objects of the last build are used where the tree has them, else one is compiled.
 """
 
 from __future__ import annotations
