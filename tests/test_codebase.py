@@ -1,6 +1,6 @@
 """The house rules that a reader relies on: what is exported is complete, and the tree is what CONTRIBUTING says it is.
 
-Reads the sources as text and never judges results. Parts that need the repository are skipped where only tests/ is there.
+Reads the sources as text and never judges results. Parts that need the repository are skipped where it is not there.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from operations import OPERATIONS
 CONTROLS = {"get_num_threads", "set_num_threads", "num_threads", "verify"}
 FUNCTIONS = sorted(n for n in fn.__all__ if inspect.isfunction(getattr(fn, n)) and n not in CONTROLS)
 PACKAGE = ROOT / "fastnorm"
+# Modules that test a property of all functions at once.
+WALKERS = {f"test_{name}.py" for name in ["codebase", "docs", "errors", "fork", "guard_pages", "isa", "overlap", "threads"]}
 
 in_repository = pytest.mark.skipif(not (ROOT / "csrc").is_dir(), reason="the repository is not around the tests")
 
