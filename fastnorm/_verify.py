@@ -20,7 +20,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from . import _core, reference
-from .reference._norm import WIDE, Array, Exact
+from ._results import Array
+from .reference._norm import WIDE, Exact
 
 __all__ = ["VerificationError", "VerificationWarning", "active", "run", "verify"]
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from .._results import NormGrads
 from . import _norm
 from ._norm import (
     Moments,
-    NormGrads,
     batch_norm,
     batch_norm_backward,
     batch_norm_forward,
