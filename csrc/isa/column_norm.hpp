@@ -65,36 +65,30 @@ class Rows {
   alignas(64) T buffer_[kColumnRows][kColumnTile];
 };
 
-// sums[k][c] = sum over rows of term(r, c).v[k], columns independent of each other, rows in order.
-template <int K, class Term>
-inline void column_sums(int64_t rows, int64_t width, double (*sums)[kColumnTile], const Term& term) {
+// sums[c] = sum over rows r of row(r)(c): columns independent of each other, rows in order. The lanes here are columns.
+template <class Lanes, class Row>
+inline void column_sums(int64_t rows, int64_t width, typename Lanes::Term* sums, const Row& row) {
   int64_t c = 0;
   for (; c + kStrip <= width; c += kStrip) {
-    double lanes[K][kStrip] = {};
+    Lanes lanes;
+    for (int lane = 0; lane < kStrip; ++lane) lanes.clear(lane);
     for (int64_t r = 0; r < rows; ++r) {
+      const auto term = row(r);
 #pragma omp simd
-      for (int lane = 0; lane < kStrip; ++lane) {
-        const Terms<K> t = term(r, c + lane);
-        for (int k = 0; k < K; ++k) lanes[k][lane] += t.v[k];
-      }
+      for (int lane = 0; lane < kStrip; ++lane) lanes.add(lane, term(c + lane));
     }
-    for (int k = 0; k < K; ++k) {
-      for (int lane = 0; lane < kStrip; ++lane) sums[k][c + lane] = lanes[k][lane];
-    }
+    for (int lane = 0; lane < kStrip; ++lane) sums[c + lane] = lanes.get(lane);
   }
-  const int64_t rest = width - c;
+  const int rest = static_cast<int>(width - c);
   if (rest == 0) return;
-  double lanes[K][kStrip] = {};
+  Lanes lanes;
+  for (int lane = 0; lane < kStrip; ++lane) lanes.clear(lane);
   for (int64_t r = 0; r < rows; ++r) {
+    const auto term = row(r);
 #pragma omp simd
-    for (int64_t lane = 0; lane < rest; ++lane) {
-      const Terms<K> t = term(r, c + lane);
-      for (int k = 0; k < K; ++k) lanes[k][lane] += t.v[k];
-    }
+    for (int lane = 0; lane < rest; ++lane) lanes.add(lane, term(c + lane));
   }
-  for (int k = 0; k < K; ++k) {
-    for (int64_t lane = 0; lane < rest; ++lane) sums[k][c + lane] = lanes[k][lane];
-  }
+  for (int lane = 0; lane < rest; ++lane) sums[c + lane] = lanes.get(lane);
 }
 
 // Statistics and parameters of a tile's columns, one array each so that loops over columns vectorise.
@@ -137,14 +131,21 @@ inline void tile_moments(const Plan& plan, const Tile& tile, int64_t chunk, Mome
     const double count = static_cast<double>(rows);
     Rows<T> x(plan.x, tile, first, rows);
     x.load();
-    double sums[2][kColumnTile], pivot[kColumnTile];
-    column_sums<1>(rows, tile.width, sums, [&](int64_t r, int64_t c) { return Terms<1>{{static_cast<double>(x[r][c])}}; });
-    for (int64_t c = 0; c < tile.width; ++c) pivot[c] = sums[0][c] / count;
-    column_sums<2>(rows, tile.width, sums, [&](int64_t r, int64_t c) {
-      const double d = static_cast<double>(x[r][c]) - pivot[c];
-      return Terms<2>{{d, d * d}};
+    double pivot[kColumnTile];
+    Pair sums[kColumnTile];
+    column_sums<One<kStrip>>(rows, tile.width, pivot, [&](int64_t r) {
+      return [from = x[r]](int64_t c) { return static_cast<double>(from[c]); };
     });
-    for (int64_t c = 0; c < tile.width; ++c) moments[c].merge(moments_about(pivot[c], count, sums[0][c], sums[1][c]));
+    for (int64_t c = 0; c < tile.width; ++c) pivot[c] /= count;
+    column_sums<Two<kStrip>>(rows, tile.width, sums, [&](int64_t r) {
+      return [from = x[r], about = &pivot[0]](int64_t c) {
+        const double d = static_cast<double>(from[c]) - about[c];
+        return Pair{d, d * d};
+      };
+    });
+    for (int64_t c = 0; c < tile.width; ++c) {
+      moments[c].merge(moments_about(pivot[c], count, sums[c].first, sums[c].second));
+    }
   });
 }
 
@@ -154,14 +155,16 @@ inline void tile_sums(const Plan& plan, const Tile& tile, int64_t chunk, const T
     Rows<T> x(plan.x, tile, first, rows), dy(plan.dy, tile, first, rows);
     x.load();
     dy.load();
-    double sums[2][kColumnTile];
-    column_sums<2>(rows, tile.width, sums, [&](int64_t r, int64_t c) {
-      const double g = static_cast<double>(dy[r][c]);
-      return Terms<2>{{g, g * s.xhat(x[r][c], c)}};
+    Pair sums[kColumnTile];
+    column_sums<Two<kStrip>>(rows, tile.width, sums, [&](int64_t r) {
+      return [values = x[r], gradient = dy[r], statistics = &s](int64_t c) {
+        const double g = static_cast<double>(gradient[c]);
+        return Pair{g, g * statistics->xhat(values[c], c)};
+      };
     });
     for (int64_t c = 0; c < tile.width; ++c) {
-      totals[c].dy.add(sums[0][c]);
-      totals[c].dy_xhat.add(sums[1][c]);
+      totals[c].dy.add(sums[c].first);
+      totals[c].dy_xhat.add(sums[c].second);
     }
   });
 }

@@ -13,6 +13,10 @@
 namespace fastnorm {
 namespace {
 
+// Float32 data can neither overflow nor underflow in double; float64 data can.
+template <class T>
+constexpr bool kMayOverflow = sizeof(T) == sizeof(double);
+
 struct TwoTerm {  // value + error, unevaluated
   double hi, lo;
 };
@@ -88,13 +92,13 @@ inline Moments moments_about(double pivot, double count, double sum, double squa
 template <class T>
 inline Moments block_moments(const T* x, int64_t n, double scale) {
   const double count = static_cast<double>(n);
-  const auto value = [=](int64_t i) { return static_cast<double>(x[i]) * scale; };
-  const double pivot = lane_sums<1>(n, [=](int64_t i) { return Terms<1>{{value(i)}}; }).v[0] / count;
-  const Terms<2> sums = lane_sums<2>(n, [=](int64_t i) {
+  const auto value = [=](int64_t i) { return kMayOverflow<T> ? static_cast<double>(x[i]) * scale : static_cast<double>(x[i]); };
+  const double pivot = sum(n, value) / count;
+  const Pair sums = sum_pairs(n, [=](int64_t i) {
     const double d = value(i) - pivot;
-    return Terms<2>{{d, d * d}};
+    return Pair{d, d * d};
   });
-  return moments_about(pivot, count, sums.v[0], sums.v[1]);
+  return moments_about(pivot, count, sums.first, sums.second);
 }
 
 // The same around zero, for RMS norm.
@@ -102,10 +106,10 @@ template <class T>
 inline Moments block_squares(const T* x, int64_t n, double scale) {
   Moments moments;
   moments.count = static_cast<double>(n);
-  moments.m2.hi = lane_sums<1>(n, [=](int64_t i) {
-                    const double v = static_cast<double>(x[i]) * scale;
-                    return Terms<1>{{v * v}};
-                  }).v[0];
+  moments.m2.hi = sum(n, [=](int64_t i) {
+    const double v = static_cast<double>(x[i]) * scale;
+    return v * v;
+  });
   return moments;
 }
 
@@ -136,10 +140,6 @@ inline double reciprocal_std(const Sum& m2, double count, double eps) {
   }
   return rstd;
 }
-
-// Float32 data can neither overflow nor underflow in double; float64 data can.
-template <class T>
-constexpr bool kMayOverflow = sizeof(T) == sizeof(double);
 
 template <class T>
 inline bool needs_scale(const Moments& moments, double eps) {
