@@ -1,6 +1,6 @@
-// What dropout and noise ask of the kernels: how their arrays are walked, which draws decide, and the table of functions.
-// Every function works on a range of elements counted in C order, so that any cut of the work gives the same bits.
-// No Python, no threads, no allocation here.
+// What dropout and noise ask of the kernels: how their arrays are walked, which draws decide, and the table of
+// functions. Every function works on a range of elements counted in C order, so that any cut of the work gives the same
+// bits. No Python, no threads, no allocation here.
 #pragma once
 
 #include <cstdint>
@@ -22,7 +22,8 @@ struct MaskDraw {
 };
 
 // Up to three operands walked together in C order: result, input (byte strides) and draws (strides counted in draws, 0
-// along shared axes) or mask (byte strides). Axes of extent 1 are dropped and neighbours that advance together are merged.
+// along shared axes) or mask (byte strides). Axes of extent 1 are dropped and neighbours that advance together are
+// merged.
 struct ElementWalk {
   enum Operand { result, input, mask, operands };
   int axes = 0;
@@ -45,11 +46,11 @@ struct ElementWalk {
 template <class T>
 struct DropoutKernels {
   // y = keep ? x * factor : +0, keep being drawn. The innermost mask stride is 0 or 1.
-  void (*drop)(char* y, const char* x, const ElementWalk& walk, int64_t first, int64_t count,
-               const MaskDraw& draw, T factor);
+  void (*drop)(char* y, const char* x, const ElementWalk& walk, int64_t first, int64_t count, const MaskDraw& draw,
+               T factor);
   // The same with a mask of bytes, not 0 = kept, given by the user.
-  void (*apply_mask)(char* y, const char* x, const char* keep, const ElementWalk& walk, int64_t first,
-                     int64_t count, T factor);
+  void (*apply_mask)(char* y, const char* x, const char* keep, const ElementWalk& walk, int64_t first, int64_t count,
+                     T factor);
   // y = x + std * z, z being the normal variate of the element; the mask stride is the logical index.
   void (*gaussian_noise)(char* y, const char* x, const ElementWalk& walk, int64_t first, int64_t count,
                          const PhiloxStream& stream, double std);

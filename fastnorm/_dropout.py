@@ -1,8 +1,8 @@
 """Dropout, DropConnect and gaussian noise: names, checks and docstrings around the kernels.
 
-Promises masks that are a pure function of (seed, offset, logical index) as docs/dropout.md specifies, and backwards that
-draw them again: a cache holds numbers, nothing of x's size. Every check comes before the result is touched and before the
-random stream moves. Refuses to draw without `rng`.
+Promises masks that are a pure function of (seed, offset, logical index) as docs/dropout.md specifies, and backwards
+that draw them again: a cache holds numbers, nothing of x's size. Every check comes before the result is touched and
+before the random stream moves. Refuses to draw without `rng`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from . import _check, _core, _philox, verify
+from . import _check, _core, _philox, _verify
 from ._philox import Philox, Rng
 from ._results import Array
 
@@ -92,7 +92,7 @@ def _result(out: Any, found: Array | None, x: Array) -> tuple[Array, Array]:
 
 def _checked(function: str, kernel: Callable[[], Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The kernel's result, compared with the reference on the same public arguments while verification is on."""
-    return verify.run(function, kernel, args, kwargs) if verify.active() else kernel()
+    return _verify.run(function, kernel, args, kwargs) if _verify.active() else kernel()
 
 
 def _forward(
@@ -180,9 +180,9 @@ def dropout(
 
     Notes
     -----
-    The mask is a pure function of seed, offset and each element's index in C order: not of dtype, memory layout, threads,
-    instruction set or platform. P(keep) is exactly K / 2^32 with K = round((1 - p) 2^32), and 2^32 / K, rounded once to
-    x's dtype, is what kept values are multiplied by. The mapping is specified in docs/dropout.md.
+    The mask is a pure function of seed, offset and each element's index in C order: not of dtype, memory layout,
+    threads, instruction set or platform. P(keep) is exactly K / 2^32 with K = round((1 - p) 2^32), and 2^32 / K,
+    rounded once to x's dtype, is what kept values are multiplied by. The mapping is specified in docs/dropout.md.
 
     Srivastava, Hinton, Krizhevsky, Sutskever, Salakhutdinov, "Dropout: a simple way to prevent neural networks from
     overfitting", JMLR 15, 2014.
@@ -217,7 +217,9 @@ def dropout_forward(
 
 
 def dropout_backward(dy: npt.ArrayLike, cache: DropoutCache, *, out: Array | None = None) -> Array:
-    """The gradient of `dropout`: ``dx = keep * dy / P(keep)`` (``keep * dy`` for classic scaling), the mask drawn again.
+    """The gradient of `dropout`: ``dx = keep * dy / P(keep)``, or ``keep * dy`` for classic scaling.
+
+    The mask is drawn again.
 
     Parameters
     ----------
@@ -272,7 +274,9 @@ def dropout_mask(
     try:
         given = tuple(shape) if not hasattr(shape, "__index__") else (shape,)
     except TypeError as error:
-        raise TypeError(f"shape is {shape!r} of type {type(shape).__name__}; expected an int or a tuple of int") from error
+        raise TypeError(
+            f"shape is {shape!r} of type {type(shape).__name__}; expected an int or a tuple of int"
+        ) from error
     extents = tuple(_check.integer("shape", n) for n in given)
     if any(n < 0 for n in extents) or len(extents) > _check.MAX_RANK:
         raise ValueError(f"shape is {shape!r}; expected at most {_check.MAX_RANK} extents, none of them negative")
@@ -288,7 +292,9 @@ def dropout_mask(
         except (TypeError, ValueError) as error:
             raise TypeError(f"index_range is {index_range!r}; expected two integers (start, stop)") from error
         if not 0 <= start <= stop <= size:
-            raise ValueError(f"index_range is {index_range!r}; expected 0 <= start <= stop <= {size}, the size of the mask")
+            raise ValueError(
+                f"index_range is {index_range!r}; expected 0 <= start <= stop <= {size}, the size of the mask"
+            )
     _philox.require(rng)
     keep = np.empty(stop - start, np.bool_)
     seed, offset = _philox.take(rng)

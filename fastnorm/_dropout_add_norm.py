@@ -55,7 +55,18 @@ class DropoutAddNormGrads(NamedTuple):
 
 
 def _forward(
-    norm: str, x: Any, residual: Any, weight: Any, bias: Any, p: Any, rng: Any, axis: Any, eps: Any, out: Any, *, cached: bool
+    norm: str,
+    x: Any,
+    residual: Any,
+    weight: Any,
+    bias: Any,
+    p: Any,
+    rng: Any,
+    axis: Any,
+    eps: Any,
+    out: Any,
+    *,
+    cached: bool,
 ) -> tuple[Array, Array, DropoutAddNormCache | None]:
     x = _check.array("x", x)
     _check.rank("x", x, 1)
@@ -69,7 +80,9 @@ def _forward(
     if rng is not None:
         _philox.require(rng)
     elif p > 0.0:
-        raise TypeError(f"rng is None; expected an int seed, a numpy.random.Generator or a fastnorm.Philox stream, since p is {p}")
+        raise TypeError(
+            f"rng is None; expected an int seed, a numpy.random.Generator or a fastnorm.Philox stream, since p is {p}"
+        )
     others = {"residual": residual, "weight": weight, "bias": bias}
     _check.output(out, x, in_place=None if cached else "x", others=others)
     s = np.empty_like(x, order="K", subok=False)
@@ -92,13 +105,14 @@ def _forward(
             if norm == "rms_norm"
             else layer_norm(s, weight, bias, axis=axis, eps=eps, out=out)
         )
-        return y, s, None
+        return y if out is None else out, s, None
     y, norm_cache = (
         rms_norm_forward(s, weight, axis=axis, eps=eps, out=out)
         if norm == "rms_norm"
         else layer_norm_forward(s, weight, bias, axis=axis, eps=eps, out=out)
     )
-    return y, s, DropoutAddNormCache(f"dropout_add_{norm}", norm_cache, dropped, residual is not None)
+    cache = DropoutAddNormCache(f"dropout_add_{norm}", norm_cache, dropped, residual is not None)
+    return y if out is None else out, s, cache
 
 
 def _backward(norm: str, dy: Any, cache: Any, ds: Any) -> DropoutAddNormGrads:

@@ -1,6 +1,7 @@
-// Dropout and noise for Python: turns arrays into walks, cuts the work into fixed blocks and releases the GIL for large ones.
-// Checks what memory safety needs (dtypes, shapes, writeable results, axes); messages for users are fastnorm/_check.py's.
-// Results are filled, never allocated here, so that nothing can fail once a stream's offset has been taken.
+// Dropout and noise for Python: turns arrays into walks, cuts the work into fixed blocks and releases the GIL for large
+// ones. Checks what memory safety needs (dtypes, shapes, writeable results, axes); messages for users are
+// fastnorm/_check.py's. Results are filled, never allocated here, so that nothing can fail once a stream's offset has
+// been taken.
 #include <cmath>
 
 #include "arrays.hpp"
@@ -22,8 +23,8 @@ uint64_t keep_threshold(double p) {
   return static_cast<uint64_t>(std::nearbyint((1.0 - p) * kTwo32));
 }
 
-// 2^32 / threshold rounded once to T. Rounding to double and then to float would round twice: the inexact double is moved
-// to the neighbour with an odd last bit (round to odd), which the second rounding cannot mistake for a tie.
+// 2^32 / threshold rounded once to T. Rounding to double and then to float would round twice: the inexact double is
+// moved to the neighbour with an odd last bit (round to odd), which the second rounding cannot mistake for a tie.
 template <class T>
 T keep_scale(uint64_t threshold) {
   if (threshold == 0) return T(0);
@@ -188,8 +189,8 @@ void keep_mask(const py::array_t<bool>& keep, const Extents& shape, int64_t star
              [&](int64_t first, int64_t count) { kernel(to + first, walk, start + first, count, draw); });
 }
 
-py::array_t<uint32_t> philox4x32(const py::array_t<uint32_t, py::array::c_style>& counters, uint32_t key0, uint32_t key1,
-                                 int rounds) {
+py::array_t<uint32_t> philox4x32(const py::array_t<uint32_t, py::array::c_style>& counters, uint32_t key0,
+                                 uint32_t key1, int rounds) {
   if (counters.ndim() != 2 || counters.shape(1) != 4) throw py::value_error("counters must have shape (n, 4)");
   if (rounds != 7 && rounds != 10) throw py::value_error("rounds must be 7 or 10");
   py::array_t<uint32_t> words({counters.shape(0), counters.shape(1)});
@@ -209,8 +210,8 @@ void bind_dropout(py::module_& m) {
         "y = keep ? x * factor : 0, the mask given.");
   m.def("gaussian_noise", &gaussian_noise, "y"_a.noconvert(), "x"_a.noconvert(), "std"_a, "seed"_a, "offset"_a,
         "y = x + std * z, z normal and drawn from (seed, offset).");
-  m.def("keep_mask", &keep_mask, "keep"_a.noconvert(), "shape"_a, "start"_a, "p"_a, "seed"_a, "offset"_a, "shared_axes"_a,
-        "Fills keep with the elements of the flattened mask from start on.");
+  m.def("keep_mask", &keep_mask, "keep"_a.noconvert(), "shape"_a, "start"_a, "p"_a, "seed"_a, "offset"_a,
+        "shared_axes"_a, "Fills keep with the elements of the flattened mask from start on.");
   m.def("philox4x32", &philox4x32, "counters"_a.noconvert(), "key0"_a, "key1"_a, "rounds"_a = 10,
         "The generator itself: the words of (n, 4) counters under one key.");
 }

@@ -1,6 +1,6 @@
-// Dropout and gaussian noise over any strides: draws come from docs/dropout.md's mapping, elements are walked in C order.
-// Promises the same bits for every cut of the range, layout and level. Stores no mask: a window of draws lives on the stack.
-// Compiled once per instruction-set level, inside an anonymous namespace; no standard containers.
+// Dropout and gaussian noise over any strides: draws come from docs/dropout.md's mapping, elements are walked in C
+// order. Promises the same bits for every cut of the range, layout and level. Stores no mask: a window of draws lives
+// on the stack. Compiled once per instruction-set level, inside an anonymous namespace; no standard containers.
 #pragma once
 
 #include <cassert>
@@ -114,8 +114,8 @@ inline bool packed(const char* y, const char* x, int64_t y_stride, int64_t x_str
 // y[i] = f(x[i], i) for one run: a vector loop where both are contiguous and aligned, element by element elsewhere.
 // y may be x itself; the strides are in bytes.
 template <class T, class Function>
-[[gnu::always_inline]] inline void map_run(char* y, const char* x, int64_t y_stride, int64_t x_stride,
-                                           int64_t length, Function f) {
+[[gnu::always_inline]] inline void map_run(char* y, const char* x, int64_t y_stride, int64_t x_stride, int64_t length,
+                                           Function f) {
   if (packed<T>(y, x, y_stride, x_stride)) {
     T* yt = reinterpret_cast<T*>(y);
     const T* xt = reinterpret_cast<const T*>(x);
@@ -162,8 +162,8 @@ void drop(char* y, const char* x, const ElementWalk& walk, int64_t first, int64_
 }
 
 template <class T>
-void apply_mask(char* y, const char* x, const char* keep, const ElementWalk& walk, int64_t first,
-                int64_t count, T factor) {
+void apply_mask(char* y, const char* x, const char* keep, const ElementWalk& walk, int64_t first, int64_t count,
+                T factor) {
   const InnerStrides inner(walk);
   for_each_run(walk, first, count, [&](int64_t length, int64_t yo, int64_t xo, int64_t mask) {
     const char* k = keep + mask;
@@ -186,9 +186,8 @@ void gaussian_noise(char* y, const char* x, const ElementWalk& walk, int64_t fir
     while (length > 0) {
       int64_t part = length;
       const double* z = window.at(mask, &part);
-      map_run<T>(y + yo, x + xo, inner.result, inner.input, part, [=](T value, int64_t i) {
-        return static_cast<T>(static_cast<double>(value) + std * z[i]);
-      });
+      map_run<T>(y + yo, x + xo, inner.result, inner.input, part,
+                 [=](T value, int64_t i) { return static_cast<T>(static_cast<double>(value) + std * z[i]); });
       length -= part;
       mask += part;
       yo += part * inner.result;
@@ -197,8 +196,7 @@ void gaussian_noise(char* y, const char* x, const ElementWalk& walk, int64_t fir
   });
 }
 
-inline void keep_mask(uint8_t* keep, const ElementWalk& walk, int64_t first, int64_t count,
-                      const MaskDraw& draw) {
+inline void keep_mask(uint8_t* keep, const ElementWalk& walk, int64_t first, int64_t count, const MaskDraw& draw) {
   const InnerStrides inner(walk);
   KeepWindow window(draw);
   for_each_run(walk, first, count, [&](int64_t length, int64_t, int64_t, int64_t mask) {

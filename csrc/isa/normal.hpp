@@ -1,6 +1,6 @@
 // Normal variates from Philox words by Box and Muller, in double, with only +, -, *, / and sqrt.
-// Promises the same bits at every instruction-set level and on every IEEE platform, which the C library's log, sin and cos
-// do not; each variate is within 4 units in the last place of the exact transform, or 2^-52 where that is larger.
+// Promises the same bits at every instruction-set level and on every IEEE platform, which the C library's log, sin and
+// cos do not; each variate is within 4 units in the last place of the exact transform, or 2^-52 where that is larger.
 #pragma once
 
 #include <cmath>
@@ -29,8 +29,8 @@ namespace {
   return as_double(0x3FF0000000000000u | fraction) - 1.0;
 }
 
-// log(v) for normal v in (0, 1]. v = 2^e * m with m in [1/sqrt(2), sqrt(2)), log(m) = 2 atanh(s), s = (m - 1) / (m + 1):
-// |s| < 0.1716, so the atanh series to s^21 leaves less than 2^-59 of its first term.
+// log(v) for normal v in (0, 1]. v = 2^e * m with m in [1/sqrt(2), sqrt(2)), log(m) = 2 atanh(s), s = (m - 1) / (m +
+// 1): |s| < 0.1716, so the atanh series to s^21 leaves less than 2^-59 of its first term.
 [[gnu::always_inline]] inline double log_unit(double v) {
   const uint64_t bits = as_bits(v);
   const uint64_t shifted = bits - 0x3FE6A09E667F3BCDu;  // sqrt(1/2): its exponent field now counts e

@@ -31,8 +31,7 @@ template <int rounds>
   return c;
 }
 
-[[gnu::always_inline]] inline PhiloxWords philox_block(uint64_t block, uint32_t domain,
-                                                       const PhiloxStream& stream) {
+[[gnu::always_inline]] inline PhiloxWords philox_block(uint64_t block, uint32_t domain, const PhiloxStream& stream) {
   return philox4x32<10>({static_cast<uint32_t>(block), static_cast<uint32_t>(block >> 32) | domain << 30,
                          static_cast<uint32_t>(stream.offset), static_cast<uint32_t>(stream.offset >> 32)},
                         static_cast<uint32_t>(stream.seed), static_cast<uint32_t>(stream.seed >> 32));
@@ -41,8 +40,7 @@ template <int rounds>
 constexpr int kGroupBlocks = 64;
 
 // words[w][j] = word w of block first + j. Word-major, so that every lane stores without a shuffle.
-inline void philox_group(uint32_t words[4][kGroupBlocks], uint64_t first, uint32_t domain,
-                         const PhiloxStream& stream) {
+inline void philox_group(uint32_t words[4][kGroupBlocks], uint64_t first, uint32_t domain, const PhiloxStream& stream) {
   const uint32_t low = static_cast<uint32_t>(first);
   const uint32_t high = static_cast<uint32_t>(first >> 32) | domain << 30;
   const uint32_t offset_low = static_cast<uint32_t>(stream.offset);
@@ -60,8 +58,7 @@ inline void philox_group(uint32_t words[4][kGroupBlocks], uint64_t first, uint32
   }
 }
 
-inline void philox_blocks(uint32_t* words, const uint32_t* counters, int64_t n,
-                                 const uint32_t key[2], int rounds) {
+inline void philox_blocks(uint32_t* words, const uint32_t* counters, int64_t n, const uint32_t key[2], int rounds) {
   const uint32_t k0 = key[0], k1 = key[1];
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {

@@ -1,19 +1,20 @@
 """Dropout, DropConnect and gaussian noise from docs/dropout.md, in plain NumPy; the generator is written out below.
 
-Promises the masks, and the results of masking, bit for bit; the noise from Box and Muller's formula in longdouble, rounded
-once. ``EXACT`` gives the noise before rounding with the error allowed. Refuses to be fast: it holds every draw in memory.
+Promises the masks, and the results of masking, bit for bit; the noise from Box and Muller's formula in longdouble,
+rounded once. ``EXACT`` gives the noise before rounding with the error allowed. Refuses to be fast: it holds every draw
+in memory.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from .._dropout import DropoutCache, Scale
-from .._philox import Philox, Rng, require, take
+from .._philox import Rng, require, take
 from . import _norm
 from ._norm import WIDE, Array, Exact
 
@@ -38,7 +39,8 @@ def philox4x32(counters: Array, seed: int, rounds: int = 10) -> Array:
         c2 = (product0 >> shift) ^ c3 ^ np.uint64(k1)
         c1, c3 = product1 & mask, product0 & mask
         k0, k1 = (k0 + 0x9E3779B9) % 2**32, (k1 + 0xBB67AE85) % 2**32
-    return np.stack([c0, c1, c2, c3], axis=1).astype(np.uint32)
+    words: Array = np.stack([c0, c1, c2, c3], axis=1).astype(np.uint32)
+    return words
 
 
 def _blocks(block: Array, domain: int, seed: int, offset: int) -> Array:
@@ -54,11 +56,26 @@ def _blocks(block: Array, domain: int, seed: int, offset: int) -> Array:
 def _half(words: Array, h: Array) -> Array:
     """Half h (0 to 7) of each row of four words, lower half first, as uint64."""
     word = words[np.arange(words.shape[0]), h // 2].astype(np.uint64)
-    return (word >> (np.uint64(16) * (h % 2).astype(np.uint64))) & np.uint64(0xFFFF)
+    half: Array = (word >> (np.uint64(16) * (h % 2).astype(np.uint64))) & np.uint64(0xFFFF)
+    return half
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Draws and what they decide
+
+
+@dataclass(frozen=True)
+class DropoutCache:
+    """The numbers that the mask of a forward is a function of."""
+
+    function: str
+    seed: int
+    offset: int
+    p: float
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    shared_axes: tuple[int, ...]
+    scale: str
 
 
 def threshold(p: float) -> int:
@@ -73,8 +90,8 @@ def factor(p: float, dtype: Any) -> Any:
         return np.dtype(dtype).type(0)
     if np.dtype(dtype) == np.float64:
         return np.float64(2**32 / k)  # Python rounds the quotient of two integers once
-    # Eight or more bits beyond float32's, the last one set where the division leaves a rest: float64 holds that exactly,
-    # and so the conversion to dtype is the only rounding.
+    # Eight or more bits beyond float32's, the last one set where the division leaves a rest: float64 holds that
+    # exactly, and so the conversion to dtype is the only rounding.
     shift = k.bit_length() + 8
     quotient, rest = divmod(2 ** (32 + shift), k)
     return np.dtype(dtype).type(math.ldexp(quotient | (rest > 0), -shift))
@@ -120,15 +137,13 @@ def _mask_and_scale(x: Array, keep: Array, scale: Any, out: Array | None) -> Arr
         return _norm._filled(np.where(keep, x * scale, x.dtype.type(0)), x, out)
 
 
-def _masked(cache: DropoutCache, x: Array, out: Array | None) -> Array:
+def _masked(cache: Any, x: Array, out: Array | None) -> Array:
     keep = _keep(_draw_index(x.shape, cache.shared_axes, 0, x.size), cache.p, cache.seed, cache.offset)
     scale = factor(cache.p, x.dtype) if cache.scale == "inverted" else x.dtype.type(1)
     return _mask_and_scale(x, keep.reshape(x.shape), scale, out)
 
 
-def _start(
-    function: str, x: Array, p: float, rng: Rng, shared_axes: Any = (), scale: Scale = "inverted"
-) -> DropoutCache:
+def _start(function: str, x: Array, p: float, rng: Rng, shared_axes: Any = (), scale: str = "inverted") -> DropoutCache:
     axes = _axes(shared_axes, x.ndim)
     p = _probability(p)
     if scale not in ("inverted", "classic"):
@@ -154,7 +169,7 @@ def dropout(
     *,
     rng: Rng,
     shared_axes: int | tuple[int, ...] = (),
-    scale: Scale = "inverted",
+    scale: str = "inverted",
     out: Array | None = None,
 ) -> Array:
     """y = keep * x / P(keep), or keep * x for classic scaling; dropped elements are +0."""
@@ -167,7 +182,7 @@ def dropout_forward(
     *,
     rng: Rng,
     shared_axes: int | tuple[int, ...] = (),
-    scale: Scale = "inverted",
+    scale: str = "inverted",
     out: Array | None = None,
 ) -> tuple[Array, DropoutCache]:
     """`dropout`, and what its backward needs."""
@@ -212,9 +227,7 @@ def drop_connect(weight: Array, p: float, *, rng: Rng, out: Array | None = None)
     return _masked(_start("drop_connect", weight, p, rng), weight, out)
 
 
-def drop_connect_forward(
-    weight: Array, p: float, *, rng: Rng, out: Array | None = None
-) -> tuple[Array, DropoutCache]:
+def drop_connect_forward(weight: Array, p: float, *, rng: Rng, out: Array | None = None) -> tuple[Array, DropoutCache]:
     """`drop_connect`, and what its backward needs."""
     cache = _start("drop_connect", weight, p, rng)
     return _masked(cache, weight, out), cache
@@ -389,23 +402,3 @@ def dropout_add_rms_norm_backward(dy: Array, cache: Any, *, ds: Array | None = N
 
 
 EXACT: dict[str, Callable[..., dict[str, Exact]]] = {"gaussian_noise": _exact_gaussian_noise}
-
-__all__ = [
-    "Philox",
-    "apply_dropout_mask",
-    "drop_connect",
-    "drop_connect_backward",
-    "drop_connect_forward",
-    "dropout",
-    "dropout_add_layer_norm",
-    "dropout_add_layer_norm_backward",
-    "dropout_add_layer_norm_forward",
-    "dropout_add_rms_norm",
-    "dropout_add_rms_norm_backward",
-    "dropout_add_rms_norm_forward",
-    "dropout_backward",
-    "dropout_forward",
-    "dropout_inference",
-    "dropout_mask",
-    "gaussian_noise",
-]
