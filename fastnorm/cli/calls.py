@@ -140,9 +140,9 @@ def _batch(function: str, a: Arrays, options: Options) -> _Bound:
     named = {"weight": a.weight, "bias": a.bias} | _given(options, "channel_axis", "eps")
     if not function.endswith("_forward"):
         return (a.x, a.mean, a.var), named
-    if a.mean is None or a.var is None or options.get("training", True):
-        return (a.x,), named
-    return (a.x,), named | {"running_mean": a.mean, "running_var": a.var, "training": False}
+    if options.get("running", False):
+        named |= {"running_mean": a.mean, "running_var": a.var}
+    return (a.x,), named | _given(options, "training", "momentum")
 
 
 def _dropped(function: str, a: Arrays, options: Options) -> _Bound:

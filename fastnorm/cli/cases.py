@@ -46,8 +46,7 @@ def _number(text: str) -> float:
 
 def load_cases() -> list[Case]:
     """Every case, in the order of the file, one entry per dtype."""
-    with (files("fastnorm") / "cli" / "cases.csv").open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = csv.DictReader((files("fastnorm") / "cli" / "cases.csv").read_text(encoding="utf-8").splitlines())
     return [
         Case(
             name=row["name"],

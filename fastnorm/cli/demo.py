@@ -1,4 +1,4 @@
-"""`python -m fastnorm demo`: trains a small network on real digits, with the kernels and then with the NumPy references.
+"""`python -m fastnorm demo`: trains a small network on real digits, with the kernels, then with the NumPy references.
 
 The same numbers go in (data, split, first weights, order of the batches, dropout masks), so the two loss curves show
 whether the kernels compute what the references say. It writes nothing but the picture asked for with --plot.

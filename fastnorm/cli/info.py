@@ -21,6 +21,7 @@ def facts() -> dict[str, str]:
     """What `info` prints, by label; `bench --json` records it too."""
     build = _core.build_info()
     openmp = build["openmp"]
+    verify = os.environ.get("FASTNORM_VERIFY", "")
     return {
         "fastnorm": fastnorm.__version__,
         "python": f"{platform.python_version()} ({platform.system()} {platform.machine()})",
@@ -31,7 +32,7 @@ def facts() -> dict[str, str]:
         "instruction sets usable": ", ".join(_core.isa_levels()),
         "instruction set in use": _core.isa() + _chosen_by("FASTNORM_ISA"),
         "threads": f"{fastnorm.get_num_threads()} of {os.cpu_count()} CPUs" + _chosen_by("FASTNORM_NUM_THREADS"),
-        "verification": os.environ.get("FASTNORM_VERIFY", "") and _chosen_by("FASTNORM_VERIFY").strip() or "off",
+        "verification": "off" if verify in ("", "0") else f"on (by FASTNORM_VERIFY={verify})",
     }
 
 

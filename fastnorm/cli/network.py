@@ -33,8 +33,9 @@ def _patches_backward(dpatches: Array, step: int, channels: int) -> Array:
     parts = dpatches.reshape(n, height, width, 3, 3, channels)
     dx = np.zeros((n, height * step + 2, width * step + 2, channels), dpatches.dtype)
     for row in range(3):
+        rows = slice(row, row + height * step, step)
         for column in range(3):
-            dx[:, row : row + height * step : step, column : column + width * step : step] += parts[:, :, :, row, column]
+            dx[:, rows, column : column + width * step : step] += parts[:, :, :, row, column]
     return dx[:, 1:-1, 1:-1]
 
 
