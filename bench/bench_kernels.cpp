@@ -1,5 +1,5 @@
 // The C++ kernels under google-benchmark: every case of fastnorm/cli/cases.csv that has a kernel of its own, for each
-// dtype and each instruction-set level of this build that this CPU runs, and a memcpy that moves as many bytes.
+// dtype and each instruction-set level of this build that this CPU runs, and copies of several sizes beside them.
 // Measures kernels alone: no Python, no allocation, results written to the same memory each time.
 //
 //   bench_kernels [--fastnorm_threads=N] [--benchmark_filter=layer_norm.*avx2] [--benchmark_out=FILE] ...
@@ -11,7 +11,6 @@
 #include <iostream>
 #include <memory>
 #include <random>
-#include <set>
 #include <sstream>
 #include <string>
 #include <vector>
@@ -222,7 +221,7 @@ bool is_norm(const std::string& operation) {
 // Registration
 
 void report(benchmark::State& state, int64_t bytes) {
-  state.counters["GB/s"] =
+  state.counters["GB"] =  // shown as GB=47.2/s
       benchmark::Counter(static_cast<double>(bytes) * static_cast<double>(state.iterations()) / 1e9,
                          benchmark::Counter::kIsRate);
 }
@@ -258,7 +257,8 @@ void register_case(const Case& c, const std::string& dtype, const char* level) {
   if (is_norm(c.operation)) body = measure<Norm<T>>;
   if (body == nullptr) return;
   benchmark::RegisterBenchmark(name.c_str(), [=](benchmark::State& state) { body(state, c, level, bytes); })
-      ->UseRealTime();
+      ->UseRealTime()
+      ->Unit(benchmark::kMicrosecond);
 }
 
 }  // namespace
@@ -287,14 +287,16 @@ int main(int argc, char** argv) {
     return 1;
   }
   benchmark::AddCustomContext("fastnorm_threads", std::to_string(max_threads()));
-  std::set<int64_t> copies;
+  // What the caches and the memory give: kernels are to be seen against the copy that moves about as many bytes.
+  for (const int64_t kilobytes : {32, 512, 4096, 16384, 65536, 262144}) {
+    const int64_t bytes = kilobytes * 1024;
+    benchmark::RegisterBenchmark(("copy/" + std::to_string(kilobytes) + "_KB").c_str(),
+                                 [=](benchmark::State& state) { copy(state, bytes); })
+        ->UseRealTime()
+        ->Unit(benchmark::kMicrosecond);
+  }
   for (const Case& c : cases) {
     for (const std::string& dtype : c.dtypes) {
-      const int64_t bytes = c.bytes(dtype == "float32" ? 4 : 8);
-      if (copies.insert(bytes).second) {
-        benchmark::RegisterBenchmark(("copy/" + std::to_string(bytes) + "_bytes").c_str(),
-                                     [=](benchmark::State& state) { copy(state, bytes); })->UseRealTime();
-      }
       for (int i = 0; compiled_level(i) != nullptr; ++i) {
         if (!cpu_supports(compiled_level(i))) continue;
         if (dtype == "float32") register_case<float>(c, dtype, compiled_level(i));

@@ -24,7 +24,7 @@ def _patches(x: Array, step: int) -> Array:
     """(N, H, W, C) -> (N, H/step, W/step, 9 C): the 3x3 neighbourhood of every step-th pixel, zeros outside."""
     padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
     windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(1, 2))[:, ::step, ::step]
-    return windows.transpose(0, 1, 2, 4, 5, 3).reshape(*windows.shape[:3], -1)
+    return np.asarray(windows.transpose(0, 1, 2, 4, 5, 3).reshape(*windows.shape[:3], -1))
 
 
 def _patches_backward(dpatches: Array, step: int, channels: int) -> Array:
@@ -64,7 +64,7 @@ class Network:
             mean, var = self.running[name]
             weight, bias = self.parameters[name + ".weight"], self.parameters[name + ".bias"]
             a: Array = self.norms.batch_norm(z, mean, var, weight, bias, channel_axis=-1)
-            return np.maximum(a, 0)
+            return np.asarray(np.maximum(a, 0))
 
         p = self.parameters
         h = block("conv1", _patches(images[..., None], 1) @ p["conv1"])
@@ -83,7 +83,7 @@ class Network:
                 z, p[name + ".weight"], p[name + ".bias"], running_mean=mean, running_var=var, channel_axis=-1
             )
             caches[name] = cache, a
-            return np.maximum(a, 0)
+            return np.asarray(np.maximum(a, 0))
 
         def block_backward(name: str, dh: Array) -> Array:
             cache, a = caches[name]
