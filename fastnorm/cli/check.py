@@ -159,7 +159,7 @@ def outputs(names: list[str], result: Any, arguments: dict[str, Any]) -> dict[st
     found: dict[str, Any] = {name: arguments[name] for name in names if name in arguments}
     if hasattr(result, "_asdict"):
         return {**found, **result._asdict()}
-    if isinstance(result, tuple) and len(result) == 2 and not isinstance(result[1], np.ndarray):
+    if isinstance(result, tuple) and not isinstance(result[1], np.ndarray):
         result, cache = result
         found |= {name: getattr(cache, name) for name in names if getattr(cache, name, None) is not None}
     if isinstance(result, np.ndarray):
@@ -194,11 +194,11 @@ def error_in_units(got: Any, exact: Any) -> tuple[float, tuple[int, ...]]:
     return float(error[where]), tuple(map(int, where))
 
 
-class _ToTheBit(NamedTuple):
-    """What stands in for an exact value where the kernels must give what the reference gives, bit for bit."""
+class _Expected(NamedTuple):
+    """As the reference's exact values; with the defaults the kernels must give `value` to the last bit."""
 
     value: Array
-    scale: float = 0.0
+    scale: Any = 0.0
     u: float = 0.0
     units: float = 0.0
 
@@ -210,12 +210,32 @@ def expected(function: str, call: Any) -> dict[str, Any]:
         exact: dict[str, Any] = reference._EXACT[function](*call.args, **arguments)
         only_y = function == stem_of(function) and "y" in exact
         return {name: value for name, value in exact.items() if name in ("y", "s") or not only_y}
-    if function.endswith("_backward"):
-        names = ["dx", "dresidual", "dweight", "dbias"] if function.startswith("dropout_add") else ["dx"]
-    else:
-        names = ["y", "s"] if function.startswith("dropout_add") else ["y"]
-    found = outputs(names, getattr(reference, function)(*call.args, **arguments), arguments)
-    return {name: None if value is None else _ToTheBit(np.asarray(value)) for name, value in found.items()}
+    if function.startswith("dropout_add"):
+        return _expected_residual(function, call)
+    name = "dx" if function.endswith("_backward") else "y"
+    found = outputs([name], getattr(reference, function)(*call.args, **arguments), arguments)
+    return {name: _Expected(np.asarray(value)) for name, value in found.items()}
+
+
+def _expected_residual(function: str, call: Any) -> dict[str, Any]:
+    """Of s = residual + dropout(x), y = norm(s): s to the last bit, the rest as exact as the norm has to be on that s."""
+    norm = stem_of(function).removeprefix("dropout_add_")
+    if not function.endswith("_backward"):
+        result = getattr(reference, function)(*call.args, **call.keywords)
+        s = (result[0] if function.endswith("_forward") else result)[1]
+        named = {key: value for key, value in call.keywords.items() if key not in ("p", "rng")}
+        return {"y": reference._EXACT[norm](s, **named)["y"], "s": _Expected(s)}
+    dy, cache = call.args
+    exact = reference._EXACT[norm + "_backward"](dy, cache.norm)
+    ds = call.keywords.get("ds")
+    total, scale = exact["dx"].value, exact["dx"].scale
+    if ds is not None:
+        total, scale = total + ds, scale + np.abs(ds)
+    # What the mask multiplies with: 0 or 1 / P(keep), rounded to the dtype.
+    factor = np.ones_like(dy) if cache.dropout is None else reference.dropout_backward(np.ones_like(dy), cache.dropout)
+    dresidual = exact["dx"]._replace(value=total, scale=scale) if cache.has_residual else None
+    dx = exact["dx"]._replace(value=total * factor, scale=scale * factor)
+    return {"dx": dx, "dresidual": dresidual, "dweight": exact["dweight"], "dbias": exact["dbias"]}
 
 
 class Checker:
