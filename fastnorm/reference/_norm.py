@@ -216,8 +216,10 @@ def _normalise(
     """y = (x - mean) / sqrt(var + eps) * weight + bias, with the sets' own mean and var or with those given."""
     v = sets.view(_floating("x", x))
     if given is None:
-        if 0 in sets.extents and v.size // max(sets.count, 1) == 0 and 0 not in (
-            n for i, n in enumerate(sets.shape) if i not in sets.axes
+        if (
+            0 in sets.extents
+            and v.size // max(sets.count, 1) == 0
+            and 0 not in (n for i, n in enumerate(sets.shape) if i not in sets.axes)
         ):
             raise ValueError(f"x has shape {x.shape}: nothing to normalise in each set")
         mean, sigma, xhat = _statistics(v, sets.axes, eps, centred=centred)
