@@ -1,7 +1,7 @@
 """Lets a clone be the working directory: there, `import fastnorm` finds the source tree, which has no compiled module.
 
-The installed package then takes the tree's place for everything but `__init__.py`. Importing this module does that; in an
-installed package it does nothing. It never mixes sources of the tree with an installed compiled module.
+The installed package then takes the tree's place for everything but `__init__.py`. Importing this module does that; in
+an installed package it does nothing. It never mixes the tree's sources with an installed compiled module.
 """
 
 from __future__ import annotations
