@@ -25,7 +25,7 @@ struct Axes {
   }
 };
 
-bool input_has(const PlanInput& input, Role role) {
+bool has_axis(const PlanInput& input, Role role) {
   for (int axis = 0; axis < input.rank; ++axis) {
     if (input.role[axis] == role && input.size[axis] > 1) return true;
   }
@@ -91,10 +91,9 @@ Plan make_plan(const PlanInput& input) {
   plan.params_per_set = param_total;
 
   const Role near_role = nearest >= 0 ? input.role[nearest] : Role::reduce;
-  const bool has_reduce = input_has(input, Role::reduce);
-  if (near_role == Role::set && param_total == 1) {
+  if (near_role == Role::set && param_total == 1 && input.centred) {
     plan.family = Family::column;
-  } else if (near_role == Role::param || !has_reduce) {
+  } else if (near_role == Role::param || (param_total > 1 && !has_axis(input, Role::reduce))) {
     plan.family = Family::row;
   } else {
     plan.family = Family::channel;

@@ -123,6 +123,7 @@ struct PlanInput {
   Role role[kMaxRank];
   bool set_owns_param[kMaxRank];  // a SET axis along which the weight changes (channels of batch norm, groups)
   int64_t itemsize = 4;
+  bool centred = true;            // false (RMS norm): the column kernels, which subtract a mean, are not for this call
   struct Array {
     char* data = nullptr;
     int64_t stride[kMaxRank];

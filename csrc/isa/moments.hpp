@@ -1,0 +1,184 @@
+// Count, mean and sum of squared deviations, exact enough for any offset and any magnitude:
+// a provisional mean, then deviations from it with their own sum as the correction (so nothing cancels), and Chan, Golub and
+// LeVeque's formula to merge blocks. The mean is carried as mean + mean_lo: for float64 data with mean / std near 2^53 a
+// float64 mean alone would be off by a standard deviation.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "isa/lane_sum.hpp"
+#include "norm_kernels.hpp"
+
+namespace fastnorm {
+namespace {
+
+struct TwoTerm {  // value + error, unevaluated
+  double hi, lo;
+};
+
+inline TwoTerm two_sum(double a, double b) {
+  const double sum = a + b;
+  const double part = sum - a;
+  return {sum, (a - (sum - part)) + (b - part)};
+}
+
+// Dekker's product without a fused multiply-add, which the baseline level lacks.
+inline TwoTerm two_product(double a, double b) {
+  const double product = a * b;
+  const double a_scaled = 134217729.0 * a, b_scaled = 134217729.0 * b;
+  const double a_hi = a_scaled - (a_scaled - a), b_hi = b_scaled - (b_scaled - b);
+  const double a_lo = a - a_hi, b_lo = b - b_hi;
+  return {product, ((a_hi * b_hi - product) + a_hi * b_lo + a_lo * b_hi) + a_lo * b_lo};
+}
+
+// A running sum of block sums, with the rounding errors kept.
+struct Sum {
+  double hi = 0, lo = 0;
+  void add(double value) {
+    const TwoTerm s = two_sum(hi, value);
+    hi = s.hi;
+    lo += s.lo;
+  }
+  void add(const Sum& other) {
+    add(other.hi);
+    lo += other.lo;
+  }
+  double value() const { return hi + lo; }
+};
+
+struct Moments {
+  double count = 0;
+  double mean = 0, mean_lo = 0;
+  Sum m2;
+
+  void merge(const Moments& other) {
+    if (other.count == 0) return;
+    if (count == 0) {
+      *this = other;
+      return;
+    }
+    const double total = count + other.count;
+    const double delta = (other.mean - mean) + (other.mean_lo - mean_lo);
+    const double shift = delta * (other.count / total);
+    const TwoTerm sum = two_sum(mean, shift);
+    const TwoTerm normal = two_sum(sum.hi, sum.lo + mean_lo);
+    mean = normal.hi;
+    mean_lo = normal.lo;
+    m2.add(other.m2);
+    m2.add(delta * shift * count);
+    count = total;
+  }
+};
+
+// Moments from the sums of d and d * d, d = x - pivot. The pivot need not be the mean, only near it.
+inline Moments moments_about(double pivot, double count, double sum, double squares) {
+  const double correction = sum / count;
+  const TwoTerm mean = two_sum(pivot, correction);
+  const double m2 = squares - sum * correction;
+  Moments moments;
+  moments.count = count;
+  moments.mean = mean.hi;
+  moments.mean_lo = mean.lo;
+  moments.m2.hi = m2 < 0 ? 0 : m2;  // NaN stays NaN
+  return moments;
+}
+
+// Moments of n contiguous values times `scale` (a power of two; 1 unless the plain values overflow or underflow).
+template <class T>
+inline Moments block_moments(const T* x, int64_t n, double scale) {
+  const double count = static_cast<double>(n);
+  const auto value = [=](int64_t i) { return static_cast<double>(x[i]) * scale; };
+  const double pivot = lane_sums<1>(n, [=](int64_t i) { return Terms<1>{{value(i)}}; }).v[0] / count;
+  const Terms<2> sums = lane_sums<2>(n, [=](int64_t i) {
+    const double d = value(i) - pivot;
+    return Terms<2>{{d, d * d}};
+  });
+  return moments_about(pivot, count, sums.v[0], sums.v[1]);
+}
+
+// The same around zero, for RMS norm.
+template <class T>
+inline Moments block_squares(const T* x, int64_t n, double scale) {
+  Moments moments;
+  moments.count = static_cast<double>(n);
+  moments.m2.hi = lane_sums<1>(n, [=](int64_t i) {
+                    const double v = static_cast<double>(x[i]) * scale;
+                    return Terms<1>{{v * v}};
+                  }).v[0];
+  return moments;
+}
+
+// What turns x into xhat: ((x * scale - mean) - mean_lo) * rstd.
+struct Statistic {
+  double mean = 0, mean_lo = 0, rstd = 0;
+  double scale = 1;  // a power of two other than 1 only where x - mean could overflow
+
+  double true_rstd() const { return rstd * scale; }
+};
+
+// 1 / sqrt(m2 / count + eps), to less than one unit in the last place: float64 results leave no room for more. A set that is
+// constant under eps = 0 gets 0, so that its xhat is 0 like that of any constant set.
+inline double reciprocal_std(const Sum& m2, double count, double eps) {
+  const double total = m2.value();
+  const double quotient = total / count;
+  const TwoTerm var = two_sum(quotient, eps);
+  if (var.hi == 0) return 0;
+  double rstd = 1 / std::sqrt(var.hi);
+  if (var.hi > 0x1p-900 && var.hi < 0x1p900) {
+    const TwoTerm product = two_product(quotient, count);
+    const double total_lo = (m2.hi - total) + m2.lo;
+    const double var_lo = var.lo + (((total - product.hi) - product.lo) + total_lo) / count;
+    const TwoTerm square = two_product(rstd, rstd);
+    const TwoTerm one = two_product(var.hi, square.hi);
+    const double residual = ((1 - one.hi) - one.lo) - (var.hi * square.lo + var_lo * square.hi);
+    rstd += 0.5 * rstd * residual;
+  }
+  return rstd;
+}
+
+// Float32 data can neither overflow nor underflow in double; float64 data can.
+template <class T>
+constexpr bool kMayOverflow = sizeof(T) == sizeof(double);
+
+template <class T>
+inline bool needs_scale(const Moments& moments, double eps) {
+  if (!kMayOverflow<T>) return false;
+  const double m2 = moments.m2.value();
+  return !(m2 < 0x1p1000) || !(std::fabs(moments.mean) < 0x1p1000) ||
+         (m2 < 0x1p-900 * moments.count && eps < 0x1p-900);
+}
+
+// Statistics of a set from its moments, which were taken of x * scale.
+inline Statistic statistic_of(const Moments& moments, double eps, double scale) {
+  Statistic s;
+  s.mean = moments.mean;
+  s.mean_lo = moments.mean_lo;
+  s.rstd = reciprocal_std(moments.m2, moments.count, eps * scale * scale);
+  s.scale = scale;
+  return s;
+}
+
+// Statistics of a set from what the caller keeps (a cache, running statistics).
+template <class T>
+inline Statistic statistic_from(double mean, double mean_lo, double rstd) {
+  Statistic s{mean, mean_lo, rstd, 1};
+  if (kMayOverflow<T> && (std::fabs(mean) > 0x1p1000 || (rstd > 0 && rstd < 0x1p-1000))) {
+    s.scale = 0x1p-64;
+    s.mean *= s.scale;
+    s.mean_lo *= s.scale;
+    s.rstd /= s.scale;
+  }
+  return s;
+}
+
+template <class T>
+inline void store_statistic(const NormArgs<T>& args, int64_t index, const Moments& moments, const Statistic& s) {
+  if (args.mean) args.mean[index] = s.mean / s.scale;
+  if (args.mean_lo) args.mean_lo[index] = s.mean_lo / s.scale;
+  if (args.var) args.var[index] = moments.m2.value() / moments.count / s.scale / s.scale;
+  if (args.rstd) args.rstd[index] = s.true_rstd();
+}
+
+}  // namespace
+}  // namespace fastnorm

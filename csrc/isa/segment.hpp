@@ -1,0 +1,90 @@
+// The formulas on one contiguous run of values. All arithmetic is in double whatever T is; results are rounded once.
+//
+//   xhat = ((x * scale - mean) - mean_lo) * rstd
+//   y    = xhat * weight + bias
+//   dx   = rstd * (dy * weight - a - xhat * b),   a = mean(dy * weight), b = mean(dy * weight * xhat) over the set
+//
+// A weight is one number for the run (Same) or one per value (Each). x may be y, and dy may be dx: every value is read
+// before its place is written.
+#pragma once
+
+#include "isa/moments.hpp"
+
+namespace fastnorm {
+namespace {
+
+struct Same {
+  double value;
+  double operator()(int64_t) const { return value; }
+};
+
+template <class T>
+struct Each {
+  const T* values;
+  double operator()(int64_t i) const { return static_cast<double>(values[i]); }
+};
+
+// x - mean. Float32 data needs neither the low part of the mean nor a scale.
+template <class T>
+struct Centre {
+  double mean, mean_lo, scale;
+  explicit Centre(const Statistic& s) : mean(s.mean), mean_lo(s.mean_lo), scale(s.scale) {}
+  double operator()(T x) const {
+    if (kMayOverflow<T>) return (static_cast<double>(x) * scale - mean) - mean_lo;
+    return static_cast<double>(x) - mean;
+  }
+};
+
+template <class T, class Weight, class Bias>
+inline void normalise(const T* x, T* y, int64_t n, const Statistic& s, Weight weight, Bias bias) {
+  const Centre<T> centre(s);
+  const double rstd = s.rstd;
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) y[i] = static_cast<T>(centre(x[i]) * rstd * weight(i) + bias(i));
+}
+
+// {sum of g, sum of g * xhat}, g = dy * weight
+template <class T, class Weight>
+inline Terms<2> gradient_sums(const T* x, const T* dy, int64_t n, const Statistic& s, Weight weight) {
+  const Centre<T> centre(s);
+  const double rstd = s.rstd;
+  return lane_sums<2>(n, [=](int64_t i) {
+    const double g = static_cast<double>(dy[i]) * weight(i);
+    return Terms<2>{{g, g * (centre(x[i]) * rstd)}};
+  });
+}
+
+template <class T, class Weight>
+inline void input_gradient(const T* x, const T* dy, T* dx, int64_t n, const Statistic& s, Weight weight, double a, double b) {
+  const Centre<T> centre(s);
+  const double rstd = s.rstd, true_rstd = s.true_rstd();
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const double g = static_cast<double>(dy[i]) * weight(i);
+    dx[i] = static_cast<T>(true_rstd * ((g - a) - centre(x[i]) * rstd * b));
+  }
+}
+
+// Through given statistics nothing but the scale comes back (and an infinite x leaves no trace).
+template <class T, class Weight>
+inline void input_gradient_constant(const T* dy, T* dx, int64_t n, const Statistic& s, Weight weight) {
+  const double rstd = s.true_rstd();
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) dx[i] = static_cast<T>(rstd * (static_cast<double>(dy[i]) * weight(i)));
+}
+
+// dweight[i] += dy * xhat, dbias[i] += dy
+template <class T>
+inline void add_parameter_gradients(const T* x, const T* dy, int64_t n, const Statistic& s, double* dweight, double* dbias) {
+  const Centre<T> centre(s);
+  const double rstd = s.rstd;
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const double g = static_cast<double>(dy[i]);
+    dweight[i] += g * (centre(x[i]) * rstd);
+    dbias[i] += g;
+  }
+}
+
+}  // namespace
+}  // namespace fastnorm

@@ -1,0 +1,106 @@
+// Contiguous runs of values out of any memory layout: a pointer into the array where it is contiguous, a copy in a small
+// buffer where it is not. This is all that strides, broadcast axes and unaligned data mean to the kernels.
+#pragma once
+
+#include <cstdlib>
+#include <cstring>
+
+#include "plan.hpp"
+
+namespace fastnorm {
+namespace {
+
+template <class T>
+inline bool contiguous(const Walk& walk, bool aligned, int64_t start, int64_t n) {
+  if (!aligned) return false;
+  if (n == 1 || walk.rank == 0) return true;
+  const int inner = walk.rank - 1;
+  return walk.stride[inner] == static_cast<int64_t>(sizeof(T)) &&
+         (walk.rank == 1 || start % walk.size[inner] + n <= walk.size[inner]);
+}
+
+// visit(pointer, byte stride, first, count) for the pieces of [start, start + n) that lie along the innermost axis.
+template <class Visit>
+inline void for_pieces(char* base, const Walk& walk, int64_t start, int64_t n, const Visit& visit) {
+  if (walk.rank == 0) {
+    visit(base, int64_t{0}, int64_t{0}, n);
+    return;
+  }
+  const int inner = walk.rank - 1;
+  const int64_t size = walk.size[inner], stride = walk.stride[inner];
+  for (int64_t done = 0; done < n;) {
+    const int64_t room = size - (start + done) % size;
+    const int64_t count = n - done < room ? n - done : room;
+    visit(base + walk.offset(start + done), stride, done, count);
+    done += count;
+  }
+}
+
+template <class T>
+inline void gather(const char* base, const Walk& walk, int64_t start, int64_t n, T* to) {
+  for_pieces(const_cast<char*>(base), walk, start, n, [=](const char* from, int64_t stride, int64_t first, int64_t count) {
+    if (stride == static_cast<int64_t>(sizeof(T))) {
+      std::memcpy(to + first, from, static_cast<size_t>(count) * sizeof(T));
+    } else {
+      for (int64_t i = 0; i < count; ++i) std::memcpy(to + first + i, from + i * stride, sizeof(T));
+    }
+  });
+}
+
+template <class T>
+inline void scatter(char* base, const Walk& walk, int64_t start, int64_t n, const T* from) {
+  for_pieces(base, walk, start, n, [=](char* to, int64_t stride, int64_t first, int64_t count) {
+    if (stride == static_cast<int64_t>(sizeof(T))) {
+      std::memcpy(to, from + first, static_cast<size_t>(count) * sizeof(T));
+    } else {
+      for (int64_t i = 0; i < count; ++i) std::memcpy(to + i * stride, from + first + i, sizeof(T));
+    }
+  });
+}
+
+// Reads and writes one operand of a set or segment, block by block.
+template <class T>
+class Port {
+ public:
+  Port(char* base, const Walk& walk, bool aligned) : base_(base), walk_(walk), aligned_(aligned) {}
+
+  const T* read(int64_t start, int64_t n, T* buffer) const {
+    if (contiguous<T>(walk_, aligned_, start, n)) return at(start);
+    gather(base_, walk_, start, n, buffer);
+    return buffer;
+  }
+  // Where to compute n results; `commit` brings them home.
+  T* open(int64_t start, int64_t n, T* buffer) const {
+    return contiguous<T>(walk_, aligned_, start, n) ? at(start) : buffer;
+  }
+  void commit(int64_t start, int64_t n, const T* buffer, const T* computed) const {
+    if (computed == buffer) scatter(base_, walk_, start, n, buffer);
+  }
+
+ private:
+  T* at(int64_t start) const { return reinterpret_cast<T*>(base_ + walk_.offset(start)); }
+
+  char* base_;
+  const Walk& walk_;
+  bool aligned_;
+};
+
+// Workspace that may fail to be had: kernels report that instead of throwing.
+template <class T>
+class Workspace {
+ public:
+  explicit Workspace(int64_t count)
+      : data_(static_cast<T*>(std::calloc(static_cast<size_t>(count > 0 ? count : 1), sizeof(T)))) {}
+  ~Workspace() { std::free(data_); }
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+  explicit operator bool() const { return data_ != nullptr; }
+  T& operator[](int64_t i) const { return data_[i]; }
+  T* data() const { return data_; }
+
+ private:
+  T* data_;
+};
+
+}  // namespace
+}  // namespace fastnorm

@@ -1,0 +1,45 @@
+"""fastnorm: normalization and dropout, forward and backward, from NumPy on a CPU: fast, exact, reproducible.
+
+Every function here has a plain NumPy twin in `fastnorm.reference`; `verify` checks each call against it.
+"""
+
+from . import reference
+from ._batch_norm import batch_norm, batch_norm_backward, batch_norm_forward
+from ._core import __version__
+from ._group_norm import group_norm, group_norm_backward, group_norm_forward
+from ._instance_norm import instance_norm, instance_norm_backward, instance_norm_forward
+from ._layer_norm import layer_norm, layer_norm_backward, layer_norm_forward
+from ._moments import Moments, moments
+from ._results import NormGrads
+from ._rms_norm import rms_norm, rms_norm_backward, rms_norm_forward
+from ._threads import get_num_threads, num_threads, set_num_threads
+from ._verify import VerificationError, VerificationWarning, verify
+
+__all__ = [
+    "Moments",
+    "NormGrads",
+    "VerificationError",
+    "VerificationWarning",
+    "__version__",
+    "batch_norm",
+    "batch_norm_backward",
+    "batch_norm_forward",
+    "get_num_threads",
+    "group_norm",
+    "group_norm_backward",
+    "group_norm_forward",
+    "instance_norm",
+    "instance_norm_backward",
+    "instance_norm_forward",
+    "layer_norm",
+    "layer_norm_backward",
+    "layer_norm_forward",
+    "moments",
+    "num_threads",
+    "reference",
+    "rms_norm",
+    "rms_norm_backward",
+    "rms_norm_forward",
+    "set_num_threads",
+    "verify",
+]

@@ -1,0 +1,232 @@
+"""Every message a user can meet, and the only conversion policy.
+
+The compiled functions accept the common call and decline everything else; what they declined comes here, to be
+converted (lists, DLPack objects, array subclasses) or refused with the argument, what was received and what was
+expected. Nothing is ever cast, and nothing is written before every check has passed.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any
+
+import numpy as np
+
+FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
+MAX_RANK = 32
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "(" + ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "") + ")"
+
+
+def as_ndarray(name: str, value: Any) -> np.ndarray[Any, Any]:
+    """`value` as a plain ndarray, without a copy where it is an array of some kind."""
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(
+            f"{name} is a masked array, whose mask would be ignored; pass {name}.filled(value) or {name}.data"
+        )
+    if isinstance(value, np.ndarray):
+        return value.view(np.ndarray)
+    if value is None:
+        raise TypeError(f"{name} is None; expected an array of float32 or float64")
+    if hasattr(value, "__dlpack__"):
+        try:
+            return np.from_dlpack(value)
+        except (BufferError, RuntimeError, TypeError, ValueError) as error:
+            raise TypeError(
+                f"{name} of type {type(value).__name__} could not be taken through DLPack: {error}"
+            ) from error
+    try:
+        return np.asarray(value)
+    except ValueError as error:
+        raise TypeError(f"{name} could not be read as an array ({error}); expected float32 or float64") from error
+
+
+def array(name: str, value: Any) -> np.ndarray[Any, Any]:
+    """`value` as an ndarray of float32 or float64 in native byte order."""
+    found = as_ndarray(name, value)
+    dtype = found.dtype
+    if dtype not in FLOATS:
+        # A byte-swapped dtype compares unequal to the native one, and float16 waits for kernels of its own.
+        if dtype.newbyteorder("=") in FLOATS:
+            want, call = "native byte order", f"{name}.astype({name}.dtype.newbyteorder('='))"
+        elif dtype == np.dtype(np.float16) or dtype.name == "bfloat16":
+            want, call = "float32 or float64 (half precision is not supported yet)", f"{name}.astype(np.float32)"
+        elif dtype.kind == "c":
+            want, call = "real float32 or float64", f"{name}.real.astype(np.float64)"
+        elif dtype.kind in "biuf":
+            want, call = "float32 or float64", f"{name}.astype(np.float32)"
+        else:
+            want, call = "float32 or float64", f"np.asarray({name}, dtype=np.float64)"
+        raise TypeError(
+            f"{name} has dtype {dtype.str if dtype.byteorder == '>' else dtype}; expected {want}: use {call}"
+        )
+    if found.ndim > MAX_RANK:
+        raise ValueError(f"{name} has {found.ndim} axes; expected at most {MAX_RANK}")
+    return found
+
+
+def same(name: str, value: Any, shape: tuple[int, ...], dtype: np.dtype[Any], of: str = "x") -> np.ndarray[Any, Any]:
+    """An array that must have exactly the shape and dtype of another (dy of x's)."""
+    found = array(name, value)
+    if found.dtype != dtype:
+        raise TypeError(
+            f"{name} has dtype {found.dtype}; expected {dtype}, the dtype of {of}: use {name}.astype(np.{dtype})"
+        )
+    if found.shape != shape:
+        raise ValueError(f"{name} has shape {_shape(found.shape)}; expected {_shape(shape)}, the shape of {of}")
+    return found
+
+
+def parameter(
+    name: str, value: Any, shape: tuple[int, ...], dtype: np.dtype[Any], meaning: str
+) -> np.ndarray[Any, Any] | None:
+    """An optional weight or bias; `meaning` says where the expected shape comes from."""
+    if value is None:
+        return None
+    found = array(name, value)
+    if found.dtype != dtype:
+        raise TypeError(
+            f"{name} has dtype {found.dtype}; expected {dtype}, the dtype of x: use {name}.astype(np.{dtype})"
+        )
+    if found.shape != shape:
+        raise ValueError(f"{name} has shape {_shape(found.shape)}; expected {_shape(shape)}, {meaning}")
+    return found
+
+
+def channels(name: str, value: Any, size: int, dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
+    """Statistics per channel: x's dtype or, kept more precisely, float64."""
+    found = array(name, value)
+    if found.dtype not in (dtype, np.dtype(np.float64)):
+        raise TypeError(
+            f"{name} has dtype {found.dtype}; expected {dtype}, the dtype of x, or float64: "
+            f"use {name}.astype(np.{dtype})"
+        )
+    if found.shape != (size,):
+        raise ValueError(f"{name} has shape {_shape(found.shape)}; expected ({size},), one value per channel")
+    return found
+
+
+def variance(name: str, value: np.ndarray[Any, Any]) -> None:
+    if bool(np.any(value < 0)):
+        raise ValueError(f"{name} holds {value.min()!r}; expected variances >= 0")
+
+
+def writeable(name: str, value: Any, found: np.ndarray[Any, Any]) -> None:
+    """An array argument that the call updates in place."""
+    if not isinstance(value, np.ndarray):
+        raise TypeError(f"{name} is a {type(value).__name__}; expected a NumPy array, since it is updated in place")
+    if not found.flags.writeable:
+        raise ValueError(f"{name} is read-only; expected a writeable array, since it is updated in place")
+    if _overlaps_itself(found):
+        raise ValueError(f"{name} has elements that share memory (strides {found.strides}); expected separate elements")
+
+
+def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float:
+    """A real number in [low, high]; NaN is outside."""
+    if isinstance(value, (bool, np.bool_, str, bytes, complex)) or value is None:
+        raise TypeError(f"{name} is {value!r} of type {type(value).__name__}; expected a real number")
+    try:
+        found = float(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise TypeError(f"{name} is {value!r} of type {type(value).__name__}; expected a real number") from error
+    if not low <= found <= high:
+        expected = f"{name} >= {low:g}" if high == math.inf else f"{low:g} <= {name} <= {high:g}"
+        raise ValueError(f"{name} is {value!r}; expected {expected}")
+    return found
+
+
+def integer(name: str, value: Any) -> int:
+    if isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} is {value!r}; expected an integer")
+    try:
+        return operator.index(value)
+    except TypeError as error:
+        raise TypeError(f"{name} is {value!r} of type {type(value).__name__}; expected an integer") from error
+
+
+def axis(name: str, value: Any, rank: int) -> int:
+    """A non-negative axis number."""
+    found = integer(name, value)
+    if not -rank <= found < rank:
+        raise ValueError(f"{name} is {found}; expected {-rank} <= {name} < {rank} for an array of {rank} axes")
+    return found % rank
+
+
+def rank(name: str, found: np.ndarray[Any, Any], least: int) -> None:
+    if found.ndim < least:
+        raise ValueError(f"{name} has shape {_shape(found.shape)} ({found.ndim} axes); expected at least {least} axes")
+
+
+def _overlaps_itself(found: np.ndarray[Any, Any]) -> bool:
+    extent = found.itemsize
+    for stride, size in sorted((abs(s), n) for s, n in zip(found.strides, found.shape, strict=True) if n > 1):
+        if stride < extent:
+            return True
+        extent += stride * (size - 1)
+    return False
+
+
+def _same_view(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> bool:
+    return a.shape == b.shape and a.strides == b.strides and a.ctypes.data == b.ctypes.data
+
+
+def shares(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> bool:
+    """Do two arrays share memory? Where that is too hard to tell, yes."""
+    try:
+        return np.shares_memory(a, b, max_work=100_000)
+    except Exception:  # numpy.exceptions.TooHardError, and its own limits for odd strides
+        return True
+
+
+def output(
+    out: Any,
+    x: np.ndarray[Any, Any],
+    *,
+    in_place: str | None,
+    others: dict[str, np.ndarray[Any, Any] | None],
+    of: str = "x",
+) -> np.ndarray[Any, Any] | None:
+    """`out` for a result of x's shape and dtype; None stays None.
+
+    `in_place` names the array that out may be (the same view of it), or is None where out must not touch x, because a
+    cache keeps it.
+    `others` are further arrays of the call, by name, with which out must not share memory.
+    """
+    if out is None:
+        return None
+    if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray):
+        raise TypeError(
+            f"out is a {type(out).__name__}; expected a NumPy array of shape {_shape(x.shape)} and dtype {x.dtype}"
+        )
+    found = out.view(np.ndarray)
+    if found.dtype != x.dtype:
+        raise TypeError(f"out has dtype {found.dtype}; expected {x.dtype}, the dtype of {of}")
+    if found.shape != x.shape:
+        raise ValueError(f"out has shape {_shape(found.shape)}; expected {_shape(x.shape)}, the shape of {of}")
+    if not found.flags.writeable:
+        raise ValueError("out is read-only; expected a writeable array")
+    if _overlaps_itself(found):
+        raise ValueError(f"out has elements that share memory (strides {found.strides}); expected separate elements")
+    if in_place is None:
+        if shares(found, x):
+            raise ValueError(
+                f"out shares memory with {of}; expected separate memory, since the cache needs {of} unchanged"
+            )
+    elif not _same_view(found, x) and shares(found, x):
+        raise ValueError(f"out overlaps {of} in part; expected out={in_place} itself or separate memory")
+    for name, other in others.items():
+        if other is not None and shares(found, other):
+            raise ValueError(f"out shares memory with {name}; expected separate memory")
+    return found
+
+
+def updated_in_place(name: str, found: np.ndarray[Any, Any], others: dict[str, np.ndarray[Any, Any] | None]) -> None:
+    """An array that the call updates must not share memory with any other of its arrays."""
+    for other_name, other in others.items():
+        if other is not None and other_name != name and shares(found, other):
+            raise ValueError(
+                f"{name} shares memory with {other_name}; expected separate memory, since {name} is updated in place"
+            )

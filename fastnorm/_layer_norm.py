@@ -1,0 +1,109 @@
+"""Layer norm: every sample is normalised over its last axes.
+
+Forward and backward, checked against `fastnorm.reference.layer_norm` and its pair.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from . import _core, _slow_path
+from ._results import Array, NormGrads
+
+
+def layer_norm(
+    x: Any, weight: Any = None, bias: Any = None, *, axis: int = -1, eps: float = 1e-5, out: Any = None
+) -> Array:
+    """Layer normalization over the axes from `axis` to the last.
+
+    y = (x - mean) * rstd * weight + bias, rstd = 1 / sqrt(var + eps), with the mean and the biased variance of each
+    sample over the normalised axes.
+
+    Parameters
+    ----------
+    x : array_like
+        Shape (..., *normalised), float32 or float64, any strides.
+    weight, bias : array_like, optional
+        Shape x.shape[axis:], of x's dtype; None stands for 1 and 0.
+    axis : int, default -1
+        The first normalised axis.
+    eps : float, default 1e-5
+        Added to the variance, >= 0. Where the sum is 0, rstd is taken as 0, so that y is bias.
+    out : ndarray, optional
+        Where to write y: x's shape and dtype, any strides; may be x itself.
+
+    Returns
+    -------
+    ndarray
+        y, of x's shape and dtype; a new array has its axes in memory in x's order.
+
+    Raises
+    ------
+    TypeError
+        An array is not of float32 or float64 in native byte order, a parameter's dtype is not x's, or a number is not
+        one.
+    ValueError
+        A shape, an axis, eps or out does not fit. Nothing has been written then.
+
+    References
+    ----------
+    J. L. Ba, J. R. Kiros and G. E. Hinton, "Layer Normalization", 2016, arXiv:1607.06450.
+    """
+    y = _core.layer_norm(x, weight, bias, axis, eps, out)
+    if y is None:
+        y = _slow_path.forward("layer_norm", x, weight, bias, axis, eps, out, cache=False)
+    return cast(Array, y)
+
+
+def layer_norm_forward(
+    x: Any, weight: Any = None, bias: Any = None, *, axis: int = -1, eps: float = 1e-5, out: Any = None
+) -> tuple[Array, _core.NormCache]:
+    """`layer_norm` that also returns what `layer_norm_backward` needs.
+
+    Parameters and errors are those of `layer_norm`, but out must not overlap x: the cache keeps x.
+
+    Returns
+    -------
+    y : ndarray
+        As from `layer_norm`.
+    cache : NormCache
+        Read-only: x, weight, mean, rstd and the settings of the call.
+        mean and rstd are float64, one per sample.
+    """
+    result = _core.layer_norm_forward(x, weight, bias, axis, eps, out)
+    if result is None:
+        result = _slow_path.forward("layer_norm", x, weight, bias, axis, eps, out, cache=True)
+    return cast("tuple[Array, _core.NormCache]", result)
+
+
+def layer_norm_backward(dy: Any, cache: Any, *, out: Any = None) -> NormGrads:
+    """Gradients of `layer_norm` with respect to its input and its parameters.
+
+    With g = dy * weight and means over the normalised axes: dx = rstd * (g - mean(g) - xhat * mean(g * xhat)); dweight
+    and dbias are the sums of dy * xhat and dy over the samples.
+
+    Parameters
+    ----------
+    dy : array_like
+        Gradient of the loss with respect to y: the shape and dtype of x.
+    cache : NormCache
+        What `layer_norm_forward` returned. It is not changed, and x must not have been changed since.
+    out : ndarray, optional
+        Where to write dx; may be dy itself.
+
+    Returns
+    -------
+    NormGrads
+        (dx, dweight, dbias), in x's dtype; dweight or dbias is None where the parameter was None.
+
+    Raises
+    ------
+    TypeError
+        dy's dtype is not x's, or cache is not a cache.
+    ValueError
+        dy's shape is not x's, cache is of another function, or out does not fit.
+    """
+    grads = _core.layer_norm_backward(dy, cache, out)
+    if grads is None:
+        grads = _slow_path.backward("layer_norm", dy, cache, out)
+    return NormGrads(*grads)

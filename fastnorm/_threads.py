@@ -1,0 +1,55 @@
+"""How many threads a call may use. The setting is one for the whole process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from . import _check, _core
+
+
+def get_num_threads() -> int:
+    """Most threads that a call uses.
+
+    Starts as FASTNORM_NUM_THREADS, or else as OpenMP's default (OMP_NUM_THREADS, the CPUs this process may use).
+
+    Returns
+    -------
+    int
+    """
+    return _core.get_num_threads()
+
+
+def set_num_threads(n: int) -> None:
+    """Set the most threads that a call may use, for the whole process. Results do not depend on it, to the last bit.
+
+    Parameters
+    ----------
+    n : int
+        1 to 4096. Small work runs on the calling thread in any case.
+
+    Raises
+    ------
+    TypeError
+        n is not an integer.
+    ValueError
+        n is out of range.
+    """
+    _core.set_num_threads(_check.integer("n", n))
+
+
+@contextmanager
+def num_threads(n: int) -> Iterator[None]:
+    """Use at most n threads inside a `with` block.
+
+    Parameters
+    ----------
+    n : int
+        As for `set_num_threads`.
+    """
+    before = get_num_threads()
+    set_num_threads(n)
+    try:
+        yield
+    finally:
+        set_num_threads(before)

@@ -1,0 +1,57 @@
+"""Every public function of fastnorm again, in plain NumPy, from the formulas: same names, same signatures.
+
+Promises results rounded once from a computation in longdouble (float64 where longdouble is no wider); written to be
+read. It is the oracle of the tests and of `fastnorm.verify`. Refuses to be fast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from . import _norm
+from ._norm import (
+    Moments,
+    NormGrads,
+    batch_norm,
+    batch_norm_backward,
+    batch_norm_forward,
+    group_norm,
+    group_norm_backward,
+    group_norm_forward,
+    instance_norm,
+    instance_norm_backward,
+    instance_norm_forward,
+    layer_norm,
+    layer_norm_backward,
+    layer_norm_forward,
+    moments,
+    rms_norm,
+    rms_norm_backward,
+    rms_norm_forward,
+)
+
+# Name of a function -> the same function, giving each output before rounding with its allowed error, and writing to
+# nothing. A function that is not here must agree with its reference to the last bit.
+_EXACT: dict[str, Callable[..., dict[str, Any]]] = {**_norm.EXACT}
+
+__all__ = [
+    "Moments",
+    "NormGrads",
+    "batch_norm",
+    "batch_norm_backward",
+    "batch_norm_forward",
+    "group_norm",
+    "group_norm_backward",
+    "group_norm_forward",
+    "instance_norm",
+    "instance_norm_backward",
+    "instance_norm_forward",
+    "layer_norm",
+    "layer_norm_backward",
+    "layer_norm_forward",
+    "moments",
+    "rms_norm",
+    "rms_norm_backward",
+    "rms_norm_forward",
+]
