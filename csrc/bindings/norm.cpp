@@ -144,6 +144,18 @@ Sizes sizes_of(const Spec& spec, const Array& x) {
 // Nothing to normalise in a batch of something: there are no statistics to give.
 bool has_empty_sets(const Sizes& sizes) { return sizes.batch > 0 && sizes.sets > 0 && sizes.per_set == 0; }
 
+// Sets are numbered in C order, samples before channels or groups wherever the channel axis is.
+void number_sets(PlanInput& in) {
+  int64_t sets = 1;
+  for (const bool owning : {true, false}) {
+    for (int axis = in.rank - 1; axis >= 0; --axis) {
+      if (in.role[axis] != Role::set || in.set_owns_param[axis] != owning) continue;
+      in.set_stride[axis] = sets;
+      sets *= in.size[axis];
+    }
+  }
+}
+
 PlanInput describe(const Spec& spec, const Array& x) {
   PlanInput in;
   in.itemsize = x.itemsize();
@@ -173,6 +185,7 @@ PlanInput describe(const Spec& spec, const Array& x) {
     in.role[in.rank] = role;
     in.set_owns_param[in.rank++] = owns;
   }
+  number_sets(in);
   return in;
 }
 
@@ -527,6 +540,7 @@ py::object moments(py::handle x_object, const std::vector<bool>& reduced) {
   }
   in.rank = x.rank();
   in.x.data = x.data();
+  number_sets(in);
   py::array mean = float64_vector(sets, 0), m2 = float64_vector(sets, 0);
   if (sets > 0 && count > 0) {
     ReleaseForLargeWork release(sets * count);

@@ -11,6 +11,7 @@ namespace fastnorm {
 namespace {
 
 constexpr int kStrip = 16;                 // columns whose accumulators are in registers together
+constexpr int64_t kRowGroup = 16;          // rows added in one chain
 constexpr int64_t kRowChunk = 8192;        // rows whose blocks are merged before chunks are
 constexpr int64_t kFusedBytes = 256 << 10; // a tile up to this size is still in cache when it is read again
 
@@ -65,30 +66,35 @@ class Rows {
   alignas(64) T buffer_[kColumnRows][kColumnTile];
 };
 
-// sums[c] = sum over rows r of row(r)(c): columns independent of each other, rows in order. The lanes here are columns.
+// sums[c] += sum over rows [first, end) of row(r)(c), for `count` columns (kStrip of them unless it is the last strip).
 template <class Lanes, class Row>
-inline void column_sums(int64_t rows, int64_t width, typename Lanes::Term* sums, const Row& row) {
-  int64_t c = 0;
-  for (; c + kStrip <= width; c += kStrip) {
-    Lanes lanes;
-    for (int lane = 0; lane < kStrip; ++lane) lanes.clear(lane);
-    for (int64_t r = 0; r < rows; ++r) {
-      const auto term = row(r);
-#pragma omp simd
-      for (int lane = 0; lane < kStrip; ++lane) lanes.add(lane, term(c + lane));
-    }
-    for (int lane = 0; lane < kStrip; ++lane) sums[c + lane] = lanes.get(lane);
-  }
-  const int rest = static_cast<int>(width - c);
-  if (rest == 0) return;
+inline void strip_sums(int64_t first, int64_t end, int64_t column, int count, typename Lanes::Term* sums, const Row& row) {
   Lanes lanes;
   for (int lane = 0; lane < kStrip; ++lane) lanes.clear(lane);
-  for (int64_t r = 0; r < rows; ++r) {
+  for (int64_t r = first; r < end; ++r) {
     const auto term = row(r);
 #pragma omp simd
-    for (int lane = 0; lane < rest; ++lane) lanes.add(lane, term(c + lane));
+    for (int lane = 0; lane < count; ++lane) lanes.add(lane, term(column + lane));
   }
-  for (int lane = 0; lane < rest; ++lane) sums[c + lane] = lanes.get(lane);
+  for (int lane = 0; lane < count; ++lane) sums[column + lane] += lanes.get(lane);
+}
+
+// sums[c] = sum over rows of row(r)(c): columns independent of each other. The lanes here are columns, so a chain of
+// additions has no other lanes to average its rounding errors: it is cut every kRowGroup rows.
+template <class Lanes, class Row>
+inline void column_sums(int64_t rows, int64_t width, typename Lanes::Term* sums, const Row& row) {
+  for (int64_t c = 0; c < width; ++c) sums[c] = {};
+  for (int64_t c = 0; c < width; c += kStrip) {
+    for (int64_t first = 0; first < rows; first += kRowGroup) {
+      const int64_t end = first + kRowGroup < rows ? first + kRowGroup : rows;
+      // The constant lets the compiler keep a full strip in registers.
+      if (c + kStrip <= width) {
+        strip_sums<Lanes>(first, end, c, kStrip, sums, row);
+      } else {
+        strip_sums<Lanes>(first, end, c, static_cast<int>(width - c), sums, row);
+      }
+    }
+  }
 }
 
 // Statistics and parameters of a tile's columns, one array each so that loops over columns vectorise.

@@ -11,6 +11,10 @@ constexpr int kLanes = 32;
 
 struct Pair {
   double first, second;
+  void operator+=(Pair other) {
+    first += other.first;
+    second += other.second;
+  }
 };
 
 // Accumulators for one sum or for two. Arrays with names of their own: an array of arrays is not kept in registers.

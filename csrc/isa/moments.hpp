@@ -149,6 +149,11 @@ inline bool needs_scale(const Moments& moments, double eps) {
          (m2 < 0x1p-900 * moments.count && eps < 0x1p-900);
 }
 
+// Subtracting the low part of the mean costs a rounding; it is left out where it is worth less than an eighth of one.
+inline void drop_negligible(Statistic& s) {
+  if (std::fabs(s.mean_lo) * s.rstd < 0x1p-56) s.mean_lo = 0;
+}
+
 // Statistics of a set from its moments, which were taken of x * scale.
 inline Statistic statistic_of(const Moments& moments, double eps, double scale) {
   Statistic s;
@@ -156,6 +161,7 @@ inline Statistic statistic_of(const Moments& moments, double eps, double scale) 
   s.mean_lo = moments.mean_lo;
   s.rstd = reciprocal_std(moments.m2, moments.count, eps * scale * scale);
   s.scale = scale;
+  drop_negligible(s);
   return s;
 }
 
@@ -169,13 +175,14 @@ inline Statistic statistic_from(double mean, double mean_lo, double rstd) {
     s.mean_lo *= s.scale;
     s.rstd /= s.scale;
   }
+  drop_negligible(s);
   return s;
 }
 
 template <class T>
 inline void store_statistic(const NormArgs<T>& args, int64_t index, const Moments& moments, const Statistic& s) {
-  if (args.mean) args.mean[index] = s.mean / s.scale;
-  if (args.mean_lo) args.mean_lo[index] = s.mean_lo / s.scale;
+  if (args.mean) args.mean[index] = moments.mean / s.scale;
+  if (args.mean_lo) args.mean_lo[index] = moments.mean_lo / s.scale;
   if (args.var) args.var[index] = moments.m2.value() / moments.count / s.scale / s.scale;
   if (args.rstd) args.rstd[index] = s.true_rstd();
 }
