@@ -390,8 +390,10 @@ py::object batch_norm(py::handle x_object, py::handle mean_object, py::handle va
 
 py::object batch_norm_forward(py::handle x_object, py::handle weight_object, py::handle bias_object, py::handle mean_object,
                               py::handle var_object, py::handle momentum_object, py::handle axis_object, py::handle eps_object,
-                              bool training, py::handle out_object, bool checked) {
+                              py::handle training_object, py::handle out_object, bool checked) {
   if (verifying() && !checked) return py::none();
+  if (!PyBool_Check(training_object.ptr())) return py::none();
+  const bool training = training_object.ptr() == Py_True;
   const Array x(x_object);
   const std::optional<Spec> spec = make_spec(Kind::batch, x, axis_object, py::none());
   double eps = 0, momentum = 0;
@@ -505,14 +507,26 @@ py::object run_backward(const NormCache& cache, const Array& x, const Array& dy,
   return py::make_tuple(dweight, dbias);
 }
 
-// (dx, dweight, dbias), or None. `function` is the caller's name: a cache of another function is declined.
+// An array's shape can be changed in place (`x.shape = ...`) after the forward has counted its sets.
+bool still_fits(const NormCache& cache) {
+  const Array x(cache.x);
+  if (!x.is_float() || x.rank() <= cache.spec.axis) return false;
+  const Sizes sizes = sizes_of(cache.spec, x);
+  if (sizes.sets != py::array(cache.rstd).size() || sizes.per_set != cache.count) return false;
+  for (const py::object& param : {cache.weight, cache.bias}) {
+    if (!param.is_none() && !is_param(cache.spec, x, Array(param))) return false;
+  }
+  return true;
+}
+
+// (dx, dweight, dbias), or None. A cache of another function is declined.
 py::object backward(Kind kind, py::handle dy_object, py::handle cache_object, py::handle out_object, bool checked) {
   if (verifying() && !checked) return py::none();
   if (!py::isinstance<NormCache>(cache_object)) return py::none();
   const NormCache& cache = cache_object.cast<const NormCache&>();
   if (cache.spec.kind != kind) return py::none();
   const Array x(cache.x), dy(dy_object);
-  if (!dy.is_float() || dy.dtype() != x.dtype() || !dy.same_shape(x)) return py::none();
+  if (!dy.is_float() || dy.dtype() != x.dtype() || !dy.same_shape(x) || !still_fits(cache)) return py::none();
   Optional x_given{x, true, true}, weight;
   if (!cache.weight.is_none()) weight = Optional{Array(cache.weight), true, true};
   if (!out_object.is_none() && !accepts_out(dy, out_object, InPlace::allowed, checked, {&x_given, &weight})) return py::none();
@@ -600,6 +614,7 @@ void bind_cache(py::module_& m) {
                              [](const NormCache& c) {
                                return c.spec.kind == Kind::batch ? py::object(py::bool_(c.training)) : py::none();
                              })
+      .def_property_readonly("intact", &still_fits)
       .def("__repr__", [](const NormCache& c) {
         return std::string("<fastnorm ") + name_of(c.spec.kind) + " cache, x of shape " +
                py::repr(c.x.attr("shape")).cast<std::string>() + ">";
