@@ -90,11 +90,6 @@ class _Sets:
         transposed = v.reshape(tuple(like.shape[i] for i in self.order))
         return cast(Array, transposed.transpose(tuple(np.argsort(self.order))))
 
-    def listed(self, statistic: Array) -> Array:
-        """One value for each set, 1-D, the sets in C order as x's own axes have them."""
-        kept = statistic.reshape([n for i, n in enumerate(self.shape) if i not in self.axes])
-        return (kept.T if self.order[:2] == (1, 0) else kept).reshape(-1)
-
     def parameter(self, name: str, value: Array | None, default: float) -> Array:
         if value is None:
             return np.full((1,) * len(self.shape), default, WIDE)
@@ -233,7 +228,7 @@ def _normalise(
     # The contract is for xhat; weight and bias each add one rounding.
     units = FORWARD_UNITS + (weight is not None) + (bias is not None)
     u = _unit(x.dtype)
-    mean, sigma = sets.listed(mean), sets.listed(sigma)
+    mean, sigma = mean.ravel(), sigma.ravel()
     rstd = _ratio(np.ones_like(sigma), sigma)
     # A mean is as good as the deviations need it to be, and then rounded to float64.
     mean_scale = sigma + np.abs(mean) * _unit(np.dtype(np.float64)) / u
@@ -599,7 +594,7 @@ def _exact_batch_norm_forward(
         raise ValueError(f"x has shape {x.shape}: one value per channel has no variance; use training=False")
     exact = _normalise(x, weight, bias, sets, eps)
     mean = exact["mean"].value
-    std = sets.listed(_statistics(sets.view(x), sets.axes, 0.0)[1])
+    std = _statistics(sets.view(x), sets.axes, 0.0)[1].ravel()
     var = std**2
     u = _unit(x.dtype)
     exact["batch_var"] = Exact(var, var, u, GRADIENT_UNITS)
