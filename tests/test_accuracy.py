@@ -51,7 +51,11 @@ def extremes(dtype: Any, m: int) -> Iterator[tuple[str, np.ndarray, float]]:
     every = itertools.product(VALUES, (0.0, 1e3, -1e6, 1 / unit(dtype)), SCALES[dtype], (0.0, 1e-5))
     for i, (kind, offset, scale, eps) in enumerate(every):
         if m < 50 or (i + m) % 11 == 0:
-            yield f"{kind}, offset {offset:g}, scale {scale:g}, eps {eps:g}", rows(dtype, offset, scale, m, kind, i), eps
+            yield (
+                f"{kind}, offset {offset:g}, scale {scale:g}, eps {eps:g}",
+                rows(dtype, offset, scale, m, kind, i),
+                eps,
+            )
 
 
 # A function, how three sets of m values become its x, and its options.

@@ -49,7 +49,9 @@ def test_a_constant_set_gives_exactly_the_bias(stem: str, module: Any, dtype: An
 @pytest.mark.parametrize("eps", [0.0, 1e-5])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("module", MODULES)
-@pytest.mark.parametrize(("stem", "shape"), [("layer_norm", (5, 1)), ("group_norm", (3, 2)), ("instance_norm", (3, 2, 1))])
+@pytest.mark.parametrize(
+    ("stem", "shape"), [("layer_norm", (5, 1)), ("group_norm", (3, 2)), ("instance_norm", (3, 2, 1))]
+)
 def test_one_value_in_a_set(stem: str, shape: tuple[int, ...], module: Any, dtype: Any, eps: float) -> None:
     """y is bias, dx and dweight are 0, to the last bit."""
     x = np.resize(np.array([3e38, -7, 1e-40, 0.1, -0.0], dtype), shape)

@@ -32,13 +32,8 @@ def memory(draw: st.DrawFn, shape: tuple[int, ...], dtype: Any, *, writeable: bo
     shift = draw(st.sampled_from([0, 0, 0, 1, itemsize // 2, itemsize]))
     raw = np.zeros(math.prod(extents) * itemsize + shift, np.uint8)[shift:]
     whole = raw.view(dtype).reshape([extents[i] for i in order]).transpose(np.argsort(order))
-    slices = tuple(
-        slice(n * step - step, None if step * -1 == abs(step) else n * step, step)
-        if step < 0
-        else slice(pad, pad + n * step, step)
-        for n, step, pad in zip(shape, steps, padding, strict=True)
-    )
-    a = whole[slices]
+    a = whole[tuple(slice(pad, None, abs(step)) for step, pad in zip(steps, padding, strict=True))]
+    a = a[tuple(slice(None, None, -1 if step < 0 else 1) for step in steps)][tuple(slice(n) for n in shape)]
     assert a.shape == shape
     if not writeable and shape and draw(st.integers(0, 4)) == 0:
         axis = draw(st.integers(0, len(shape) - 1))

@@ -140,7 +140,9 @@ RESIDENT_PEAKS = """
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's account of a process's peak memory")
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="needs Linux's account of a process's peak memory"
+)
 def test_the_kernels_take_no_buffer_of_the_size_of_out_either() -> None:
     """Buffers of the compiled code, which Python's own account does not see."""
     # Buffers of 1 MB and more straight from the system and back, so that none is reused unseen.

@@ -42,7 +42,9 @@ def errors(got: np.ndarray, exact: Any) -> np.ndarray:
     return error.astype(np.float64)
 
 
-def assert_close(got: dict[str, np.ndarray], exact: dict[str, Any], label: str = "", units: float | None = None) -> None:
+def assert_close(
+    got: dict[str, np.ndarray], exact: dict[str, Any], label: str = "", units: float | None = None
+) -> None:
     """Every output of ``exact`` is in ``got`` and within the contract, or within ``units`` where given."""
     for name, value in exact.items():
         if value is None:
