@@ -44,6 +44,8 @@ class NormCache:
     def count(self) -> int: ...
     @property
     def training(self) -> bool | None: ...
+    @property
+    def intact(self) -> bool: ...
 
 _Grads = tuple[_Array, _Array | None, _Array | None]
 
@@ -93,7 +95,7 @@ def batch_norm_forward(
     momentum: Any,
     channel_axis: Any,
     eps: Any,
-    training: bool,
+    training: Any,
     out: Any,
     checked: bool = False,
 ) -> tuple[_Array, NormCache] | None: ...

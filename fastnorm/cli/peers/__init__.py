@@ -1,0 +1,57 @@
+"""The libraries that `bench` puts beside fastnorm: one small module each, imported only where its library is installed.
+
+A peer module has `prepare(function, arrays, options, threads)`, which returns a call without arguments that does the
+same work on the same values as a user of the library would write it, or None where the library has no such operation.
+Conversion to its own arrays, compilation and the forward before a backward happen there, outside the measurement.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from types import ModuleType
+from typing import Any
+
+from fastnorm.cli.calls import Arrays, Options
+
+Prepare = Callable[[str, Arrays, Options, int], "Callable[[], Any] | None"]
+
+# Name in the tables -> (module here, distributions that must be installed).
+_PEERS = {
+    "numpy": ("with_numpy", ("numpy",)),
+    "torch": ("with_torch", ("torch",)),
+    "jax": ("with_jax", ("jax",)),
+    "onnxruntime": ("with_onnxruntime", ("onnxruntime", "onnx")),
+    "numba": ("with_numba", ("numba",)),
+}
+NAMES = tuple(_PEERS)
+
+
+def installed() -> dict[str, str]:
+    """Version by name of every peer that this environment has."""
+    versions = {name: [_version(d) for d in distributions] for name, (_, distributions) in _PEERS.items()}
+    return {name: found[0] for name, found in versions.items() if found[0] is not None and None not in found}
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
+def load(name: str) -> ModuleType:
+    """The module of a peer; raises ImportError where its library is missing or broken."""
+    return import_module(f"fastnorm.cli.peers.{_PEERS[name][0]}")
+
+
+def axes_of(function: str, ndim: int, options: Options) -> tuple[int, ...]:
+    """The axes that a norm reduces (for group norm: of x reshaped to (N, G, C/G, ...)), channels on axis 1."""
+    if "batch_norm" in function:
+        return (0, *range(2, ndim))
+    if "instance_norm" in function:
+        return tuple(range(2, ndim))
+    if "group_norm" in function:
+        return tuple(range(2, ndim + 1))
+    return tuple(range(options.get("axis", -1) % ndim, ndim))

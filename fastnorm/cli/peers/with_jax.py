@@ -1,0 +1,75 @@
+"""JAX on the CPU: the formulas in jax.numpy, compiled by jax.jit; gradients by jax.vjp after the forward has run.
+
+The thread count is XLA's own: one thread can only be asked for before JAX starts, through XLA_FLAGS.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+from fastnorm.cli.calls import SEED, Arrays, Options, stem_of
+from fastnorm.cli.peers import axes_of
+
+_EPS = 1e-5
+
+
+def _start(threads: int) -> tuple[Any, Any]:
+    if threads == 1:
+        os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1")
+    jax = import_module("jax")
+    jax.config.update("jax_enable_x64", True)
+    return jax, import_module("jax.numpy")
+
+
+def prepare(function: str, arrays: Arrays, options: Options, threads: int) -> Callable[[], Any] | None:
+    if stem_of(function) not in ("layer_norm", "rms_norm", "batch_norm", "instance_norm", "group_norm", "dropout"):
+        return None
+    if arrays.x.strides[-1] != arrays.x.itemsize:
+        return None  # JAX would copy another layout to C order: not the same work
+    jax, jnp = _start(threads)
+    t = {name: jnp.asarray(value) for name, value in vars(arrays).items() if value is not None}
+    names = [name for name in ("x", "weight", "bias", "mean", "var") if name in t]
+    operation = _operation(jax, jnp, function, options)
+    if function != "batch_norm":
+        names = [name for name in names if name not in ("mean", "var")]
+    if function.endswith("_backward"):
+        _, pull = jax.vjp(lambda *values: operation(dict(zip(names, values, strict=True))), *(t[n] for n in names))
+        gradients = jax.jit(lambda pullback, dy: pullback(dy))
+        return lambda: jax.block_until_ready(gradients(pull, t["dy"]))
+    compiled = jax.jit(operation)
+    given = {name: t[name] for name in names}
+    return lambda: jax.block_until_ready(compiled(given))
+
+
+def _operation(jax: Any, jnp: Any, function: str, options: Options) -> Callable[[dict[str, Any]], Any]:
+    def scaled(xhat: Any, t: dict[str, Any], shape: tuple[int, ...]) -> Any:
+        if "weight" in t:
+            xhat = xhat * t["weight"].reshape(shape)
+        return xhat + t["bias"].reshape(shape) if "bias" in t else xhat
+
+    def dropout(t: dict[str, Any]) -> Any:
+        p, x = options.get("p", 0.3), t["x"]
+        return jnp.where(jax.random.bernoulli(jax.random.key(SEED), 1 - p, x.shape), x / (1 - p), 0)
+
+    def norm(t: dict[str, Any]) -> Any:
+        x = t["x"]
+        rows = function.startswith(("layer", "rms"))
+        shape = x.shape[options.get("axis", -1) :] if rows else (-1,) + (1,) * (x.ndim - 2)
+        if function == "batch_norm":
+            mean, var = t["mean"].reshape(shape), t["var"].reshape(shape)
+            return scaled((x - mean) * jax.lax.rsqrt(var + _EPS), t, shape)
+        grouped = x
+        if function.startswith("group"):
+            groups = options["num_groups"]
+            grouped = x.reshape(x.shape[0], groups, x.shape[1] // groups, *x.shape[2:])
+        axes = axes_of(function, x.ndim, options)
+        if function.startswith("rms"):
+            mean, var = 0, (x * x).mean(axes, keepdims=True)
+        else:
+            mean, var = grouped.mean(axes, keepdims=True), grouped.var(axes, keepdims=True)
+        return scaled(((grouped - mean) * jax.lax.rsqrt(var + _EPS)).reshape(x.shape), t, shape)
+
+    return dropout if stem_of(function) == "dropout" else norm
