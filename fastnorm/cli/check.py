@@ -219,7 +219,7 @@ def expected(function: str, call: Any) -> dict[str, Any]:
 
 
 def _expected_residual(function: str, call: Any) -> dict[str, Any]:
-    """For s = residual + dropout(x), y = norm(s): s to the last bit, the rest as the norm's contract has it on that s."""
+    """Of s = residual + dropout(x), y = norm(s): s to the last bit, the rest as the norm's contract has it."""
     norm = stem_of(function).removeprefix("dropout_add_")
     if not function.endswith("_backward"):
         result = getattr(reference, function)(*call.args, **call.keywords)

@@ -16,7 +16,7 @@ from fastnorm import Philox
 
 Array = NDArray[Any]
 
-_CONV1, _CONV2, _HIDDEN, _CLASSES = 16, 32, 128, 10
+_CONV1, _CONV2, _HIDDEN, _CLASSES = 8, 32, 128, 10
 _DROP = 0.3
 _WEIGHT_DECAY = 5e-4
 _SGD_MOMENTUM = 0.9
