@@ -66,14 +66,11 @@ Plan make_plan(const PlanInput& input) {
   Plan plan;
   Axes set, param, reduce;
   int nearest = -1;
-  int64_t set_c_stride[kMaxRank], param_c_stride[kMaxRank], owned_stride[kMaxRank];
-  int64_t set_total = 1, param_total = 1, owned_total = 1;
+  int64_t param_c_stride[kMaxRank], owned_stride[kMaxRank];
+  int64_t param_total = 1, owned_total = 1;
   for (int axis = input.rank - 1; axis >= 0; --axis) {
     const int64_t size = input.size[axis];
-    if (input.role[axis] == Role::set) {
-      set_c_stride[axis] = set_total;
-      set_total *= size;
-    } else if (input.role[axis] == Role::param) {
+    if (input.role[axis] == Role::param) {
       param_c_stride[axis] = param_total;
       param_total *= size;
     }
@@ -118,12 +115,12 @@ Plan make_plan(const PlanInput& input) {
     plan.param_order.push(input.size[param.axis[i]], param_c_stride[param.axis[i]]);
   }
   for (int i = 0; i < set.count; ++i) {
-    plan.set_stat.push(input.size[set.axis[i]], set_c_stride[set.axis[i]]);
+    plan.set_stat.push(input.size[set.axis[i]], input.set_stride[set.axis[i]]);
     plan.set_param.push(input.size[set.axis[i]], owned_stride[set.axis[i]]);
   }
   if (column_axis >= 0) {
     plan.columns = input.size[column_axis];
-    plan.column_stat = set_c_stride[column_axis];
+    plan.column_stat = input.set_stride[column_axis];
     plan.column_param = owned_stride[column_axis];
   }
   fill(plan.x, input, input.x, set, segment, element, column_axis);

@@ -103,7 +103,7 @@ struct Plan {
   int64_t params_per_set = 1;  // PARAM axes' product
   Blocks blocks;
   Walk set_param;              // set -> index of its first weight (strides count elements)
-  Walk set_stat;               // set -> index of its statistics, C order over the SET axes
+  Walk set_stat;               // set -> index of its statistics
   int64_t column_param = 0;    // the same two for the column axis
   int64_t column_stat = 0;
   Walk param_order;            // PARAM axes as x walks them -> index in C order
@@ -122,6 +122,7 @@ struct PlanInput {
   int64_t size[kMaxRank];
   Role role[kMaxRank];
   bool set_owns_param[kMaxRank];  // a SET axis along which the weight changes (channels of batch norm, groups)
+  int64_t set_stride[kMaxRank];   // of a SET axis in the numbering of the sets, which is that of the statistics
   int64_t itemsize = 4;
   bool centred = true;            // false (RMS norm): the column kernels, which subtract a mean, are not for this call
   struct Array {

@@ -28,7 +28,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
 
 HEAD = """# API
 
-Made by `docs/make_api.py` from the docstrings: change those, then run it. `python -c "help(fn.layer_norm)"` shows the same.
+Made by `docs/make_api.py` from the docstrings: change those, then run it. `help(fn.layer_norm)` shows the same.
 """
 
 

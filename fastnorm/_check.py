@@ -176,7 +176,7 @@ def _same_view(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> bool:
 def shares(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> bool:
     """Do two arrays share memory? Where that is too hard to tell, yes."""
     try:
-        return np.shares_memory(a, b, max_work=100_000)
+        return np.shares_memory(a, b, max_work=100_000)  # type: ignore[arg-type]
     except Exception:  # numpy.exceptions.TooHardError, and its own limits for odd strides
         return True
 

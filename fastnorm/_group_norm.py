@@ -79,7 +79,20 @@ def group_norm_forward(
 ) -> tuple[Array, _core.NormCache]:
     """`group_norm` that also returns what `group_norm_backward` needs.
 
-    Parameters and errors are those of `group_norm`, but out must not overlap x: the cache keeps x.
+    Parameters
+    ----------
+    x : array_like
+        Shape (N, C, ...), or with the channels elsewhere; float32 or float64, any strides.
+    num_groups : int
+        A divisor of C.
+    weight, bias : array_like, optional
+        Shape (C,), of x's dtype; None stands for 1 and 0.
+    channel_axis : int, default 1
+        Where the channels are. Axis 0 is the batch, or axis 1 where the channels are axis 0.
+    eps : float, default 1e-5
+        Added to the variance, >= 0. Where the sum is 0, rstd is taken as 0, so that y is bias.
+    out : ndarray, optional
+        Where to write y: x's shape and dtype, any strides; must not overlap x, which the cache keeps.
 
     Returns
     -------
@@ -88,6 +101,14 @@ def group_norm_forward(
     cache : NormCache
         Read-only: x, weight, mean, rstd and the settings of the call.
         mean and rstd are float64, one per sample and group.
+
+    Raises
+    ------
+    TypeError
+        An array is not of float32 or float64 in native byte order, a parameter's dtype is not x's, or a number is not
+        one.
+    ValueError
+        A shape, an axis, eps or out does not fit. Nothing has been written then.
     """
     result = _core.group_norm_forward(x, num_groups, weight, bias, channel_axis, eps, out)
     if result is None:

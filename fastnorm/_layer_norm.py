@@ -60,7 +60,18 @@ def layer_norm_forward(
 ) -> tuple[Array, _core.NormCache]:
     """`layer_norm` that also returns what `layer_norm_backward` needs.
 
-    Parameters and errors are those of `layer_norm`, but out must not overlap x: the cache keeps x.
+    Parameters
+    ----------
+    x : array_like
+        Shape (..., *normalised), float32 or float64, any strides.
+    weight, bias : array_like, optional
+        Shape x.shape[axis:], of x's dtype; None stands for 1 and 0.
+    axis : int, default -1
+        The first normalised axis.
+    eps : float, default 1e-5
+        Added to the variance, >= 0. Where the sum is 0, rstd is taken as 0, so that y is bias.
+    out : ndarray, optional
+        Where to write y: x's shape and dtype, any strides; must not overlap x, which the cache keeps.
 
     Returns
     -------
@@ -69,6 +80,14 @@ def layer_norm_forward(
     cache : NormCache
         Read-only: x, weight, mean, rstd and the settings of the call.
         mean and rstd are float64, one per sample.
+
+    Raises
+    ------
+    TypeError
+        An array is not of float32 or float64 in native byte order, a parameter's dtype is not x's, or a number is not
+        one.
+    ValueError
+        A shape, an axis, eps or out does not fit. Nothing has been written then.
     """
     result = _core.layer_norm_forward(x, weight, bias, axis, eps, out)
     if result is None:

@@ -103,6 +103,10 @@ def backward(function: str, dy: Any, cache: Any, out: Any) -> Any:
         raise TypeError(f"cache is a {type(cache).__name__}; expected the cache that {function}_forward returned")
     if cache.function != function:
         raise ValueError(f"cache comes from {cache.function}_forward; expected one from {function}_forward")
+    if not cache.intact:
+        raise ValueError(
+            f"cache holds an x or parameter whose shape was changed after {function}_forward; expected both as then"
+        )
     x = cache.x
     dy = _check.same("dy", dy, x.shape, x.dtype, of="the forward's x")
     out = _check.output(

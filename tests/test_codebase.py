@@ -24,7 +24,9 @@ CONTROLS = {"get_num_threads", "set_num_threads", "num_threads", "verify"}
 FUNCTIONS = sorted(n for n in fn.__all__ if inspect.isfunction(getattr(fn, n)) and n not in CONTROLS)
 PACKAGE = ROOT / "fastnorm"
 # Modules that test a property of all functions at once.
-WALKERS = {f"test_{name}.py" for name in ["codebase", "docs", "errors", "fork", "guard_pages", "isa", "overlap", "threads"]}
+WALKERS = {f"test_{name}.py" for name in ("codebase", "docs", "errors", "fork", "guard_pages", "isa", "overlap")} | {
+    "test_threads.py"
+}
 
 in_repository = pytest.mark.skipif(not (ROOT / "csrc").is_dir(), reason="the repository is not around the tests")
 

@@ -144,6 +144,18 @@ Sizes sizes_of(const Spec& spec, const Array& x) {
 // Nothing to normalise in a batch of something: there are no statistics to give.
 bool has_empty_sets(const Sizes& sizes) { return sizes.batch > 0 && sizes.sets > 0 && sizes.per_set == 0; }
 
+// Sets are numbered in C order, samples before channels or groups wherever the channel axis is.
+void number_sets(PlanInput& in) {
+  int64_t sets = 1;
+  for (const bool owning : {true, false}) {
+    for (int axis = in.rank - 1; axis >= 0; --axis) {
+      if (in.role[axis] != Role::set || in.set_owns_param[axis] != owning) continue;
+      in.set_stride[axis] = sets;
+      sets *= in.size[axis];
+    }
+  }
+}
+
 PlanInput describe(const Spec& spec, const Array& x) {
   PlanInput in;
   in.itemsize = x.itemsize();
@@ -173,6 +185,7 @@ PlanInput describe(const Spec& spec, const Array& x) {
     in.role[in.rank] = role;
     in.set_owns_param[in.rank++] = owns;
   }
+  number_sets(in);
   return in;
 }
 
@@ -377,8 +390,10 @@ py::object batch_norm(py::handle x_object, py::handle mean_object, py::handle va
 
 py::object batch_norm_forward(py::handle x_object, py::handle weight_object, py::handle bias_object, py::handle mean_object,
                               py::handle var_object, py::handle momentum_object, py::handle axis_object, py::handle eps_object,
-                              bool training, py::handle out_object, bool checked) {
+                              py::handle training_object, py::handle out_object, bool checked) {
   if (verifying() && !checked) return py::none();
+  if (!PyBool_Check(training_object.ptr())) return py::none();
+  const bool training = training_object.ptr() == Py_True;
   const Array x(x_object);
   const std::optional<Spec> spec = make_spec(Kind::batch, x, axis_object, py::none());
   double eps = 0, momentum = 0;
@@ -492,14 +507,26 @@ py::object run_backward(const NormCache& cache, const Array& x, const Array& dy,
   return py::make_tuple(dweight, dbias);
 }
 
-// (dx, dweight, dbias), or None. `function` is the caller's name: a cache of another function is declined.
+// An array's shape can be changed in place (`x.shape = ...`) after the forward has counted its sets.
+bool still_fits(const NormCache& cache) {
+  const Array x(cache.x);
+  if (!x.is_float() || x.rank() <= cache.spec.axis) return false;
+  const Sizes sizes = sizes_of(cache.spec, x);
+  if (sizes.sets != py::array(cache.rstd).size() || sizes.per_set != cache.count) return false;
+  for (const py::object& param : {cache.weight, cache.bias}) {
+    if (!param.is_none() && !is_param(cache.spec, x, Array(param))) return false;
+  }
+  return true;
+}
+
+// (dx, dweight, dbias), or None. A cache of another function is declined.
 py::object backward(Kind kind, py::handle dy_object, py::handle cache_object, py::handle out_object, bool checked) {
   if (verifying() && !checked) return py::none();
   if (!py::isinstance<NormCache>(cache_object)) return py::none();
   const NormCache& cache = cache_object.cast<const NormCache&>();
   if (cache.spec.kind != kind) return py::none();
   const Array x(cache.x), dy(dy_object);
-  if (!dy.is_float() || dy.dtype() != x.dtype() || !dy.same_shape(x)) return py::none();
+  if (!dy.is_float() || dy.dtype() != x.dtype() || !dy.same_shape(x) || !still_fits(cache)) return py::none();
   Optional x_given{x, true, true}, weight;
   if (!cache.weight.is_none()) weight = Optional{Array(cache.weight), true, true};
   if (!out_object.is_none() && !accepts_out(dy, out_object, InPlace::allowed, checked, {&x_given, &weight})) return py::none();
@@ -527,6 +554,7 @@ py::object moments(py::handle x_object, const std::vector<bool>& reduced) {
   }
   in.rank = x.rank();
   in.x.data = x.data();
+  number_sets(in);
   py::array mean = float64_vector(sets, 0), m2 = float64_vector(sets, 0);
   if (sets > 0 && count > 0) {
     ReleaseForLargeWork release(sets * count);
@@ -586,6 +614,7 @@ void bind_cache(py::module_& m) {
                              [](const NormCache& c) {
                                return c.spec.kind == Kind::batch ? py::object(py::bool_(c.training)) : py::none();
                              })
+      .def_property_readonly("intact", &still_fits)
       .def("__repr__", [](const NormCache& c) {
         return std::string("<fastnorm ") + name_of(c.spec.kind) + " cache, x of shape " +
                py::repr(c.x.attr("shape")).cast<std::string>() + ">";

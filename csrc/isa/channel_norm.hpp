@@ -22,10 +22,10 @@ inline SegmentSums channel_unit_sums(const Plan& plan, int64_t set, int64_t unit
   const Port<T> x = port<T>(plan.x, set, segment), dy = port<T>(plan.dy, set, segment);
   SegmentSums total;
   for_unit_blocks(plan, unit, [&](int64_t start, int64_t n) {
-    const Terms<2> sums =
+    const Pair sums =
         gradient_sums(x.read(start, n, buffers.x), dy.read(start, n, buffers.dy), n, s, Same{1});
-    total.dy.add(sums.v[0]);
-    total.dy_xhat.add(sums.v[1]);
+    total.dy.add(sums.first);
+    total.dy_xhat.add(sums.second);
   });
   return total;
 }

@@ -11,6 +11,7 @@ namespace fastnorm {
 namespace {
 
 constexpr int kStrip = 16;                 // columns whose accumulators are in registers together
+constexpr int64_t kRowGroup = 16;          // rows added in one chain
 constexpr int64_t kRowChunk = 8192;        // rows whose blocks are merged before chunks are
 constexpr int64_t kFusedBytes = 256 << 10; // a tile up to this size is still in cache when it is read again
 
@@ -65,35 +66,34 @@ class Rows {
   alignas(64) T buffer_[kColumnRows][kColumnTile];
 };
 
-// sums[k][c] = sum over rows of term(r, c).v[k], columns independent of each other, rows in order.
-template <int K, class Term>
-inline void column_sums(int64_t rows, int64_t width, double (*sums)[kColumnTile], const Term& term) {
-  int64_t c = 0;
-  for (; c + kStrip <= width; c += kStrip) {
-    double lanes[K][kStrip] = {};
-    for (int64_t r = 0; r < rows; ++r) {
+// sums[c] += sum over rows [first, end) of row(r)(c), for `count` columns (kStrip of them unless it is the last strip).
+template <class Lanes, class Row>
+inline void strip_sums(int64_t first, int64_t end, int64_t column, int count, typename Lanes::Term* sums, const Row& row) {
+  Lanes lanes;
+  for (int lane = 0; lane < kStrip; ++lane) lanes.clear(lane);
+  for (int64_t r = first; r < end; ++r) {
+    const auto term = row(r);
 #pragma omp simd
-      for (int lane = 0; lane < kStrip; ++lane) {
-        const Terms<K> t = term(r, c + lane);
-        for (int k = 0; k < K; ++k) lanes[k][lane] += t.v[k];
+    for (int lane = 0; lane < count; ++lane) lanes.add(lane, term(column + lane));
+  }
+  for (int lane = 0; lane < count; ++lane) sums[column + lane] += lanes.get(lane);
+}
+
+// sums[c] = sum over rows of row(r)(c): columns independent of each other. The lanes here are columns, so a chain of
+// additions has no other lanes to average its rounding errors: it is cut every kRowGroup rows.
+template <class Lanes, class Row>
+inline void column_sums(int64_t rows, int64_t width, typename Lanes::Term* sums, const Row& row) {
+  for (int64_t c = 0; c < width; ++c) sums[c] = {};
+  for (int64_t c = 0; c < width; c += kStrip) {
+    for (int64_t first = 0; first < rows; first += kRowGroup) {
+      const int64_t end = first + kRowGroup < rows ? first + kRowGroup : rows;
+      // The constant lets the compiler keep a full strip in registers.
+      if (c + kStrip <= width) {
+        strip_sums<Lanes>(first, end, c, kStrip, sums, row);
+      } else {
+        strip_sums<Lanes>(first, end, c, static_cast<int>(width - c), sums, row);
       }
     }
-    for (int k = 0; k < K; ++k) {
-      for (int lane = 0; lane < kStrip; ++lane) sums[k][c + lane] = lanes[k][lane];
-    }
-  }
-  const int64_t rest = width - c;
-  if (rest == 0) return;
-  double lanes[K][kStrip] = {};
-  for (int64_t r = 0; r < rows; ++r) {
-#pragma omp simd
-    for (int64_t lane = 0; lane < rest; ++lane) {
-      const Terms<K> t = term(r, c + lane);
-      for (int k = 0; k < K; ++k) lanes[k][lane] += t.v[k];
-    }
-  }
-  for (int k = 0; k < K; ++k) {
-    for (int64_t lane = 0; lane < rest; ++lane) sums[k][c + lane] = lanes[k][lane];
   }
 }
 
@@ -137,14 +137,21 @@ inline void tile_moments(const Plan& plan, const Tile& tile, int64_t chunk, Mome
     const double count = static_cast<double>(rows);
     Rows<T> x(plan.x, tile, first, rows);
     x.load();
-    double sums[2][kColumnTile], pivot[kColumnTile];
-    column_sums<1>(rows, tile.width, sums, [&](int64_t r, int64_t c) { return Terms<1>{{static_cast<double>(x[r][c])}}; });
-    for (int64_t c = 0; c < tile.width; ++c) pivot[c] = sums[0][c] / count;
-    column_sums<2>(rows, tile.width, sums, [&](int64_t r, int64_t c) {
-      const double d = static_cast<double>(x[r][c]) - pivot[c];
-      return Terms<2>{{d, d * d}};
+    double pivot[kColumnTile];
+    Pair sums[kColumnTile];
+    column_sums<One<kStrip>>(rows, tile.width, pivot, [&](int64_t r) {
+      return [from = x[r]](int64_t c) { return static_cast<double>(from[c]); };
     });
-    for (int64_t c = 0; c < tile.width; ++c) moments[c].merge(moments_about(pivot[c], count, sums[0][c], sums[1][c]));
+    for (int64_t c = 0; c < tile.width; ++c) pivot[c] /= count;
+    column_sums<Two<kStrip>>(rows, tile.width, sums, [&](int64_t r) {
+      return [from = x[r], about = &pivot[0]](int64_t c) {
+        const double d = static_cast<double>(from[c]) - about[c];
+        return Pair{d, d * d};
+      };
+    });
+    for (int64_t c = 0; c < tile.width; ++c) {
+      moments[c].merge(moments_about(pivot[c], count, sums[c].first, sums[c].second));
+    }
   });
 }
 
@@ -154,14 +161,16 @@ inline void tile_sums(const Plan& plan, const Tile& tile, int64_t chunk, const T
     Rows<T> x(plan.x, tile, first, rows), dy(plan.dy, tile, first, rows);
     x.load();
     dy.load();
-    double sums[2][kColumnTile];
-    column_sums<2>(rows, tile.width, sums, [&](int64_t r, int64_t c) {
-      const double g = static_cast<double>(dy[r][c]);
-      return Terms<2>{{g, g * s.xhat(x[r][c], c)}};
+    Pair sums[kColumnTile];
+    column_sums<Two<kStrip>>(rows, tile.width, sums, [&](int64_t r) {
+      return [values = x[r], gradient = dy[r], statistics = &s](int64_t c) {
+        const double g = static_cast<double>(gradient[c]);
+        return Pair{g, g * statistics->xhat(values[c], c)};
+      };
     });
     for (int64_t c = 0; c < tile.width; ++c) {
-      totals[c].dy.add(sums[0][c]);
-      totals[c].dy_xhat.add(sums[1][c]);
+      totals[c].dy.add(sums[c].first);
+      totals[c].dy_xhat.add(sums[c].second);
     }
   });
 }

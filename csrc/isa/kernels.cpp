@@ -2,6 +2,7 @@
 // All but the table lives in anonymous namespaces, so that the linker can never merge code of different levels.
 #include "kernel_table.hpp"
 
+#include "isa/dropout.hpp"
 #include "isa/norm.hpp"
 
 #define FASTNORM_JOIN(a, b) FASTNORM_JOIN_(a, b)
@@ -17,8 +18,8 @@ const KernelTable FASTNORM_JOIN(kernels_, FASTNORM_ISA) = {
     FASTNORM_TEXT(FASTNORM_ISA),
     {moments<float>, forward<float>, apply<float>, backward<float>},
     {moments<double>, forward<double>, apply<double>, backward<double>},
-    {},
-    {},
+    dropout_table<float>(),
+    dropout_table<double>(),
 };
 
 }  // namespace fastnorm

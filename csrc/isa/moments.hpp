@@ -13,6 +13,10 @@
 namespace fastnorm {
 namespace {
 
+// Float32 data can neither overflow nor underflow in double; float64 data can.
+template <class T>
+constexpr bool kMayOverflow = sizeof(T) == sizeof(double);
+
 struct TwoTerm {  // value + error, unevaluated
   double hi, lo;
 };
@@ -88,13 +92,13 @@ inline Moments moments_about(double pivot, double count, double sum, double squa
 template <class T>
 inline Moments block_moments(const T* x, int64_t n, double scale) {
   const double count = static_cast<double>(n);
-  const auto value = [=](int64_t i) { return static_cast<double>(x[i]) * scale; };
-  const double pivot = lane_sums<1>(n, [=](int64_t i) { return Terms<1>{{value(i)}}; }).v[0] / count;
-  const Terms<2> sums = lane_sums<2>(n, [=](int64_t i) {
+  const auto value = [=](int64_t i) { return kMayOverflow<T> ? static_cast<double>(x[i]) * scale : static_cast<double>(x[i]); };
+  const double pivot = sum(n, value) / count;
+  const Pair sums = sum_pairs(n, [=](int64_t i) {
     const double d = value(i) - pivot;
-    return Terms<2>{{d, d * d}};
+    return Pair{d, d * d};
   });
-  return moments_about(pivot, count, sums.v[0], sums.v[1]);
+  return moments_about(pivot, count, sums.first, sums.second);
 }
 
 // The same around zero, for RMS norm.
@@ -102,10 +106,10 @@ template <class T>
 inline Moments block_squares(const T* x, int64_t n, double scale) {
   Moments moments;
   moments.count = static_cast<double>(n);
-  moments.m2.hi = lane_sums<1>(n, [=](int64_t i) {
-                    const double v = static_cast<double>(x[i]) * scale;
-                    return Terms<1>{{v * v}};
-                  }).v[0];
+  moments.m2.hi = sum(n, [=](int64_t i) {
+    const double v = static_cast<double>(x[i]) * scale;
+    return v * v;
+  });
   return moments;
 }
 
@@ -137,16 +141,17 @@ inline double reciprocal_std(const Sum& m2, double count, double eps) {
   return rstd;
 }
 
-// Float32 data can neither overflow nor underflow in double; float64 data can.
-template <class T>
-constexpr bool kMayOverflow = sizeof(T) == sizeof(double);
-
 template <class T>
 inline bool needs_scale(const Moments& moments, double eps) {
   if (!kMayOverflow<T>) return false;
   const double m2 = moments.m2.value();
   return !(m2 < 0x1p1000) || !(std::fabs(moments.mean) < 0x1p1000) ||
          (m2 < 0x1p-900 * moments.count && eps < 0x1p-900);
+}
+
+// Subtracting the low part of the mean costs a rounding; it is left out where it is worth less than an eighth of one.
+inline void drop_negligible(Statistic& s) {
+  if (std::fabs(s.mean_lo) * s.rstd < 0x1p-56) s.mean_lo = 0;
 }
 
 // Statistics of a set from its moments, which were taken of x * scale.
@@ -156,6 +161,7 @@ inline Statistic statistic_of(const Moments& moments, double eps, double scale) 
   s.mean_lo = moments.mean_lo;
   s.rstd = reciprocal_std(moments.m2, moments.count, eps * scale * scale);
   s.scale = scale;
+  drop_negligible(s);
   return s;
 }
 
@@ -169,13 +175,14 @@ inline Statistic statistic_from(double mean, double mean_lo, double rstd) {
     s.mean_lo *= s.scale;
     s.rstd /= s.scale;
   }
+  drop_negligible(s);
   return s;
 }
 
 template <class T>
 inline void store_statistic(const NormArgs<T>& args, int64_t index, const Moments& moments, const Statistic& s) {
-  if (args.mean) args.mean[index] = s.mean / s.scale;
-  if (args.mean_lo) args.mean_lo[index] = s.mean_lo / s.scale;
+  if (args.mean) args.mean[index] = moments.mean / s.scale;
+  if (args.mean_lo) args.mean_lo[index] = moments.mean_lo / s.scale;
   if (args.var) args.var[index] = moments.m2.value() / moments.count / s.scale / s.scale;
   if (args.rstd) args.rstd[index] = s.true_rstd();
 }

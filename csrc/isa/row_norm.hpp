@@ -20,9 +20,9 @@ inline SegmentSums row_unit_sums(const Plan& plan, const NormArgs<T>& args, int6
     const T* values = x.read(start, n, buffers.x);
     const T* g = dy.read(start, n, buffers.dy);
     with_each(element_params(weight, plan.params_per_set, start, n, buffers.weight), 1, [&](auto each_weight) {
-      const Terms<2> sums = gradient_sums(values, g, n, s, each_weight);
-      total.dy.add(sums.v[0]);
-      total.dy_xhat.add(sums.v[1]);
+      const Pair sums = gradient_sums(values, g, n, s, each_weight);
+      total.dy.add(sums.first);
+      total.dy_xhat.add(sums.second);
     });
   });
   return total;

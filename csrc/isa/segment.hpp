@@ -45,12 +45,12 @@ inline void normalise(const T* x, T* y, int64_t n, const Statistic& s, Weight we
 
 // {sum of g, sum of g * xhat}, g = dy * weight
 template <class T, class Weight>
-inline Terms<2> gradient_sums(const T* x, const T* dy, int64_t n, const Statistic& s, Weight weight) {
+inline Pair gradient_sums(const T* x, const T* dy, int64_t n, const Statistic& s, Weight weight) {
   const Centre<T> centre(s);
   const double rstd = s.rstd;
-  return lane_sums<2>(n, [=](int64_t i) {
+  return sum_pairs(n, [=](int64_t i) {
     const double g = static_cast<double>(dy[i]) * weight(i);
-    return Terms<2>{{g, g * (centre(x[i]) * rstd)}};
+    return Pair{g, g * (centre(x[i]) * rstd)};
   });
 }
 

@@ -9,7 +9,25 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from . import _norm
+from . import _dropout, _norm
+from ._dropout import (
+    apply_dropout_mask,
+    drop_connect,
+    drop_connect_backward,
+    drop_connect_forward,
+    dropout,
+    dropout_add_layer_norm,
+    dropout_add_layer_norm_backward,
+    dropout_add_layer_norm_forward,
+    dropout_add_rms_norm,
+    dropout_add_rms_norm_backward,
+    dropout_add_rms_norm_forward,
+    dropout_backward,
+    dropout_forward,
+    dropout_inference,
+    dropout_mask,
+    gaussian_noise,
+)
 from ._norm import (
     Moments,
     NormGrads,
@@ -33,14 +51,30 @@ from ._norm import (
 
 # Name of a function -> the same function, giving each output before rounding with its allowed error, and writing to
 # nothing. A function that is not here must agree with its reference to the last bit.
-_EXACT: dict[str, Callable[..., dict[str, Any]]] = {**_norm.EXACT}
+_EXACT: dict[str, Callable[..., dict[str, Any]]] = {**_norm.EXACT, **_dropout.EXACT}
 
 __all__ = [
     "Moments",
     "NormGrads",
+    "apply_dropout_mask",
     "batch_norm",
     "batch_norm_backward",
     "batch_norm_forward",
+    "drop_connect",
+    "drop_connect_backward",
+    "drop_connect_forward",
+    "dropout",
+    "dropout_add_layer_norm",
+    "dropout_add_layer_norm_backward",
+    "dropout_add_layer_norm_forward",
+    "dropout_add_rms_norm",
+    "dropout_add_rms_norm_backward",
+    "dropout_add_rms_norm_forward",
+    "dropout_backward",
+    "dropout_forward",
+    "dropout_inference",
+    "dropout_mask",
+    "gaussian_noise",
     "group_norm",
     "group_norm_backward",
     "group_norm_forward",

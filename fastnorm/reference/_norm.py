@@ -84,7 +84,7 @@ class _Sets:
     axes: tuple[int, ...]
     parameter_shape: tuple[int, ...]  # what weight and bias must have
     parameter_view: tuple[int, ...]  # as which they broadcast against the view
-    extents: tuple[int, ...]  # of the axes that always belong to one set, and so must not be empty
+    void: bool  # there are examples, but nothing in them to normalise
 
     @property
     def count(self) -> int:
@@ -119,7 +119,11 @@ def _rows(x: Array, axis: int) -> _Sets:
     first = axis % x.ndim
     every = tuple(range(x.ndim))
     row = x.shape[first:]
-    return _Sets(every, x.shape, every[first:], row, row, row)
+    return _Sets(every, x.shape, every[first:], row, row, _void(x.shape[:first], row))
+
+
+def _void(examples: tuple[int, ...], values: tuple[int, ...]) -> bool:
+    return 0 in values and 0 not in examples
 
 
 def _channels_first(x: Array, channel_axis: int, least_rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -138,24 +142,25 @@ def _per_channel(x: Array, channel_axis: int) -> _Sets:
     """Batch norm: a set is one channel of the whole batch."""
     order, shape = _channels_first(x, channel_axis, 2)
     axes = (0, *range(2, x.ndim))
-    return _Sets(order, shape, axes, shape[1:2], (shape[1], *(1,) * (x.ndim - 2)), shape[2:])
+    return _Sets(order, shape, axes, shape[1:2], (shape[1], *(1,) * (x.ndim - 2)), _void(shape[:2], shape[2:]))
 
 
 def _per_instance(x: Array, channel_axis: int) -> _Sets:
     """Instance norm: a set is one channel of one example."""
     order, shape = _channels_first(x, channel_axis, 3)
     axes = tuple(range(2, x.ndim))
-    return _Sets(order, shape, axes, shape[1:2], (shape[1], *(1,) * (x.ndim - 2)), shape[2:])
+    return _Sets(order, shape, axes, shape[1:2], (shape[1], *(1,) * (x.ndim - 2)), _void(shape[:2], shape[2:]))
 
 
 def _per_group(x: Array, channel_axis: int, num_groups: int) -> _Sets:
     """Group norm: a set is a group of neighbouring channels of one example."""
-    order, (batch, channels, *spatial) = _channels_first(x, channel_axis, 2)
+    order, whole = _channels_first(x, channel_axis, 2)
+    batch, channels, *spatial = whole
     if num_groups < 1 or channels % num_groups:
         raise ValueError(f"num_groups is {num_groups}, expected a divisor of the {channels} channels")
     shape = (batch, num_groups, channels // num_groups, *spatial)
     axes = tuple(range(2, len(shape)))
-    return _Sets(order, shape, axes, (channels,), (*shape[1:3], *(1,) * len(spatial)), tuple(spatial))
+    return _Sets(order, shape, axes, (channels,), (*shape[1:3], *(1,) * len(spatial)), _void(whole[:2], whole[2:]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -178,7 +183,8 @@ def _power_of_two(v: Array, axes: tuple[int, ...]) -> Array:
     """A power of two near each set's largest |v|. Dividing by it is exact and keeps sums and squares in range."""
     largest = np.max(np.abs(v), axis=axes, keepdims=True, initial=0)
     exponent = np.maximum(np.frexp(largest)[1] - 1, -1000)
-    return np.where(np.isfinite(largest) & (largest > 0), np.ldexp(WIDE(1), exponent), WIDE(1))
+    power: Array = np.where(np.isfinite(largest) & (largest > 0), np.ldexp(WIDE(1), exponent), WIDE(1))
+    return power
 
 
 def _statistics(v: Array, axes: tuple[int, ...], eps: float, *, centred: bool = True) -> tuple[Array, Array, Array]:
@@ -216,11 +222,7 @@ def _normalise(
     """y = (x - mean) / sqrt(var + eps) * weight + bias, with the sets' own mean and var or with those given."""
     v = sets.view(_floating("x", x))
     if given is None:
-        if (
-            0 in sets.extents
-            and v.size // max(sets.count, 1) == 0
-            and 0 not in (n for i, n in enumerate(sets.shape) if i not in sets.axes)
-        ):
+        if sets.void:
             raise ValueError(f"x has shape {x.shape}: nothing to normalise in each set")
         mean, sigma, xhat = _statistics(v, sets.axes, eps, centred=centred)
     else:

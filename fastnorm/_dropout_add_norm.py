@@ -1,0 +1,281 @@
+"""The transformer's residual step: s = residual + dropout(x), y = norm(s), and its gradients.
+
+Promises the bits of the separate calls `dropout`, `+` and `layer_norm` or `rms_norm`, from which it is composed. Every
+check comes before the random stream moves. Refuses `rng=None` unless p is 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from . import _check, _core, _philox, _slow_path
+from ._dropout import DropoutCache, dropout, dropout_backward, dropout_forward
+from ._layer_norm import layer_norm, layer_norm_backward, layer_norm_forward
+from ._philox import Philox, Rng
+from ._results import Array
+from ._rms_norm import rms_norm, rms_norm_backward, rms_norm_forward
+
+
+@dataclass(frozen=True, slots=True)
+class DropoutAddNormCache:
+    """What the backward needs. Read-only.
+
+    Attributes
+    ----------
+    function : str
+        The forward that made it, "dropout_add_layer_norm" or "dropout_add_rms_norm".
+    norm : NormCache
+        The norm's own cache; its x is s, which must stay as it is until the backward.
+    dropout : DropoutCache or None
+        None where p was 0.
+    has_residual : bool
+    """
+
+    function: str
+    norm: _core.NormCache
+    dropout: DropoutCache | None
+    has_residual: bool
+
+    @property
+    def s(self) -> Array:
+        return self.norm.x
+
+
+class DropoutAddNormGrads(NamedTuple):
+    """Gradients of a dropout-add-norm step; None where the argument was None."""
+
+    dx: Array
+    dresidual: Array | None
+    dweight: Array | None
+    dbias: Array | None
+
+
+def _forward(
+    norm: str,
+    x: Any,
+    residual: Any,
+    weight: Any,
+    bias: Any,
+    p: Any,
+    rng: Any,
+    axis: Any,
+    eps: Any,
+    out: Any,
+    *,
+    cached: bool,
+) -> tuple[Array, Array, DropoutAddNormCache | None]:
+    x = _check.array("x", x)
+    _check.rank("x", x, 1)
+    if residual is not None:
+        residual = _check.same("residual", residual, x.shape, x.dtype)
+    axis = _check.axis("axis", axis, x.ndim)
+    weight, bias = _slow_path._params(norm, x, weight, bias, axis)
+    p = _check.number("p", p, 0.0, 1.0)
+    eps = _check.number("eps", eps, 0.0)
+    _slow_path._not_empty(norm, x, axis)
+    if rng is not None:
+        _philox.require(rng)
+    elif p > 0.0:
+        raise TypeError(
+            f"rng is None; expected an int seed, a numpy.random.Generator or a fastnorm.Philox stream, since p is {p}"
+        )
+    others = {"residual": residual, "weight": weight, "bias": bias}
+    _check.output(out, x, in_place=None if cached else "x", others=others)
+    s = np.empty_like(x, order="K", subok=False)
+
+    stream = None if rng is None else Philox(*_philox.take(rng))
+    dropped: DropoutCache | None = None
+    if p == 0.0 or stream is None:
+        np.copyto(s, x)
+    elif cached:
+        _, dropped = dropout_forward(x, p, rng=stream, out=s)
+    else:
+        dropout(x, p, rng=stream, out=s)
+    if residual is not None:
+        with np.errstate(all="ignore"):
+            np.add(residual, s, out=s)
+
+    if not cached:
+        y = (
+            rms_norm(s, weight, axis=axis, eps=eps, out=out)
+            if norm == "rms_norm"
+            else layer_norm(s, weight, bias, axis=axis, eps=eps, out=out)
+        )
+        return y if out is None else out, s, None
+    y, norm_cache = (
+        rms_norm_forward(s, weight, axis=axis, eps=eps, out=out)
+        if norm == "rms_norm"
+        else layer_norm_forward(s, weight, bias, axis=axis, eps=eps, out=out)
+    )
+    cache = DropoutAddNormCache(f"dropout_add_{norm}", norm_cache, dropped, residual is not None)
+    return y if out is None else out, s, cache
+
+
+def _backward(norm: str, dy: Any, cache: Any, ds: Any) -> DropoutAddNormGrads:
+    function = f"dropout_add_{norm}"
+    if not isinstance(cache, DropoutAddNormCache):
+        raise TypeError(f"cache is a {type(cache).__name__}; expected the cache that {function}_forward returned")
+    if cache.function != function:
+        raise ValueError(f"cache comes from {cache.function}_forward; expected one from {function}_forward")
+    dy = _check.same("dy", dy, cache.s.shape, cache.s.dtype, of="the forward's x")
+    if ds is not None:
+        ds = _check.same("ds", ds, cache.s.shape, cache.s.dtype, of="the forward's s")
+
+    gradient = rms_norm_backward if norm == "rms_norm" else layer_norm_backward
+    total, dweight, dbias = gradient(dy, cache.norm)
+    if ds is not None:
+        with np.errstate(all="ignore"):
+            np.add(total, ds, out=total)
+    if not cache.has_residual:
+        dx = total if cache.dropout is None else dropout_backward(total, cache.dropout, out=total)
+        return DropoutAddNormGrads(dx, None, dweight, dbias)
+    dx = total.copy(order="K") if cache.dropout is None else dropout_backward(total, cache.dropout)
+    return DropoutAddNormGrads(dx, total, dweight, dbias)
+
+
+def dropout_add_layer_norm(
+    x: npt.ArrayLike,
+    residual: npt.ArrayLike | None = None,
+    weight: npt.ArrayLike | None = None,
+    bias: npt.ArrayLike | None = None,
+    *,
+    p: float = 0.0,
+    rng: Rng | None = None,
+    axis: int = -1,
+    eps: float = 1e-5,
+    out: Array | None = None,
+) -> tuple[Array, Array]:
+    """The residual step of a transformer: ``s = residual + dropout(x, p)``, ``y = layer_norm(s, weight, bias)``.
+
+    Parameters
+    ----------
+    x : array of float32 or float64, shape (..., *normalised)
+    residual : array of x's shape and dtype, optional
+        None: s = dropout(x).
+    weight, bias : arrays of shape x.shape[axis:] and x's dtype, optional
+    p, rng
+        As in `dropout`. rng may be None, and is not needed, when p is 0.
+    axis, eps
+        As in `layer_norm`.
+    out : array of x's shape and dtype, optional
+        Receives y. May be x itself.
+
+    Returns
+    -------
+    y, s : arrays of x's shape and dtype, in x's memory order
+        s is always a new array.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in `dropout` and `layer_norm`; residual of another shape or dtype. A failed call draws nothing.
+
+    Notes
+    -----
+    The bits are those of the separate calls. The pre-norm step is drawn in Vaswani et al., "Attention is all you need",
+    NeurIPS 2017, with the residual inside the norm.
+    """
+    y, s, _ = _forward("layer_norm", x, residual, weight, bias, p, rng, axis, eps, out, cached=False)
+    return y, s
+
+
+def dropout_add_layer_norm_forward(
+    x: npt.ArrayLike,
+    residual: npt.ArrayLike | None = None,
+    weight: npt.ArrayLike | None = None,
+    bias: npt.ArrayLike | None = None,
+    *,
+    p: float = 0.0,
+    rng: Rng | None = None,
+    axis: int = -1,
+    eps: float = 1e-5,
+    out: Array | None = None,
+) -> tuple[tuple[Array, Array], DropoutAddNormCache]:
+    """`dropout_add_layer_norm`, and what its backward needs.
+
+    Parameters and errors as there, except that `out` must not share memory with x.
+
+    Returns
+    -------
+    (y, s) : arrays of x's shape and dtype
+    cache : DropoutAddNormCache
+        Keeps s, which must not be changed before the backward, and the numbers that the mask follows from.
+    """
+    y, s, cache = _forward("layer_norm", x, residual, weight, bias, p, rng, axis, eps, out, cached=True)
+    assert cache is not None
+    return (y, s), cache
+
+
+def dropout_add_layer_norm_backward(
+    dy: npt.ArrayLike, cache: DropoutAddNormCache, *, ds: npt.ArrayLike | None = None
+) -> DropoutAddNormGrads:
+    """Gradients of `dropout_add_layer_norm`.
+
+    With g the layer norm's input gradient for dy, plus ds: ``dresidual = g``, ``dx = keep * g / P(keep)``.
+
+    Parameters
+    ----------
+    dy : array of the forward's shape and dtype
+        Gradient of y.
+    cache : DropoutAddNormCache
+    ds : array of the forward's shape and dtype, optional
+        Gradient that reaches s by the other path (the next residual).
+
+    Returns
+    -------
+    dx, dresidual, dweight, dbias : DropoutAddNormGrads
+        None where the forward's argument was None.
+
+    Raises
+    ------
+    TypeError, ValueError
+        cache of another function; dy or ds of another shape or dtype.
+    """
+    return _backward("layer_norm", dy, cache, ds)
+
+
+def dropout_add_rms_norm(
+    x: npt.ArrayLike,
+    residual: npt.ArrayLike | None = None,
+    weight: npt.ArrayLike | None = None,
+    *,
+    p: float = 0.0,
+    rng: Rng | None = None,
+    axis: int = -1,
+    eps: float = 1e-5,
+    out: Array | None = None,
+) -> tuple[Array, Array]:
+    """``s = residual + dropout(x, p)``, ``y = rms_norm(s, weight)``: `dropout_add_layer_norm` without mean and bias.
+
+    Parameters, results and errors as there.
+    """
+    y, s, _ = _forward("rms_norm", x, residual, weight, None, p, rng, axis, eps, out, cached=False)
+    return y, s
+
+
+def dropout_add_rms_norm_forward(
+    x: npt.ArrayLike,
+    residual: npt.ArrayLike | None = None,
+    weight: npt.ArrayLike | None = None,
+    *,
+    p: float = 0.0,
+    rng: Rng | None = None,
+    axis: int = -1,
+    eps: float = 1e-5,
+    out: Array | None = None,
+) -> tuple[tuple[Array, Array], DropoutAddNormCache]:
+    """`dropout_add_rms_norm`, and what its backward needs; see `dropout_add_layer_norm_forward`."""
+    y, s, cache = _forward("rms_norm", x, residual, weight, None, p, rng, axis, eps, out, cached=True)
+    assert cache is not None
+    return (y, s), cache
+
+
+def dropout_add_rms_norm_backward(
+    dy: npt.ArrayLike, cache: DropoutAddNormCache, *, ds: npt.ArrayLike | None = None
+) -> DropoutAddNormGrads:
+    """Gradients of `dropout_add_rms_norm`; see `dropout_add_layer_norm_backward`. dbias is None."""
+    return _backward("rms_norm", dy, cache, ds)

@@ -1,0 +1,87 @@
+"""batch_norm: the accuracy contract, running statistics, and inference. Refuses what all functions share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+import contract
+import fastnorm as fn
+from ulps import assert_close, expected
+
+
+@pytest.mark.parametrize(("function", "dtype", "shape"), contract.CASES["batch_norm"])
+def test_contract(function: str, dtype: Any, shape: tuple[int, ...]) -> None:
+    contract.check(function, dtype, shape)
+
+
+def running(dtype: Any) -> dict[str, np.ndarray]:
+    return {"running_mean": np.array([1, 2, 3], dtype), "running_var": np.array([4, 0.5, 6], dtype)}
+
+
+@pytest.mark.parametrize("x_dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("running_float64", [True, False])
+@pytest.mark.parametrize("momentum", [0.0, 0.1, 0.75, 1.0])
+def test_running_statistics_take_the_unbiased_variance(x_dtype: Any, running_float64: bool, momentum: float) -> None:
+    x = np.random.default_rng(1).normal(2, 3, (5, 3, 7)).astype(x_dtype)
+    statistics = running(np.float64 if running_float64 else x_dtype)
+    exact = expected("batch_norm_forward", x=x, momentum=momentum, **statistics)
+    y, cache = fn.batch_norm_forward(x, momentum=momentum, **statistics)
+    got = {"y": y, "mean": cache.mean, "rstd": cache.rstd, "batch_var": cache.batch_var, **statistics}
+    assert_close(got, exact)
+    wide = x.astype(np.float64)
+    want = (1 - momentum) * running(np.float64)["running_var"] + momentum * wide.var((0, 2), ddof=1)
+    np.testing.assert_allclose(statistics["running_var"], want, rtol=1e-6)
+    np.testing.assert_allclose(cache.batch_var, wide.var((0, 2)), rtol=1e-6)
+    assert cache.count == 35
+
+
+def test_running_statistics_may_be_given_one_at_a_time() -> None:
+    x = np.random.default_rng(2).normal(size=(5, 3))
+    both, one = running(np.float64), running(np.float64)
+    fn.batch_norm_forward(x, **both)
+    for name, statistic in one.items():
+        fn.batch_norm_forward(x, **{name: statistic})
+        np.testing.assert_array_equal(statistic, both[name])
+
+
+@pytest.mark.parametrize("arguments", [{"momentum": None}, {"training": False}, {"momentum": 0.0}])
+def test_running_statistics_stay_as_they_are(arguments: dict[str, Any]) -> None:
+    statistics = running(np.float64)
+    fn.batch_norm_forward(np.random.default_rng(3).normal(size=(5, 3)), **statistics, **arguments)
+    for name, statistic in running(np.float64).items():
+        np.testing.assert_array_equal(statistics[name], statistic)
+
+
+def test_running_statistics_may_be_strided_views() -> None:
+    x = np.random.default_rng(4).normal(size=(5, 3))
+    plain, strided = running(np.float64), {k: np.repeat(v, 2)[::-2][::-1] for k, v in running(np.float64).items()}
+    fn.batch_norm_forward(x, **plain)
+    fn.batch_norm_forward(x, **strided)
+    for name in plain:
+        np.testing.assert_array_equal(plain[name], strided[name])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_inference_with_the_running_statistics(dtype: Any) -> None:
+    rng = np.random.default_rng(5)
+    x, weight, bias = rng.normal(size=(5, 3, 4)).astype(dtype), *rng.normal(size=(2, 3)).astype(dtype)
+    statistics = running(dtype)
+    y = fn.batch_norm(x, statistics["running_mean"], statistics["running_var"], weight, bias, eps=1e-3)
+    evaluated, cache = fn.batch_norm_forward(x, weight, bias, **statistics, eps=1e-3, training=False)
+    np.testing.assert_array_equal(y, evaluated)
+    assert cache.training is False
+    assert cache.batch_var is None
+    dy = rng.normal(size=x.shape).astype(dtype)
+    grads = fn.batch_norm_backward(dy, cache)
+    assert_close(grads._asdict(), expected("batch_norm_backward", dy=dy, cache=cache))
+    # The statistics are constants: dx of one value depends on its own dy alone.
+    rstd = 1 / np.sqrt(statistics["running_var"].astype(np.float64) + 1e-3)
+    np.testing.assert_allclose(grads.dx, dy * (weight * rstd)[:, None], rtol=4 * np.finfo(dtype).eps)
+
+
+def test_training_on_two_values_per_channel() -> None:
+    y, _ = fn.batch_norm_forward(np.array([[1.0, -5.0], [3.0, 5.0]]), eps=0)
+    np.testing.assert_array_equal(y, [[-1, -1], [1, 1]])

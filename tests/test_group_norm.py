@@ -1,0 +1,41 @@
+"""group_norm: the accuracy contract, and what is group norm's own. Refuses what all functions share (bad input, threads)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+import contract
+import fastnorm as fn
+from ulps import assert_close, expected
+
+
+@pytest.mark.parametrize(("function", "dtype", "shape"), contract.CASES["group_norm"])
+def test_contract(function: str, dtype: Any, shape: tuple[int, ...]) -> None:
+    contract.check(function, dtype, shape)
+
+
+@pytest.mark.parametrize("channel_axis", [0, 1, 2, 3, -1, -2])
+@pytest.mark.parametrize("num_groups", [1, 2, 3, 4, 6, 12])
+def test_every_number_of_groups_on_every_channel_axis(num_groups: int, channel_axis: int) -> None:
+    rng = np.random.default_rng(num_groups)
+    shape = [3, 5, 2, 4]
+    shape[channel_axis] = 12
+    x, dy = rng.normal(5, 2, (2, *shape)).astype(np.float32)
+    weight, bias = rng.normal(size=(2, 12)).astype(np.float32)
+    arguments = {"num_groups": num_groups, "weight": weight, "bias": bias, "channel_axis": channel_axis}
+    y, cache = fn.group_norm_forward(x, **arguments)
+    exact = expected("group_norm_forward", x=x, **arguments)
+    assert_close({"y": y, "mean": cache.mean, "rstd": cache.rstd}, exact)
+    batch = shape[1 if channel_axis % 4 == 0 else 0]
+    assert cache.mean.shape == (batch * num_groups,)
+    assert (cache.num_groups, cache.channel_axis) == (num_groups, channel_axis % 4)
+    grads = fn.group_norm_backward(dy, cache)
+    assert_close(grads._asdict(), expected("group_norm_backward", dy=dy, cache=cache))
+
+
+def test_is_instance_norm_with_a_group_for_each_channel() -> None:
+    x = np.random.default_rng(1).normal(size=(4, 6, 9, 2)).astype(np.float32)
+    assert_close({"y": fn.group_norm(x, 6)}, expected("instance_norm", x=x))
