@@ -76,17 +76,15 @@ def arrays_in(value: object) -> list[np.ndarray]:
     return [np.asarray(value)] if hasattr(value, "shape") else []
 
 
-@pytest.mark.parametrize("peer", peers.NAMES)
+@pytest.mark.parametrize("peer", peers.installed())
 @pytest.mark.parametrize("operation", FUNCTIONS)
 def test_peers_do_the_same_work(peer: str, operation: str) -> None:
     """A peer that computes something else would make the comparison worthless: its numbers must agree."""
-    if peer not in peers.installed():
-        pytest.skip(f"{peer} is not installed")
     case = small(operation, shape_of(operation))
     arrays = bench.arrays_of(case)
     call = peers.load(peer).prepare(operation, arrays, case.options, 1)
     if call is None:
-        assert peer != "numpy", "NumPy can do everything"
+        assert peer != "numpy", "NumPy has an expression for everything"
         return
     found = arrays_in(call())
     if "drop" in operation and operation not in ("apply_dropout_mask", "dropout_inference"):
@@ -100,10 +98,9 @@ def test_peers_do_the_same_work(peer: str, operation: str) -> None:
         assert any(np.allclose(arrays.x.mean(-1), array) for array in found)
         return
     ours = arrays_in(bench.own_calls(case, arrays)["fastnorm"]())
-    theirs = {array.size: array for array in found}
     for array in ours if operation.endswith("_backward") else ours[:1]:
         matching = [other for other in found if other.size == array.size]
-        assert any(np.allclose(array.ravel(), other.ravel(), rtol=1e-6, atol=1e-6) for other in matching), theirs.keys()
+        assert any(np.allclose(array.ravel(), other.ravel(), rtol=1e-6, atol=1e-6) for other in matching), array.shape
 
 
 def test_selection() -> None:

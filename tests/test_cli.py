@@ -166,7 +166,7 @@ def test_error_in_units() -> None:
     assert error(np.float32([np.inf, np.nan]), exact([np.inf, 1])) == (np.inf, (1,))
     assert error(np.float32([-np.inf]), exact([np.inf])) == (np.inf, (0,))
     assert error(np.float32([-0.0]), exact([0.0], units=0)) == (np.inf, (0,))
-    assert error(np.zeros((0, 3), np.float32), exact([])) == (0.0, ())
+    assert error(np.zeros(0, np.float32), exact([])) == (0.0, ())
 
 
 def test_unknown_function_is_wrong_use(capsys: pytest.CaptureFixture[str]) -> None:
