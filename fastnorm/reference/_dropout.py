@@ -18,7 +18,7 @@ from .._philox import Rng, require, take
 from . import _norm
 from ._norm import WIDE, Array, Exact
 
-NOISE_UNITS = 4.0  # allowed error of the noise, in units of u * (|x| + std * radius)
+NOISE_UNITS = 6.0  # allowed error of the noise, in units of u * (|x| + std * radius)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The generator
