@@ -72,7 +72,7 @@ bool channel_backward(const Plan& plan, const NormArgs<T>& args) {
   const Workspace<SegmentSums> sums(plan.sets * segments), partial(split ? plan.sets * units : 0);
   if (!sums || !partial) return false;
 
-  const auto statistic = [&](int64_t set) { return given_statistic(args, plan.set_stat.offset(set)); };
+  const auto statistic = [&](int64_t set) { return kept_statistic(plan, args, set); };
   const auto gradient = [&](int64_t set, int64_t first_unit, int64_t end_unit) {
     const Statistic s = statistic(set);
     const int64_t param = plan.set_param.offset(set);

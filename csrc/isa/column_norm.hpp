@@ -124,6 +124,10 @@ struct TileStatistics {
     if (kMayOverflow<T>) return ((static_cast<double>(x) * scale[c] - mean[c]) - mean_lo[c]) * rstd[c];
     return (static_cast<double>(x) - mean[c]) * rstd[c];
   }
+  T gradient(double dxhat, int64_t c) const {
+    if (kMayOverflow<T>) return static_cast<T>(rstd[c] * dxhat * scale[c]);
+    return static_cast<T>(rstd[c] * dxhat);
+  }
 };
 
 template <class T>
@@ -162,7 +166,7 @@ inline void tile_moments(const Plan& plan, const Tile& tile, int64_t chunk, Mome
       };
     });
     for (int64_t c = 0; c < tile.width; ++c) {
-      moments[c].merge(moments_about(pivot[c], count, sums[c].first, sums[c].second));
+      moments[c].merge<kMayOverflow<T>>(moments_about(pivot[c], count, sums[c].first, sums[c].second));
     }
   });
 }
@@ -210,9 +214,8 @@ inline void tile_normalise(const Plan& plan, const NormArgs<T>& args, const Tile
 template <class T>
 inline void tile_gradient(const Plan& plan, const NormArgs<T>& args, const Tile& tile, int64_t chunk,
                           const TileStatistics<T>& s, const double* a, const double* b) {
-  double weight[kColumnTile], factor[kColumnTile];
+  double weight[kColumnTile];
   load_params(plan, tile, args.weight, 1, weight);
-  for (int64_t c = 0; c < tile.width; ++c) factor[c] = s.rstd[c] * s.scale[c];
   for_chunk_rows(plan, chunk, [&](int64_t first, int64_t rows) {
     Rows<T> x(plan.x, tile, first, rows), dy(plan.dy, tile, first, rows), dx(plan.dx, tile, first, rows);
     x.load();
@@ -222,12 +225,12 @@ inline void tile_gradient(const Plan& plan, const NormArgs<T>& args, const Tile&
       T* to = dx[r];
       if (args.constant_stats) {
 #pragma omp simd
-        for (int64_t c = 0; c < tile.width; ++c) to[c] = static_cast<T>(factor[c] * (static_cast<double>(g[c]) * weight[c]));
+        for (int64_t c = 0; c < tile.width; ++c) to[c] = s.gradient(static_cast<double>(g[c]) * weight[c], c);
       } else {
 #pragma omp simd
         for (int64_t c = 0; c < tile.width; ++c) {
           const double mine = static_cast<double>(g[c]) * weight[c];
-          to[c] = static_cast<T>(factor[c] * ((mine - weight[c] * a[c]) - s.xhat(values[c], c) * (weight[c] * b[c])));
+          to[c] = s.gradient((mine - weight[c] * a[c]) - s.xhat(values[c], c) * (weight[c] * b[c]), c);
         }
       }
     }
@@ -235,13 +238,17 @@ inline void tile_gradient(const Plan& plan, const NormArgs<T>& args, const Tile&
   });
 }
 
-// One column's statistic; the rare scaled second measurement treats it as a set of its own.
+// One column as a set of its own, for the rare second measurements.
+inline Plan single_column(const Plan& plan, const Tile& tile, int64_t c) {
+  Plan single = plan;
+  single.x.data += (tile.column + c) * plan.x.column_stride;
+  return single;
+}
+
 template <class T>
 inline Statistic column_statistic(const Plan& plan, const NormArgs<T>& args, const Tile& tile, int64_t c, Moments& moments) {
   if (!needs_scale<T>(moments, args.eps)) return statistic_of(moments, args.eps, 1);
-  Plan single = plan;
-  single.x.data += (tile.column + c) * plan.x.column_stride;
-  return set_statistic(single, tile.set, args, moments);
+  return set_statistic(single_column(plan, tile, c), tile.set, args, moments);
 }
 
 // Does a tile stay with one thread from its sums to its results?
@@ -271,7 +278,7 @@ inline bool for_column_moments(const Plan& plan, const Finish& finish) {
   parallel_for(plan.threads, tiles, [&](int64_t i) {
     Moments moments[kColumnTile];
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      for (int64_t c = 0; c < kColumnTile; ++c) moments[c].merge(partial[(i * chunks + chunk) * kColumnTile + c]);
+      for (int64_t c = 0; c < kColumnTile; ++c) moments[c].merge<kMayOverflow<T>>(partial[(i * chunks + chunk) * kColumnTile + c]);
     }
     finish(i, moments);
   });
@@ -318,7 +325,16 @@ bool column_forward(const Plan& plan, const NormArgs<T>& args) {
 template <class T>
 inline TileStatistics<T> given_tile_statistics(const Plan& plan, const NormArgs<T>& args, const Tile& tile) {
   TileStatistics<T> s;
-  for (int64_t c = 0; c < tile.width; ++c) s.set(c, given_statistic(args, stat_of(plan, tile, c)));
+  for (int64_t c = 0; c < tile.width; ++c) {
+    const int64_t stat = stat_of(plan, tile, c);
+    if (args.constant_stats || !lost<T>(args.rstd[stat])) {
+      s.set(c, given_statistic(args, stat));
+    } else {
+      const Plan single = single_column(plan, tile, c);
+      Moments moments = set_moments<T>(single, tile.set, true, 1);
+      s.set(c, set_statistic(single, tile.set, args, moments));
+    }
+  }
   return s;
 }
 

@@ -56,6 +56,8 @@ struct Moments {
   double mean = 0, mean_lo = 0;
   Sum m2;
 
+  // Chan's formula. `exact`: products and differences to twice the precision, which results in float64 need.
+  template <bool exact>
   void merge(const Moments& other) {
     if (other.count == 0) return;
     if (count == 0) {
@@ -63,23 +65,37 @@ struct Moments {
       return;
     }
     const double total = count + other.count;
-    const double delta = (other.mean - mean) + (other.mean_lo - mean_lo);
-    const double shift = delta * (other.count / total);
+    const double weight = count * other.count / total;
+    TwoTerm delta = two_sum(other.mean, -mean);
+    delta.lo += other.mean_lo - mean_lo;
+    const double shift = (delta.hi + delta.lo) * (other.count / total);
+    m2.add(other.m2);
+    if (exact) {
+      const TwoTerm square = two_product(delta.hi, delta.hi);
+      const TwoTerm between = two_product(square.hi, weight);
+      m2.add(between.hi);
+      m2.lo += between.lo + (square.lo + 2 * delta.hi * delta.lo) * weight;
+    } else {
+      m2.add((delta.hi + delta.lo) * (delta.hi + delta.lo) * weight);
+    }
     const TwoTerm sum = two_sum(mean, shift);
     const TwoTerm normal = two_sum(sum.hi, sum.lo + mean_lo);
     mean = normal.hi;
     mean_lo = normal.lo;
-    m2.add(other.m2);
-    m2.add(delta * shift * count);
     count = total;
   }
 };
 
 // Moments from the sums of d and d * d, d = x - pivot. The pivot need not be the mean, only near it.
 inline Moments moments_about(double pivot, double count, double sum, double squares) {
-  const double correction = sum / count;
-  const TwoTerm mean = two_sum(pivot, correction);
-  const double m2 = squares - sum * correction;
+  const TwoTerm mean = two_sum(pivot, sum / count);
+  double m2 = squares - sum * (sum / count);
+  if (!(m2 > 0.5 * squares)) {
+    // Cancellation: the data lie closer to each other than to the pivot. Deviations are then few bits long and their sums
+    // exact, so that all is well if this difference is.
+    const TwoTerm scaled = two_product(squares, count), square = two_product(sum, sum);
+    m2 = ((scaled.hi - square.hi) + (scaled.lo - square.lo)) / count;
+  }
   Moments moments;
   moments.count = count;
   moments.mean = mean.hi;
@@ -118,7 +134,7 @@ struct Statistic {
   double mean = 0, mean_lo = 0, rstd = 0;
   double scale = 1;  // a power of two other than 1 only where x - mean could overflow
 
-  double true_rstd() const { return rstd * scale; }
+  double true_rstd() const { return rstd * scale; }  // may overflow where rstd * (something small) * scale does not
 };
 
 // 1 / sqrt(m2 / count + eps), to less than one unit in the last place: float64 results leave no room for more. A set that is
@@ -160,9 +176,16 @@ inline Statistic statistic_of(const Moments& moments, double eps, double scale) 
   s.mean = moments.mean;
   s.mean_lo = moments.mean_lo;
   s.rstd = reciprocal_std(moments.m2, moments.count, eps * scale * scale);
+  if (s.rstd == 0 && eps > 0 && moments.m2.value() == 0) s.rstd = 1 / std::sqrt(eps) / scale;  // scaled, eps was lost
   s.scale = scale;
   drop_negligible(s);
   return s;
+}
+
+// Is a kept rstd beyond what float64 holds to full precision? Then the set has to be measured again.
+template <class T>
+inline bool lost(double rstd) {
+  return kMayOverflow<T> && (std::isinf(rstd) || (rstd > 0 && rstd < 0x1p-1022));
 }
 
 // Statistics of a set from what the caller keeps (a cache, running statistics).

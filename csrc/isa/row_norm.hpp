@@ -65,7 +65,7 @@ bool row_backward(const Plan& plan, const NormArgs<T>& args) {
   const Workspace<SegmentSums> sums(split ? plan.sets * units : 0);
   if (!partial || !sums) return false;
 
-  const auto statistic = [&](int64_t set) { return given_statistic(args, plan.set_stat.offset(set)); };
+  const auto statistic = [&](int64_t set) { return kept_statistic(plan, args, set); };
   const double count = static_cast<double>(plan.set_size());
   const auto gradient = [&](int64_t set, int64_t first_unit, int64_t end_unit, const SegmentSums& total, const Statistic& s) {
     const double a = args.centred ? total.dy.value() / count : 0, b = total.dy_xhat.value() / count;

@@ -57,20 +57,24 @@ inline Pair gradient_sums(const T* x, const T* dy, int64_t n, const Statistic& s
 template <class T, class Weight>
 inline void input_gradient(const T* x, const T* dy, T* dx, int64_t n, const Statistic& s, Weight weight, double a, double b) {
   const Centre<T> centre(s);
-  const double rstd = s.rstd, true_rstd = s.true_rstd();
+  const double rstd = s.rstd, scale = s.scale;
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
     const double g = static_cast<double>(dy[i]) * weight(i);
-    dx[i] = static_cast<T>(true_rstd * ((g - a) - centre(x[i]) * rstd * b));
+    const double scaled = rstd * ((g - a) - centre(x[i]) * rstd * b);
+    dx[i] = static_cast<T>(kMayOverflow<T> ? scaled * scale : scaled);
   }
 }
 
 // Through given statistics nothing but the scale comes back (and an infinite x leaves no trace).
 template <class T, class Weight>
 inline void input_gradient_constant(const T* dy, T* dx, int64_t n, const Statistic& s, Weight weight) {
-  const double rstd = s.true_rstd();
+  const double rstd = s.rstd, scale = s.scale;
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) dx[i] = static_cast<T>(rstd * (static_cast<double>(dy[i]) * weight(i)));
+  for (int64_t i = 0; i < n; ++i) {
+    const double scaled = rstd * (static_cast<double>(dy[i]) * weight(i));
+    dx[i] = static_cast<T>(kMayOverflow<T> ? scaled * scale : scaled);
+  }
 }
 
 // dweight[i] += dy * xhat, dbias[i] += dy

@@ -47,7 +47,7 @@ inline Moments unit_moments(const Plan& plan, int64_t set, int64_t unit, bool ce
   Moments total;
   for_unit_blocks(plan, unit, [&](int64_t start, int64_t n) {
     const T* values = x.read(start, n, buffer);
-    total.merge(centred ? block_moments(values, n, scale) : block_squares(values, n, scale));
+    total.merge<kMayOverflow<T>>(centred ? block_moments(values, n, scale) : block_squares(values, n, scale));
   });
   return total;
 }
@@ -56,7 +56,7 @@ template <class T>
 inline Moments set_moments(const Plan& plan, int64_t set, bool centred, double scale) {
   Moments total;
   for (int64_t unit = 0; unit < units_per_set(plan); ++unit) {
-    total.merge(unit_moments<T>(plan, set, unit, centred, scale));
+    total.merge<kMayOverflow<T>>(unit_moments<T>(plan, set, unit, centred, scale));
   }
   return total;
 }
@@ -160,7 +160,7 @@ inline bool for_set_moments(const Plan& plan, bool centred, const Finish& finish
   });
   parallel_for(plan.threads, plan.sets, [&](int64_t set) {
     Moments moments;
-    for (int64_t unit = 0; unit < units; ++unit) moments.merge(partial[set * units + unit]);
+    for (int64_t unit = 0; unit < units; ++unit) moments.merge<kMayOverflow<T>>(partial[set * units + unit]);
     finish(set, moments);
   });
   return true;
@@ -202,6 +202,15 @@ bool set_forward(const Plan& plan, const NormArgs<T>& args) {
 template <class T>
 inline Statistic given_statistic(const NormArgs<T>& args, int64_t stat) {
   return statistic_from<T>(args.mean ? args.mean[stat] : 0, args.mean_lo ? args.mean_lo[stat] : 0, args.rstd[stat]);
+}
+
+// The statistic a forward left for its backward; measured again where float64 could not hold it.
+template <class T>
+inline Statistic kept_statistic(const Plan& plan, const NormArgs<T>& args, int64_t set) {
+  const int64_t stat = plan.set_stat.offset(set);
+  if (args.constant_stats || !lost<T>(args.rstd[stat])) return given_statistic(args, stat);
+  Moments moments = set_moments<T>(plan, set, args.centred, 1);
+  return set_statistic(plan, set, args, moments);
 }
 
 template <class T>
