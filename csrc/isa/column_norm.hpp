@@ -11,7 +11,7 @@ namespace fastnorm {
 namespace {
 
 constexpr int kStrip = 16;                 // columns whose accumulators are in registers together
-constexpr int64_t kRowGroup = 16;          // rows added in one chain
+constexpr int64_t kRowGroup = 8;           // rows summed without recursion
 constexpr int64_t kRowChunk = 8192;        // rows whose blocks are merged before chunks are
 constexpr int64_t kFusedBytes = 256 << 10; // a tile up to this size is still in cache when it is read again
 
@@ -66,34 +66,46 @@ class Rows {
   alignas(64) T buffer_[kColumnRows][kColumnTile];
 };
 
-// sums[c] += sum over rows [first, end) of row(r)(c), for `count` columns (kStrip of them unless it is the last strip).
+// lanes[lane] = sum over rows [first, first + rows) of row(r)(column + lane), for `count` lanes. The lanes here are columns,
+// and rows are added in a tree, for the reason given in lane_sum.hpp.
 template <class Lanes, class Row>
-inline void strip_sums(int64_t first, int64_t end, int64_t column, int count, typename Lanes::Term* sums, const Row& row) {
-  Lanes lanes;
-  for (int lane = 0; lane < kStrip; ++lane) lanes.clear(lane);
-  for (int64_t r = first; r < end; ++r) {
-    const auto term = row(r);
+inline void strip_sums(int64_t first, int64_t rows, int64_t column, int count, Lanes& lanes, const Row& row) {
+  if (rows <= kRowGroup) {
+    for (int lane = 0; lane < kStrip; ++lane) lanes.clear(lane);
+    int64_t r = first;
+    for (; r + 2 <= first + rows; r += 2) {
+      const auto a = row(r), b = row(r + 1);
 #pragma omp simd
-    for (int lane = 0; lane < count; ++lane) lanes.add(lane, term(column + lane));
+      for (int lane = 0; lane < count; ++lane) lanes.add_pair(lane, a(column + lane), b(column + lane));
+    }
+    if (r < first + rows) {
+      const auto a = row(r);
+#pragma omp simd
+      for (int lane = 0; lane < count; ++lane) lanes.add(lane, a(column + lane));
+    }
+    return;
   }
-  for (int lane = 0; lane < count; ++lane) sums[column + lane] += lanes.get(lane);
+  const int64_t half = (rows / 2 + kRowGroup - 1) / kRowGroup * kRowGroup;
+  Lanes right;
+  strip_sums(first, half, column, count, lanes, row);
+  strip_sums(first + half, rows - half, column, count, right, row);
+#pragma omp simd
+  for (int lane = 0; lane < kStrip; ++lane) lanes.add(lane, right, lane);
 }
 
-// sums[c] = sum over rows of row(r)(c): columns independent of each other. The lanes here are columns, so a chain of
-// additions has no other lanes to average its rounding errors: it is cut every kRowGroup rows.
+// sums[c] = sum over rows of row(r)(c), columns independent of each other.
 template <class Lanes, class Row>
 inline void column_sums(int64_t rows, int64_t width, typename Lanes::Term* sums, const Row& row) {
-  for (int64_t c = 0; c < width; ++c) sums[c] = {};
   for (int64_t c = 0; c < width; c += kStrip) {
-    for (int64_t first = 0; first < rows; first += kRowGroup) {
-      const int64_t end = first + kRowGroup < rows ? first + kRowGroup : rows;
-      // The constant lets the compiler keep a full strip in registers.
-      if (c + kStrip <= width) {
-        strip_sums<Lanes>(first, end, c, kStrip, sums, row);
-      } else {
-        strip_sums<Lanes>(first, end, c, static_cast<int>(width - c), sums, row);
-      }
+    Lanes lanes;
+    int count = kStrip;
+    if (c + kStrip <= width) {
+      strip_sums(0, rows, c, kStrip, lanes, row);
+    } else {
+      count = static_cast<int>(width - c);
+      strip_sums(0, rows, c, count, lanes, row);
     }
+    for (int lane = 0; lane < count; ++lane) sums[c + lane] = lanes.get(lane);
   }
 }
 
