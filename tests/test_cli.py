@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -37,6 +38,20 @@ def test_info_as_a_program_follows_the_environment() -> None:
     assert "baseline (by FASTNORM_ISA=baseline)" in done.stdout
     assert "(by FASTNORM_NUM_THREADS=1)" in done.stdout
     assert "on (by FASTNORM_VERIFY=1)" in done.stdout
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes and signals are POSIX's")
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    code = """
+        import os, sys
+        read, write = os.pipe()
+        os.close(read)
+        os.dup2(write, 1)
+        from fastnorm.cli import main
+        sys.exit(main(["info", "--plain"]))
+    """
+    done = run_python(code)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_help_names_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
@@ -177,7 +192,8 @@ def test_unknown_function_is_wrong_use(capsys: pytest.CaptureFixture[str]) -> No
 def test_plain_text_where_rich_and_matplotlib_are_missing() -> None:
     shown = output_of(
         """
-        import sys
+        import os
+import sys
         sys.modules["rich"] = sys.modules["matplotlib"] = None
         from fastnorm.cli import main
         assert main(["info"]) == 0
@@ -194,7 +210,8 @@ def test_plain_text_where_rich_and_matplotlib_are_missing() -> None:
 def test_only_numpy_is_imported() -> None:
     output_of(
         """
-        import sys
+        import os
+import sys
         from fastnorm.cli import main
         assert main(["check", "--plain", "--quick", "--functions", "dropout"]) == 0
         heavy = {"rich", "matplotlib", "numba", "torch", "jax", "onnxruntime", "sklearn"}
