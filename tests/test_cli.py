@@ -192,8 +192,7 @@ def test_unknown_function_is_wrong_use(capsys: pytest.CaptureFixture[str]) -> No
 def test_plain_text_where_rich_and_matplotlib_are_missing() -> None:
     shown = output_of(
         """
-        import os
-import sys
+        import sys
         sys.modules["rich"] = sys.modules["matplotlib"] = None
         from fastnorm.cli import main
         assert main(["info"]) == 0
@@ -210,8 +209,7 @@ import sys
 def test_only_numpy_is_imported() -> None:
     output_of(
         """
-        import os
-import sys
+        import sys
         from fastnorm.cli import main
         assert main(["check", "--plain", "--quick", "--functions", "dropout"]) == 0
         heavy = {"rich", "matplotlib", "numba", "torch", "jax", "onnxruntime", "sklearn"}
