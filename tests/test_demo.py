@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
 
@@ -13,6 +14,13 @@ from fastnorm import reference
 from fastnorm.cli import main
 from fastnorm.cli.demo import Digits, load_digits, train
 from fastnorm.cli.network import Network, cross_entropy
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """The bits are the same, and the suite does not wait for a second core that somebody else is using."""
+    with fastnorm.num_threads(1):
+        yield
 
 
 def few(digits: Digits, count: int) -> Digits:

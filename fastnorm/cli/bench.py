@@ -275,7 +275,7 @@ def _plot(results: list[Result], threads: int, file: str) -> None:
         label = "copy (memory rate)" if row == 0 else None
         axes.plot([group[_COPY].rate] * 2, [row - 0.45, row + 0.45], color="black", label=label)
     axes.set_yticks(range(len(grouped)), [f"{case} {dtype}" for case, dtype in grouped])
-    axes.invert_yaxis()
+    axes.set_ylim(len(grouped) - 0.5, -0.5)
     axes.set_xlabel(f"GB/s, {threads} thread{'s'[: threads != 1]}, fastest round")
     axes.legend()
     picture.savefig(file, dpi=120)
