@@ -28,7 +28,7 @@ def as_ndarray(name: str, value: Any) -> np.ndarray[Any, Any]:
             f"{name} is a masked array, whose mask would be ignored; pass {name}.filled(value) or {name}.data"
         )
     if isinstance(value, np.ndarray):
-        return value.view(np.ndarray)
+        return value if type(value) is np.ndarray else value.view(np.ndarray)
     if value is None:
         raise TypeError(f"{name} is None; expected an array of float32 or float64")
     if hasattr(value, "__dlpack__"):
@@ -201,7 +201,7 @@ def output(
         raise TypeError(
             f"out is a {type(out).__name__}; expected a NumPy array of shape {_shape(x.shape)} and dtype {x.dtype}"
         )
-    found = out.view(np.ndarray)
+    found = out if type(out) is np.ndarray else out.view(np.ndarray)
     if found.dtype != x.dtype:
         raise TypeError(f"out has dtype {found.dtype}; expected {x.dtype}, the dtype of {of}")
     if found.shape != x.shape:

@@ -20,7 +20,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from . import _core, reference
-from .reference._norm import WIDE, Array, Exact
+from ._results import Array, NormGrads
+from .reference._norm import WIDE, Exact
 
 __all__ = ["VerificationError", "VerificationWarning", "active", "run", "verify"]
 
@@ -182,17 +183,14 @@ def _to_the_last_bit(a: Array) -> Exact:
 
 
 def _outputs(function: str, result: Any) -> dict[str, Array | None]:
-    """Every array of a result by name: fields of named tuples, statistics of a cache, (y, s) of the fused forwards."""
+    """Every array of a result by name: y or dx, the gradients of a norm, the statistics of a cache."""
     if isinstance(result, np.ndarray | np.generic):
         return {"dx" if function.endswith("_backward") else "y": np.asarray(result)}
     if isinstance(result, tuple):
-        fields = getattr(result, "_fields", None)
-        if fields is not None:
-            return dict(zip(fields, result, strict=True))
-        first, second = result
-        if isinstance(second, np.ndarray):
-            return {"y": first, "s": second}
-        return {**_outputs(function, first), **_outputs(function, second)}
+        if function.endswith("_backward"):
+            return dict(zip(NormGrads._fields, result, strict=True))
+        y, cache = result
+        return {"y": y, **_outputs(function, cache)}
     names = ("count", "mean", "m2") if hasattr(result, "m2") else ("mean", "rstd", "batch_var")
     found = {name: getattr(result, name, None) for name in names}
     return {name: np.asarray(a) for name, a in found.items() if a is not None}

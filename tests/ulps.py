@@ -35,14 +35,16 @@ def errors(got: np.ndarray, exact: Any) -> np.ndarray:
     with np.errstate(all="ignore"):
         finite = np.isfinite(exact.value.astype(got.dtype)), np.isfinite(got)
         off = np.abs(got.astype(WIDE) - exact.value)
-        # A result below the normal range is rounded to a multiple of the smallest subnormal, whatever its scale.
-        off = np.maximum(off - np.finfo(got.dtype).smallest_subnormal.astype(WIDE), 0)
+        # Below the normal range every rounding is to a multiple of the smallest subnormal, whatever the scale.
+        off = np.maximum(off - exact.units * np.finfo(got.dtype).smallest_subnormal.astype(WIDE), 0)
         error = np.where(off == 0, WIDE(0), off / (exact.u * exact.scale)) if exact.u else np.where(off == 0, 0, np.inf)
         error = np.where(finite[0] & finite[1], error, np.where(finite[0] | finite[1], np.inf, 0))
     return error.astype(np.float64)
 
 
-def assert_close(got: dict[str, np.ndarray], exact: dict[str, Any], label: str = "", units: float | None = None) -> None:
+def assert_close(
+    got: dict[str, np.ndarray], exact: dict[str, Any], label: str = "", units: float | None = None
+) -> None:
     """Every output of ``exact`` is in ``got`` and within the contract, or within ``units`` where given."""
     for name, value in exact.items():
         if value is None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from .._results import NormGrads
 from . import _dropout, _norm
 from ._dropout import (
     apply_dropout_mask,
@@ -30,7 +31,6 @@ from ._dropout import (
 )
 from ._norm import (
     Moments,
-    NormGrads,
     batch_norm,
     batch_norm_backward,
     batch_norm_forward,

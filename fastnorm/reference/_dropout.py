@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .._philox import Rng, require, take
+from .._results import Array
 from . import _norm
-from ._norm import WIDE, Array, Exact
+from ._norm import WIDE, Exact
 
 NOISE_UNITS = 6.0  # allowed error of the noise, in units of u * (|x| + std * radius)
 

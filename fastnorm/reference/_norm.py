@@ -11,12 +11,12 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
-import numpy.typing as npt
 
-Array: TypeAlias = npt.NDArray[Any]
+from .._results import Array, NormGrads
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 # x87's 64-bit significand and 15-bit exponent, or IEEE quad; where the compiler has neither, float64.
@@ -31,14 +31,6 @@ class Exact(NamedTuple):
     scale: Array
     u: float
     units: float
-
-
-class NormGrads(NamedTuple):
-    """Gradients in the order of the forward's arguments; None where the parameter was None."""
-
-    dx: Array
-    dweight: Array | None
-    dbias: Array | None
 
 
 @dataclass(frozen=True)
@@ -233,13 +225,15 @@ def _normalise(
     y = xhat * w + b
     y_scale = np.maximum(1, np.abs(xhat)) * np.abs(w) + np.abs(b)
 
+    # The contract is for xhat; weight and bias each add one rounding.
+    units = FORWARD_UNITS + (weight is not None) + (bias is not None)
     u = _unit(x.dtype)
     mean, sigma = mean.ravel(), sigma.ravel()
     rstd = _ratio(np.ones_like(sigma), sigma)
     # A mean is as good as the deviations need it to be, and then rounded to float64.
     mean_scale = sigma + np.abs(mean) * _unit(np.dtype(np.float64)) / u
     return {
-        "y": Exact(sets.back(y, x), sets.back(y_scale, x), u, FORWARD_UNITS),
+        "y": Exact(sets.back(y, x), sets.back(y_scale, x), u, units),
         "mean": Exact(mean, mean_scale, u, FORWARD_UNITS),
         "rstd": Exact(rstd, rstd, u, FORWARD_UNITS),
     }
@@ -600,15 +594,15 @@ def _exact_batch_norm_forward(
         raise ValueError(f"x has shape {x.shape}: one value per channel has no variance; use training=False")
     exact = _normalise(x, weight, bias, sets, eps)
     mean = exact["mean"].value
-    _, std, _ = _statistics(sets.view(x), sets.axes, 0.0)
-    var = std.ravel() ** 2
+    std = _statistics(sets.view(x), sets.axes, 0.0)[1].ravel()
+    var = std**2
     u = _unit(x.dtype)
     exact["batch_var"] = Exact(var, var, u, GRADIENT_UNITS)
 
     # The running variance is an estimate for the population, so it takes the unbiased var * M / (M - 1).
     unbiased = var * sets.count / max(sets.count - 1, 1)
     for name, running, new, scale in (
-        ("running_mean", running_mean, mean, np.abs(mean) + std.ravel()),
+        ("running_mean", running_mean, mean, np.abs(mean) + std),
         ("running_var", running_var, unbiased, unbiased),
     ):
         if running is None:

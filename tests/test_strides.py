@@ -1,0 +1,155 @@
+"""Any strides of x, dy and out; results in x's memory order; nothing of out's size allocated beside it.
+
+Refuses accuracy at extremes (test_accuracy.py): values here are ordinary, their places in memory are not.
+"""
+
+from __future__ import annotations
+
+import itertools
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fastnorm as fn
+from contract import SHAPES
+from operations import LAYOUTS, OPERATIONS, Call
+from subprocess_python import output_of
+from ulps import assert_close, expected
+
+STEMS = list(SHAPES)
+FUNCTIONS = [f"{stem}{suffix}" for stem in STEMS for suffix in ("", "_forward", "_backward")]
+
+
+@pytest.mark.parametrize("out_layout", LAYOUTS)
+@pytest.mark.parametrize("x_layout", LAYOUTS)
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_every_layout_of_x_into_every_layout_of_out(function: str, x_layout: str, out_layout: str) -> None:
+    for dtype, shape in ((np.float32, (3, 6, 19)), (np.float64, (2, 4, 3, 5))):
+        call = OPERATIONS[function].make(fn, shape, dtype, layout=LAYOUTS[x_layout])
+        out = LAYOUTS[out_layout](call.empty_out())
+        result = call(out=out)
+        name = "dx" if function.endswith("_backward") else "y"
+        returned = result[0] if isinstance(result, tuple) else result
+        assert returned is out
+        assert_close({name: out}, {name: expected(function, **call.arguments)[name]})
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_results_have_the_memory_order_of_their_input(function: str) -> None:
+    shape = (3, 4, 5, 7)
+    name = "dx" if function.endswith("_backward") else "y"
+    for order in itertools.permutations(range(4)):
+
+        def layout(a: np.ndarray, order: tuple[int, ...] = order) -> np.ndarray:
+            if a.ndim != 4:
+                return a
+            return np.ascontiguousarray(a.transpose(order)).transpose(np.argsort(order))
+
+        call = OPERATIONS[function].make(fn, shape, np.float32, layout=layout)
+        like = call.arguments[call.main]
+        result = call.run()[name]
+        assert result.strides == np.empty_like(like).strides
+        assert_close({name: result}, {name: expected(function, **call.arguments)[name]}, str(order))
+
+
+def repeated(axis: int) -> Callable[[np.ndarray], np.ndarray]:
+    """Stride 0 along an axis: the first index repeated."""
+    return lambda a: np.broadcast_to(np.take(a, [0], axis), a.shape) if a.ndim > 1 else a
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_stride_zero(function: str, axis: int) -> None:
+    for shape in ((5, 6, 4), (2, 6, 33)):
+        call = OPERATIONS[function].make(fn, shape, np.float32, layout=repeated(axis))
+        assert_close(call.run(), expected(function, **call.arguments), f"{shape}")
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("stem", STEMS)
+def test_overlapping_windows_as_x(stem: str, dtype: Any) -> None:
+    """Strides in the wrong order whose elements share memory: a sliding window."""
+    series = np.random.default_rng(1).normal(size=90).astype(dtype)
+    x = np.lib.stride_tricks.sliding_window_view(series, 31).reshape(60, 1, 31)[::10].transpose(2, 1, 0)
+    x = np.lib.stride_tricks.as_strided(x, (31, 4, 6), (x.strides[0], 2 * x.strides[0], x.strides[2]))
+    call = OPERATIONS[stem].make(fn, x.shape, dtype, x=x)
+    assert_close(call.run(), expected(stem, **call.arguments))
+
+
+BIG = (16, 32, 64, 64)  # 8 MB of float32
+WHOLE_EXAMPLES = {"axis": 1}  # long rows, so that the cache's mean and rstd are small beside x
+
+
+def big_call(function: str, layout: str) -> Call:
+    options = WHOLE_EXAMPLES if function.startswith(("layer", "rms")) else {}
+    return OPERATIONS[function].make(fn, BIG, np.float32, layout=LAYOUTS[layout], **options)
+
+
+def traced_peak(call: Callable[[], Any]) -> int:
+    tracemalloc.start()
+    try:
+        kept = call()
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert kept is not None
+    return peak
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "reversed", "sliced", "fortran", "unaligned"])
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_nothing_of_the_size_of_out_is_allocated(function: str, layout: str) -> None:
+    call = big_call(function, layout)
+    out = np.empty_like(call.arguments[call.main])
+    parameters = 4 * sum(a.nbytes for name, a in call.arguments.items() if name in ("weight", "bias"))
+    if function.endswith("_backward") and function.startswith(("layer", "rms")):
+        parameters = 4 * call.arguments["cache"].weight.nbytes
+    assert traced_peak(lambda: call(out=out)) < out.nbytes / 16 + parameters
+
+
+@pytest.mark.parametrize("function", ["batch_norm", "batch_norm_forward", "batch_norm_backward", "group_norm_forward"])
+def test_channels_last_costs_one_result_and_no_copy(function: str) -> None:
+    call = big_call(function, "channels_last")
+    assert traced_peak(call) < call.arguments[call.main].nbytes * 1.1
+
+
+RESIDENT_PEAKS = """
+    import numpy as np
+    import fastnorm as fn
+    from operations import LAYOUTS, OPERATIONS
+
+    def status(key):
+        return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) << 10
+
+    for function in OPERATIONS:
+        if "norm" not in function or "dropout" in function:
+            continue
+        for layout in ("contiguous", "channels_last", "sliced", "fortran"):
+            options = {"axis": 1} if function.startswith(("layer", "rms")) else {}
+            call = OPERATIONS[function].make(fn, (16, 32, 64, 64), np.float32, layout=LAYOUTS[layout], **options)
+            out = call.empty_out()
+            call(out=out)  # thread stacks and buffers that stay
+            open("/proc/self/clear_refs", "w").write("5")  # the peak starts from here
+            before = status("VmRSS")
+            call(out=out)
+            print(function, layout, status("VmHWM") - before, out.nbytes)
+"""
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="needs Linux's account of a process's peak memory"
+)
+def test_the_kernels_take_no_buffer_of_the_size_of_out_either() -> None:
+    """Buffers of the compiled code, which Python's own account does not see."""
+    # Buffers of 1 MB and more straight from the system and back, so that none is reused unseen.
+    lines = output_of(RESIDENT_PEAKS, MALLOC_MMAP_THRESHOLD_="1000000").splitlines()
+    assert len(lines) == 4 * len(FUNCTIONS)
+    for line in lines:
+        function, layout, peak, size = line.split()
+        # The parameter gradients of layer and RMS norm have an eighth of the size of x here, in several partial sums.
+        part = 1 if function in ("layer_norm_backward", "rms_norm_backward") else 8
+        assert int(peak) < int(size) / part, f"{function} {layout}: {peak} bytes beside out's {size}"
