@@ -58,16 +58,16 @@ def test_mask_is_the_reference_s(level: str, p: float) -> None:
 
 @pytest.mark.parametrize("level", _core.isa_levels())
 def test_ties_of_the_high_bits_are_decided_by_the_low_ones(level: str) -> None:
-    """About 30 of two million elements tie; with the thresholds around one of them, its draw is found exactly."""
+    """About 15 of a million elements tie; with the thresholds around one of them, its draw is found exactly."""
     _core.set_isa(level)
-    n, rng = 2_000_003, 77
+    n, rng = 1_000_003, 77
     at_half = fn.dropout_mask(n, 0.5 - 2.0**-17, rng=rng)  # K = 2^31 + 2^15: half of the ties are kept
     coarse = fn.dropout_mask(n, 0.5, rng=rng)  # K = 2^31: a tie is never kept
     upper = fn.dropout_mask(n, 0.5 - 2.0**-16, rng=rng)  # K = 2^31 + 2^16: always
     assert np.all(coarse <= at_half)
     assert np.all(at_half <= upper)
     ties = np.flatnonzero(coarse != upper)
-    assert 10 <= ties.size <= 60
+    assert 5 <= ties.size <= 35
     for i in ties.tolist():
         part = reference.dropout_mask(n, 0.5 - 2.0**-17, rng=rng, index_range=(i, i + 1))
         assert at_half[i] == part[0]
@@ -195,7 +195,7 @@ def test_examples_of_the_specification() -> None:
 @pytest.mark.parametrize("seed", [1, 2**40 + 3])
 @pytest.mark.parametrize("p", [1e-6, 0.001, 0.1, 0.5, 0.9, 1 - 1e-6])
 def test_keep_rate(p: float, seed: int) -> None:
-    n = 4_000_000
+    n = 2_000_000
     kept = np.count_nonzero(fn.dropout_mask(n, p, rng=seed))
     q = threshold(p) / 2**32
     assert abs(kept - n * q) <= Z_LIMIT * math.sqrt(n * q * (1 - q)) + 1  # + 1: p = 1e-6 is Poisson's, not normal
@@ -207,7 +207,7 @@ def correlation(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def test_elements_are_not_correlated() -> None:
-    keep = fn.dropout_mask(2**21, 0.5, rng=1234)
+    keep = fn.dropout_mask(2**20, 0.5, rng=1234)
     for lag in (1, 2, 3, 4, 5, 6, 7, 8, 16, 63, 64, 512, 1024):
         assert abs(correlation(keep[:-lag], keep[lag:])) < Z_LIMIT, lag
 
@@ -233,7 +233,7 @@ def test_groups_of_eight_are_uniform() -> None:
 
 def test_pairs_at_small_p_are_independent() -> None:
     """Joint drops of neighbours: Binomial(n, p^2)."""
-    p, n = 0.01, 4_000_000
+    p, n = 0.01, 1_500_000
     drop = ~fn.dropout_mask(n, p, rng=4321)
     for lag in (1, 8):
         both = np.count_nonzero(drop[:-lag] & drop[lag:])
@@ -327,7 +327,7 @@ def test_classic_scale_and_its_inference(dtype: type) -> None:
 
 
 def test_mean_is_kept() -> None:
-    x = np.full(4_000_000, 2.0, np.float32)
+    x = np.full(1_000_000, 2.0, np.float32)
     for p in (0.1, 0.5, 0.9):
         y = fn.dropout(x, p, rng=64)
         assert abs(np.mean(y, dtype=np.float64) - 2.0) < Z_LIMIT * 2 * math.sqrt(p / (1 - p) / x.size)
@@ -389,6 +389,8 @@ def test_empty() -> None:
         assert y.shape == fn.dropout_backward(x, cache).shape == fn.dropout_mask(shape, rng=1).shape == shape
         assert fn.apply_dropout_mask(x, np.empty(shape, bool), 0.5).shape == shape
         assert fn.dropout_inference(x, 0.5).shape == shape
+        out = np.empty_like(x)
+        assert fn.dropout(x, 0.5, rng=1, out=out) is out
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
