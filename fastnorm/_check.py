@@ -161,6 +161,8 @@ def rank(name: str, found: np.ndarray[Any, Any], least: int) -> None:
 
 
 def _overlaps_itself(found: np.ndarray[Any, Any]) -> bool:
+    if found.size == 0:
+        return False  # numpy gives such an array any strides
     extent = found.itemsize
     for stride, size in sorted((abs(s), n) for s, n in zip(found.strides, found.shape, strict=True) if n > 1):
         if stride < extent:
@@ -230,3 +232,13 @@ def updated_in_place(name: str, found: np.ndarray[Any, Any], others: dict[str, n
             raise ValueError(
                 f"{name} shares memory with {other_name}; expected separate memory, since {name} is updated in place"
             )
+
+
+def cache(value: Any, kind: type, function: str) -> None:
+    """A cache that `<function>_forward` returned."""
+    source = getattr(value, "function", None)
+    if isinstance(source, str) and source != function:
+        raise ValueError(f"cache comes from {source}_forward; expected one from {function}_forward")
+    if not isinstance(value, kind):
+        received = "None" if value is None else f"a {type(value).__name__}"
+        raise TypeError(f"cache is {received}; expected the cache that {function}_forward returned")

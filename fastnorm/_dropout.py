@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from . import _check, _core, _philox, _verify
 from ._philox import Philox, Rng
 from ._results import Array
 
 Scale = Literal["inverted", "classic"]
+Mask = np.ndarray[Any, np.dtype[np.bool_]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +59,16 @@ class DropoutCache:
 
 def _axes(shared_axes: Any, rank: int) -> tuple[int, ...]:
     try:
-        given = tuple(shared_axes)
+        given = (shared_axes,) if isinstance(shared_axes, str) else tuple(shared_axes)
     except TypeError:
         given = (shared_axes,)
-    axes = tuple(sorted(_check.axis("shared_axes", axis, rank) for axis in given))
+    if not all(isinstance(axis, (int, np.integer)) and not isinstance(axis, bool) for axis in given):
+        raise TypeError(f"shared_axes is {shared_axes!r}; expected an axis or a tuple of axes (integers)")
+    if not all(-rank <= axis < rank for axis in given):
+        raise ValueError(
+            f"shared_axes is {shared_axes!r}; expected {-rank} <= axis < {rank} for an array of {rank} axes"
+        )
+    axes = tuple(sorted(int(axis) % rank for axis in given))
     if len(set(axes)) != len(axes):
         raise ValueError(f"shared_axes is {shared_axes!r}; expected every axis at most once")
     return axes
@@ -121,10 +127,7 @@ def _forward(
 
 
 def _backward(function: str, dy: Any, cache: Any, out: Any) -> Array:
-    if not isinstance(cache, DropoutCache):
-        raise TypeError(f"cache is a {type(cache).__name__}; expected the cache that {function}_forward returned")
-    if cache.function != function:
-        raise ValueError(f"cache comes from {cache.function}_forward; expected one from {function}_forward")
+    _check.cache(cache, DropoutCache, function)
     name = "x" if function == "dropout" else "weight"
     dy = _check.same("dy", dy, cache.shape, cache.dtype, of=f"the forward's {name}")
     found = _check.output(out, dy, in_place="dy", others={}, of="dy")
@@ -139,7 +142,7 @@ def _backward(function: str, dy: Any, cache: Any, out: Any) -> Array:
 
 
 def dropout(
-    x: npt.ArrayLike,
+    x: Any,
     p: float = 0.5,
     *,
     rng: Rng,
@@ -193,7 +196,7 @@ def dropout(
 
 
 def dropout_forward(
-    x: npt.ArrayLike,
+    x: Any,
     p: float = 0.5,
     *,
     rng: Rng,
@@ -203,20 +206,30 @@ def dropout_forward(
 ) -> tuple[Array, DropoutCache]:
     """`dropout`, and what its backward needs.
 
-    Parameters and errors as in `dropout`, except that `out` must not share memory with x.
+    Parameters
+    ----------
+    x, p, rng, shared_axes, scale :
+        As in `dropout`.
+    out : array of x's shape and dtype, optional
+        Filled and returned; must not share memory with x.
 
     Returns
     -------
-    y : array of x's shape and dtype
+    y : array of x's shape and dtype, in x's memory order
     cache : DropoutCache
         Seed, offset and the other numbers that the mask follows from; nothing of x's size.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `dropout`; `out` shares memory with x.
     """
     result = _forward("dropout", x, p, rng, shared_axes, scale, out, cached=True)
     assert isinstance(result, tuple)
     return result
 
 
-def dropout_backward(dy: npt.ArrayLike, cache: DropoutCache, *, out: Array | None = None) -> Array:
+def dropout_backward(dy: Any, cache: DropoutCache, *, out: Array | None = None) -> Array:
     """The gradient of `dropout`: ``dx = keep * dy / P(keep)``, or ``keep * dy`` for classic scaling.
 
     The mask is drawn again.
@@ -249,13 +262,13 @@ def dropout_mask(
     rng: Rng,
     shared_axes: int | tuple[int, ...] = (),
     index_range: tuple[int, int] | None = None,
-) -> npt.NDArray[np.bool_]:
+) -> Mask:
     """The mask that `dropout` applies to an array of this shape: True = kept.
 
     Parameters
     ----------
     shape : int or tuple of int
-    p, rng, shared_axes
+    p, rng, shared_axes :
         As in `dropout`; the same arguments give the same mask.
     index_range : (start, stop), optional
         Only these elements of the flattened mask, ``dropout_mask(...).reshape(-1)[start:stop]``, computed without the
@@ -299,16 +312,16 @@ def dropout_mask(
     keep = np.empty(stop - start, np.bool_)
     seed, offset = _philox.take(rng)
 
-    def kernel() -> npt.NDArray[np.bool_]:
+    def kernel() -> Mask:
         _core.keep_mask(keep, extents, start, p, seed, offset, axes)
         return keep if index_range is not None else keep.reshape(extents)
 
     kwargs = {"rng": Philox(seed, offset), "shared_axes": axes, "index_range": index_range}
-    result: npt.NDArray[np.bool_] = _checked("dropout_mask", kernel, (extents, p), kwargs)
+    result: Mask = _checked("dropout_mask", kernel, (extents, p), kwargs)
     return result
 
 
-def apply_dropout_mask(x: npt.ArrayLike, keep: npt.ArrayLike, p: float, *, out: Array | None = None) -> Array:
+def apply_dropout_mask(x: Any, keep: Any, p: float, *, out: Array | None = None) -> Array:
     """Mask and scale with a mask of one's own: ``y = keep * x / P(keep)``, dropped elements +0.0.
 
     Parameters
@@ -352,14 +365,16 @@ def apply_dropout_mask(x: npt.ArrayLike, keep: npt.ArrayLike, p: float, *, out: 
     return result
 
 
-def drop_connect(weight: npt.ArrayLike, p: float, *, rng: Rng, out: Array | None = None) -> Array:
+def drop_connect(weight: Any, p: float, *, rng: Rng, out: Array | None = None) -> Array:
     """Dropout on the weights of a layer: each is set to zero with probability p, the others divided by P(keep).
 
     Parameters
     ----------
     weight : array of float32 or float64, any shape
-    p, rng, out
+    p, rng :
         As in `dropout`, of which this is the inverted form; the same mask for the same arguments.
+    out : array of weight's shape and dtype, optional
+        Filled and returned. May be weight itself.
 
     Returns
     -------
@@ -379,24 +394,56 @@ def drop_connect(weight: npt.ArrayLike, p: float, *, rng: Rng, out: Array | None
     return y
 
 
-def drop_connect_forward(
-    weight: npt.ArrayLike, p: float, *, rng: Rng, out: Array | None = None
-) -> tuple[Array, DropoutCache]:
-    """`drop_connect`, and what its backward needs; `out` must not share memory with weight."""
+def drop_connect_forward(weight: Any, p: float, *, rng: Rng, out: Array | None = None) -> tuple[Array, DropoutCache]:
+    """`drop_connect`, and what its backward needs.
+
+    Parameters
+    ----------
+    weight, p, rng :
+        As in `drop_connect`.
+    out : array of weight's shape and dtype, optional
+        Filled and returned; must not share memory with weight.
+
+    Returns
+    -------
+    y : array of weight's shape and dtype, in weight's memory order
+    cache : DropoutCache
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `drop_connect`; `out` shares memory with weight.
+    """
     result = _forward("drop_connect", weight, p, rng, (), "inverted", out, cached=True)
     assert isinstance(result, tuple)
     return result
 
 
-def drop_connect_backward(dy: npt.ArrayLike, cache: DropoutCache, *, out: Array | None = None) -> Array:
-    """The gradient of `drop_connect`: ``dweight = keep * dy / P(keep)``, dy being the gradient of the masked weight.
+def drop_connect_backward(dy: Any, cache: DropoutCache, *, out: Array | None = None) -> Array:
+    """The gradient of `drop_connect`: ``dweight = keep * dy / P(keep)``.
 
-    Parameters, result and errors as in `dropout_backward`.
+    Parameters
+    ----------
+    dy : array of the forward's shape and dtype
+        Gradient of the masked weight.
+    cache : DropoutCache
+        From `drop_connect_forward`.
+    out : array of dy's shape and dtype, optional
+        Filled and returned. May be dy itself.
+
+    Returns
+    -------
+    dweight : array of dy's shape and dtype, in dy's memory order
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `dropout_backward`.
     """
     return _backward("drop_connect", dy, cache, out)
 
 
-def gaussian_noise(x: npt.ArrayLike, std: float, *, rng: Rng, out: Array | None = None) -> Array:
+def gaussian_noise(x: Any, std: float, *, rng: Rng, out: Array | None = None) -> Array:
     """Add normal noise: ``y = x + std * z``, z independent standard normal for each element.
 
     Parameters
@@ -445,7 +492,7 @@ def gaussian_noise(x: npt.ArrayLike, std: float, *, rng: Rng, out: Array | None 
     return result
 
 
-def dropout_inference(x: npt.ArrayLike, p: float, *, out: Array | None = None) -> Array:
+def dropout_inference(x: Any, p: float, *, out: Array | None = None) -> Array:
     """The weight scaling rule, for nets trained with ``scale="classic"``: ``y = (1 - p) x``.
 
     Parameters

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from . import _check, _core, _philox, _slow_path
 from ._dropout import DropoutCache, dropout, dropout_backward, dropout_forward
@@ -117,10 +116,7 @@ def _forward(
 
 def _backward(norm: str, dy: Any, cache: Any, ds: Any) -> DropoutAddNormGrads:
     function = f"dropout_add_{norm}"
-    if not isinstance(cache, DropoutAddNormCache):
-        raise TypeError(f"cache is a {type(cache).__name__}; expected the cache that {function}_forward returned")
-    if cache.function != function:
-        raise ValueError(f"cache comes from {cache.function}_forward; expected one from {function}_forward")
+    _check.cache(cache, DropoutAddNormCache, function)
     dy = _check.same("dy", dy, cache.s.shape, cache.s.dtype, of="the forward's x")
     if ds is not None:
         ds = _check.same("ds", ds, cache.s.shape, cache.s.dtype, of="the forward's s")
@@ -138,10 +134,10 @@ def _backward(norm: str, dy: Any, cache: Any, ds: Any) -> DropoutAddNormGrads:
 
 
 def dropout_add_layer_norm(
-    x: npt.ArrayLike,
-    residual: npt.ArrayLike | None = None,
-    weight: npt.ArrayLike | None = None,
-    bias: npt.ArrayLike | None = None,
+    x: Any,
+    residual: Any = None,
+    weight: Any = None,
+    bias: Any = None,
     *,
     p: float = 0.0,
     rng: Rng | None = None,
@@ -157,9 +153,10 @@ def dropout_add_layer_norm(
     residual : array of x's shape and dtype, optional
         None: s = dropout(x).
     weight, bias : arrays of shape x.shape[axis:] and x's dtype, optional
-    p, rng
+        None stands for 1 and 0.
+    p, rng :
         As in `dropout`. rng may be None, and is not needed, when p is 0.
-    axis, eps
+    axis, eps :
         As in `layer_norm`.
     out : array of x's shape and dtype, optional
         Receives y. May be x itself.
@@ -184,10 +181,10 @@ def dropout_add_layer_norm(
 
 
 def dropout_add_layer_norm_forward(
-    x: npt.ArrayLike,
-    residual: npt.ArrayLike | None = None,
-    weight: npt.ArrayLike | None = None,
-    bias: npt.ArrayLike | None = None,
+    x: Any,
+    residual: Any = None,
+    weight: Any = None,
+    bias: Any = None,
     *,
     p: float = 0.0,
     rng: Rng | None = None,
@@ -197,22 +194,30 @@ def dropout_add_layer_norm_forward(
 ) -> tuple[tuple[Array, Array], DropoutAddNormCache]:
     """`dropout_add_layer_norm`, and what its backward needs.
 
-    Parameters and errors as there, except that `out` must not share memory with x.
+    Parameters
+    ----------
+    x, residual, weight, bias, p, rng, axis, eps :
+        As in `dropout_add_layer_norm`.
+    out : array of x's shape and dtype, optional
+        Receives y; must not share memory with x or residual.
 
     Returns
     -------
-    (y, s) : arrays of x's shape and dtype
+    (y, s) : arrays of x's shape and dtype, in x's memory order
     cache : DropoutAddNormCache
         Keeps s, which must not be changed before the backward, and the numbers that the mask follows from.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `dropout_add_layer_norm`; `out` shares memory with x.
     """
     y, s, cache = _forward("layer_norm", x, residual, weight, bias, p, rng, axis, eps, out, cached=True)
     assert cache is not None
     return (y, s), cache
 
 
-def dropout_add_layer_norm_backward(
-    dy: npt.ArrayLike, cache: DropoutAddNormCache, *, ds: npt.ArrayLike | None = None
-) -> DropoutAddNormGrads:
+def dropout_add_layer_norm_backward(dy: Any, cache: DropoutAddNormCache, *, ds: Any = None) -> DropoutAddNormGrads:
     """Gradients of `dropout_add_layer_norm`.
 
     With g the layer norm's input gradient for dy, plus ds: ``dresidual = g``, ``dx = keep * g / P(keep)``.
@@ -239,9 +244,9 @@ def dropout_add_layer_norm_backward(
 
 
 def dropout_add_rms_norm(
-    x: npt.ArrayLike,
-    residual: npt.ArrayLike | None = None,
-    weight: npt.ArrayLike | None = None,
+    x: Any,
+    residual: Any = None,
+    weight: Any = None,
     *,
     p: float = 0.0,
     rng: Rng | None = None,
@@ -249,18 +254,33 @@ def dropout_add_rms_norm(
     eps: float = 1e-5,
     out: Array | None = None,
 ) -> tuple[Array, Array]:
-    """``s = residual + dropout(x, p)``, ``y = rms_norm(s, weight)``: `dropout_add_layer_norm` without mean and bias.
+    """The residual step with an RMS norm: ``s = residual + dropout(x, p)``, ``y = rms_norm(s, weight)``.
 
-    Parameters, results and errors as there.
+    Parameters
+    ----------
+    x, residual, p, rng, axis, eps, out :
+        As in `dropout_add_layer_norm`.
+    weight : array of shape x.shape[axis:] and x's dtype, optional
+        None stands for 1.
+
+    Returns
+    -------
+    y, s : arrays of x's shape and dtype, in x's memory order
+        s is always a new array.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `dropout_add_layer_norm`.
     """
     y, s, _ = _forward("rms_norm", x, residual, weight, None, p, rng, axis, eps, out, cached=False)
     return y, s
 
 
 def dropout_add_rms_norm_forward(
-    x: npt.ArrayLike,
-    residual: npt.ArrayLike | None = None,
-    weight: npt.ArrayLike | None = None,
+    x: Any,
+    residual: Any = None,
+    weight: Any = None,
     *,
     p: float = 0.0,
     rng: Rng | None = None,
@@ -268,14 +288,51 @@ def dropout_add_rms_norm_forward(
     eps: float = 1e-5,
     out: Array | None = None,
 ) -> tuple[tuple[Array, Array], DropoutAddNormCache]:
-    """`dropout_add_rms_norm`, and what its backward needs; see `dropout_add_layer_norm_forward`."""
+    """`dropout_add_rms_norm`, and what its backward needs.
+
+    Parameters
+    ----------
+    x, residual, weight, p, rng, axis, eps :
+        As in `dropout_add_rms_norm`.
+    out : array of x's shape and dtype, optional
+        Receives y; must not share memory with x or residual.
+
+    Returns
+    -------
+    (y, s) : arrays of x's shape and dtype, in x's memory order
+    cache : DropoutAddNormCache
+        Keeps s, which must not be changed before the backward, and the numbers that the mask follows from.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `dropout_add_rms_norm`; `out` shares memory with x.
+    """
     y, s, cache = _forward("rms_norm", x, residual, weight, None, p, rng, axis, eps, out, cached=True)
     assert cache is not None
     return (y, s), cache
 
 
-def dropout_add_rms_norm_backward(
-    dy: npt.ArrayLike, cache: DropoutAddNormCache, *, ds: npt.ArrayLike | None = None
-) -> DropoutAddNormGrads:
-    """Gradients of `dropout_add_rms_norm`; see `dropout_add_layer_norm_backward`. dbias is None."""
+def dropout_add_rms_norm_backward(dy: Any, cache: DropoutAddNormCache, *, ds: Any = None) -> DropoutAddNormGrads:
+    """Gradients of `dropout_add_rms_norm`.
+
+    With g the RMS norm's input gradient for dy, plus ds: ``dresidual = g``, ``dx = keep * g / P(keep)``.
+
+    Parameters
+    ----------
+    dy, ds :
+        As in `dropout_add_layer_norm_backward`.
+    cache : DropoutAddNormCache
+        From `dropout_add_rms_norm_forward`.
+
+    Returns
+    -------
+    dx, dresidual, dweight, dbias : DropoutAddNormGrads
+        None where the forward's argument was None; dbias always is.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `dropout_add_layer_norm_backward`.
+    """
     return _backward("rms_norm", dy, cache, ds)

@@ -99,10 +99,7 @@ def forward(
 
 
 def backward(function: str, dy: Any, cache: Any, out: Any) -> Any:
-    if not isinstance(cache, _core.NormCache):
-        raise TypeError(f"cache is a {type(cache).__name__}; expected the cache that {function}_forward returned")
-    if cache.function != function:
-        raise ValueError(f"cache comes from {cache.function}_forward; expected one from {function}_forward")
+    _check.cache(cache, _core.NormCache, function)
     if not cache.intact:
         raise ValueError(
             f"cache holds an x or parameter whose shape was changed after {function}_forward; expected both as then"

@@ -58,16 +58,16 @@ def test_mask_is_the_reference_s(level: str, p: float) -> None:
 
 @pytest.mark.parametrize("level", _core.isa_levels())
 def test_ties_of_the_high_bits_are_decided_by_the_low_ones(level: str) -> None:
-    """About 30 of two million elements tie; with the thresholds around one of them, its draw is found exactly."""
+    """About 15 of a million elements tie; with the thresholds around one of them, its draw is found exactly."""
     _core.set_isa(level)
-    n, rng = 2_000_003, 77
+    n, rng = 1_000_003, 77
     at_half = fn.dropout_mask(n, 0.5 - 2.0**-17, rng=rng)  # K = 2^31 + 2^15: half of the ties are kept
     coarse = fn.dropout_mask(n, 0.5, rng=rng)  # K = 2^31: a tie is never kept
     upper = fn.dropout_mask(n, 0.5 - 2.0**-16, rng=rng)  # K = 2^31 + 2^16: always
     assert np.all(coarse <= at_half)
     assert np.all(at_half <= upper)
     ties = np.flatnonzero(coarse != upper)
-    assert 10 <= ties.size <= 60
+    assert 5 <= ties.size <= 35
     for i in ties.tolist():
         part = reference.dropout_mask(n, 0.5 - 2.0**-17, rng=rng, index_range=(i, i + 1))
         assert at_half[i] == part[0]
@@ -195,7 +195,7 @@ def test_examples_of_the_specification() -> None:
 @pytest.mark.parametrize("seed", [1, 2**40 + 3])
 @pytest.mark.parametrize("p", [1e-6, 0.001, 0.1, 0.5, 0.9, 1 - 1e-6])
 def test_keep_rate(p: float, seed: int) -> None:
-    n = 4_000_000
+    n = 2_000_000
     kept = np.count_nonzero(fn.dropout_mask(n, p, rng=seed))
     q = threshold(p) / 2**32
     assert abs(kept - n * q) <= Z_LIMIT * math.sqrt(n * q * (1 - q)) + 1  # + 1: p = 1e-6 is Poisson's, not normal
@@ -207,7 +207,7 @@ def correlation(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def test_elements_are_not_correlated() -> None:
-    keep = fn.dropout_mask(2**21, 0.5, rng=1234)
+    keep = fn.dropout_mask(2**20, 0.5, rng=1234)
     for lag in (1, 2, 3, 4, 5, 6, 7, 8, 16, 63, 64, 512, 1024):
         assert abs(correlation(keep[:-lag], keep[lag:])) < Z_LIMIT, lag
 
@@ -233,7 +233,7 @@ def test_groups_of_eight_are_uniform() -> None:
 
 def test_pairs_at_small_p_are_independent() -> None:
     """Joint drops of neighbours: Binomial(n, p^2)."""
-    p, n = 0.01, 4_000_000
+    p, n = 0.01, 1_500_000
     drop = ~fn.dropout_mask(n, p, rng=4321)
     for lag in (1, 8):
         both = np.count_nonzero(drop[:-lag] & drop[lag:])
@@ -327,7 +327,7 @@ def test_classic_scale_and_its_inference(dtype: type) -> None:
 
 
 def test_mean_is_kept() -> None:
-    x = np.full(4_000_000, 2.0, np.float32)
+    x = np.full(1_000_000, 2.0, np.float32)
     for p in (0.1, 0.5, 0.9):
         y = fn.dropout(x, p, rng=64)
         assert abs(np.mean(y, dtype=np.float64) - 2.0) < Z_LIMIT * 2 * math.sqrt(p / (1 - p) / x.size)
@@ -389,6 +389,8 @@ def test_empty() -> None:
         assert y.shape == fn.dropout_backward(x, cache).shape == fn.dropout_mask(shape, rng=1).shape == shape
         assert fn.apply_dropout_mask(x, np.empty(shape, bool), 0.5).shape == shape
         assert fn.dropout_inference(x, 0.5).shape == shape
+        out = np.empty_like(x)
+        assert fn.dropout(x, 0.5, rng=1, out=out) is out
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -471,11 +473,13 @@ BAD_ARGUMENTS = [
     ({"rng": np.random.RandomState(1)}, TypeError, r"rng is RandomState"),
     ({"rng": -1}, ValueError, r"rng is -1; expected 0 <= rng < 2\*\*64"),
     ({"rng": 2**64}, ValueError, r"rng is 18446744073709551616"),
-    ({"shared_axes": (2,)}, ValueError, r"shared_axes is 2; expected -2 <= shared_axes < 2"),
-    ({"shared_axes": (-3,)}, ValueError, r"shared_axes is -3"),
+    ({"shared_axes": (2,)}, ValueError, r"shared_axes is \(2,\); expected -2 <= axis < 2"),
+    ({"shared_axes": (-3,)}, ValueError, r"shared_axes is \(-3,\)"),
     ({"shared_axes": (1, -1)}, ValueError, r"shared_axes is \(1, -1\); expected every axis at most once"),
-    ({"shared_axes": (1.0,)}, TypeError, r"shared_axes is 1.0"),
+    ({"shared_axes": (1.0,)}, TypeError, r"shared_axes is \(1.0,\)"),
     ({"shared_axes": None}, TypeError, r"shared_axes is None"),
+    ({"shared_axes": "01"}, TypeError, r"shared_axes is '01'"),
+    ({"shared_axes": (True,)}, TypeError, r"shared_axes is \(True,\)"),
     ({"scale": "other"}, ValueError, r"scale is 'other'; expected 'inverted' or 'classic'"),
     ({"scale": None}, TypeError, r"scale is None"),
     ({"out": np.zeros((3, 4))}, ValueError, r"out has shape"),
@@ -552,8 +556,9 @@ def test_backward_refuses_what_does_not_fit() -> None:
         (x.astype(np.float32), cache, TypeError, "dy has dtype float32; expected float64"),
         (x.astype(int), cache, TypeError, "dy has dtype int64"),
         (x, connect, ValueError, "cache comes from drop_connect_forward; expected one from dropout_forward"),
-        (x, norm, TypeError, "cache is a .*NormCache; expected the cache that dropout_forward returned"),
-        (x, None, TypeError, "cache is a NoneType"),
+        (x, norm, ValueError, "cache comes from layer_norm_forward; expected one from dropout_forward"),
+        (x, None, TypeError, "cache is None; expected the cache that dropout_forward returned"),
+        (x, (1, 2), TypeError, "cache is a tuple"),
     ]:
         with pytest.raises(error, match=message):
             fn.dropout_backward(dy, used, out=out)

@@ -99,7 +99,7 @@ def test_in_place_and_empty() -> None:
 
 @pytest.mark.parametrize("seed", [3, 2**50])
 def test_moments_and_tails(seed: int) -> None:
-    n = 2_000_000
+    n = 1_000_000
     z = noise(n, seed)
     # Variances of the sample means of z, z^2, z^3 and z^4: 1, 2, 15 and 96.
     for power, mean, variance in [(1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)]:
