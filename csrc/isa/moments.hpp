@@ -66,8 +66,8 @@ struct Moments {
     }
     const double total = count + other.count;
     const double weight = count * other.count / total;
-    TwoTerm delta = two_sum(other.mean, -mean);
-    delta.lo += other.mean_lo - mean_lo;
+    const TwoTerm apart = two_sum(other.mean, -mean);
+    const TwoTerm delta = two_sum(apart.hi, apart.lo + (other.mean_lo - mean_lo));
     const double shift = (delta.hi + delta.lo) * (other.count / total);
     m2.add(other.m2);
     if (exact) {
@@ -88,13 +88,16 @@ struct Moments {
 
 // Moments from the sums of d and d * d, d = x - pivot. The pivot need not be the mean, only near it.
 inline Moments moments_about(double pivot, double count, double sum, double squares) {
-  const TwoTerm mean = two_sum(pivot, sum / count);
-  double m2 = squares - sum * (sum / count);
-  if (!(m2 > 0.5 * squares)) {
+  const double correction = sum / count;
+  TwoTerm mean = two_sum(pivot, correction);
+  double m2 = squares - sum * correction;
+  if (!(m2 > 0.99 * squares)) {
     // Cancellation: the data lie closer to each other than to the pivot. Deviations are then few bits long and their sums
-    // exact, so that all is well if this difference is.
+    // exact, so that all is well if the rest of the formula is.
     const TwoTerm scaled = two_product(squares, count), square = two_product(sum, sum);
     m2 = ((scaled.hi - square.hi) + (scaled.lo - square.lo)) / count;
+    const TwoTerm whole = two_product(correction, count);
+    mean.lo += ((sum - whole.hi) - whole.lo) / count;
   }
   Moments moments;
   moments.count = count;

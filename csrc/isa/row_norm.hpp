@@ -1,6 +1,5 @@
 // Backward where the weights run along the set (layer norm, RMS norm, group norm with channels last). The gradients of the
-// parameters are sums over sets: each group of kSetsPerGroup sets adds into its own pair of rows, and those are added in
-// order, so that the cut depends on the shape alone.
+// parameters are sums over sets: each group of kSetsPerGroup sets adds into rows of its own, and those are added in order, so that the cut depends on the shape alone.
 #pragma once
 
 #include "isa/channel_norm.hpp"
@@ -8,7 +7,9 @@
 namespace fastnorm {
 namespace {
 
-constexpr int64_t kSetsPerGroup = 32;
+// Sets in a chain of additions: float64 has no digits to spare, float32 data are summed in double.
+template <class T>
+constexpr int64_t kSetsPerGroup = kMayOverflow<T> ? 16 : 64;
 
 template <class T>
 inline SegmentSums row_unit_sums(const Plan& plan, const NormArgs<T>& args, int64_t set, int64_t unit, const Statistic& s) {
@@ -28,10 +29,11 @@ inline SegmentSums row_unit_sums(const Plan& plan, const NormArgs<T>& args, int6
   return total;
 }
 
-// dx of one unit, and its part of dweight and dbias (nullptr: not wanted), whose first element is the set's first parameter.
+// dx of one unit, and its part of the parameters' gradients: `totals` (nullptr: not wanted) points at the set's first
+// parameter in rows as add_repeated_gradients has them.
 template <class T>
 inline void row_unit_gradient(const Plan& plan, const NormArgs<T>& args, int64_t set, int64_t unit, const Statistic& s, double a,
-                              double b, double* dweight, double* dbias) {
+                              double b, double* totals) {
   Buffers<T> buffers;
   const int64_t period = plan.params_per_set;
   const T* weight = args.weight ? args.weight + plan.set_param.offset(set) : nullptr;
@@ -39,12 +41,12 @@ inline void row_unit_gradient(const Plan& plan, const NormArgs<T>& args, int64_t
   for_unit_blocks(plan, unit, [&](int64_t start, int64_t n) {
     const T* values = x.read(start, n, buffers.x);
     const T* g = dy.read(start, n, buffers.dy);
-    if (dweight) {
-      for (int64_t done = 0; done < n;) {
-        const int64_t phase = (start + done) % period;
-        const int64_t count = n - done < period - phase ? n - done : period - phase;
-        add_parameter_gradients(values + done, g + done, count, s, dweight + phase, dbias + phase);
-        done += count;
+    if (totals) {
+      const int64_t phase = start % period;
+      if (plan.elements == period) {
+        add_parameter_gradients(values, g, n, s, totals + phase, totals + plan.params + phase);
+      } else {
+        add_repeated_gradients(values, g, n, period, phase, s, totals, plan.params);
       }
     }
     T* to = dx.open(start, n, buffers.out);
@@ -57,11 +59,11 @@ inline void row_unit_gradient(const Plan& plan, const NormArgs<T>& args, int64_t
 template <class T>
 bool row_backward(const Plan& plan, const NormArgs<T>& args) {
   const int64_t units = units_per_set(plan), params = plan.params;
-  const int64_t per_group = kSetsPerGroup * (params / plan.params_per_set);
+  const int64_t per_group = kSetsPerGroup<T> * (params / plan.params_per_set);
   const int64_t groups = (plan.sets + per_group - 1) / per_group;
   const bool split = plan.threads > 1 && groups < 2 * plan.threads && units > 1;
   const bool want_params = args.dweight || args.dbias;
-  const Workspace<double> partial(want_params ? groups * 2 * params : 0);
+  const Workspace<double> partial(want_params ? groups * 4 * params : 0);
   const Workspace<SegmentSums> sums(split ? plan.sets * units : 0);
   if (!partial || !sums) return false;
 
@@ -69,11 +71,8 @@ bool row_backward(const Plan& plan, const NormArgs<T>& args) {
   const double count = static_cast<double>(plan.set_size());
   const auto gradient = [&](int64_t set, int64_t first_unit, int64_t end_unit, const SegmentSums& total, const Statistic& s) {
     const double a = args.centred ? total.dy.value() / count : 0, b = total.dy_xhat.value() / count;
-    double* dweight = want_params ? &partial[set / per_group * 2 * params + plan.set_param.offset(set)] : nullptr;
-    double* dbias = want_params ? dweight + params : nullptr;
-    for (int64_t unit = first_unit; unit < end_unit; ++unit) {
-      row_unit_gradient(plan, args, set, unit, s, a, b, dweight, dbias);
-    }
+    double* totals = want_params ? &partial[set / per_group * 4 * params + plan.set_param.offset(set)] : nullptr;
+    for (int64_t unit = first_unit; unit < end_unit; ++unit) row_unit_gradient(plan, args, set, unit, s, a, b, totals);
   };
 
   if (split) {
@@ -106,8 +105,9 @@ bool row_backward(const Plan& plan, const NormArgs<T>& args) {
       for (int64_t p = strip * kStrip; p < params && p < (strip + 1) * kStrip; ++p) {
         Sum dweight, dbias;
         for (int64_t group = 0; group < groups; ++group) {
-          dweight.add(partial[group * 2 * params + p]);
-          dbias.add(partial[group * 2 * params + params + p]);
+          const double* totals = &partial[group * 4 * params + p];
+          dweight.add({totals[0], totals[2 * params]});
+          dbias.add({totals[params], totals[3 * params]});
         }
         if (args.dweight) args.dweight[p] = static_cast<T>(dweight.value());
         if (args.dbias) args.dbias[p] = static_cast<T>(dbias.value());

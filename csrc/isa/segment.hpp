@@ -90,5 +90,36 @@ inline void add_parameter_gradients(const T* x, const T* dy, int64_t n, const St
   }
 }
 
+// The same for values whose parameters repeat every `period`: n values from parameter `phase` on. `totals` holds four rows of
+// `stride` numbers: dweight, dbias, and what their sums have lost to rounding, for there may be millions of repetitions.
+template <class T>
+inline void add_repeated_gradients(const T* x, const T* dy, int64_t n, int64_t period, int64_t phase, const Statistic& s,
+                                   double* totals, int64_t stride) {
+  alignas(64) double rows[2][kBlock];
+  // Short periods are added side by side, then folded in a tree.
+  const int64_t width = period < kShortRun ? kShortRun / period * period : n;
+  for (int64_t i = 0; i < width; ++i) rows[0][i] = rows[1][i] = 0;
+  for (int64_t done = 0; done < n; done += width) {
+    add_parameter_gradients(x + done, dy + done, n - done < width ? n - done : width, s, rows[0], rows[1]);
+  }
+  int64_t used = width;
+  for (; used > period;) {
+    const int64_t kept = (used / period + 1) / 2 * period;
+    for (int64_t i = kept; i < used; ++i) {
+      rows[0][i - kept] += rows[0][i];
+      rows[1][i - kept] += rows[1][i];
+    }
+    used = kept;
+  }
+  for (int row = 0; row < 2; ++row) {
+    double *hi = totals + row * stride + phase, *lo = hi + 2 * stride;
+    for (int64_t i = 0; i < used; ++i) {
+      const TwoTerm total = two_sum(hi[i], rows[row][i]);
+      hi[i] = total.hi;
+      lo[i] += total.lo;
+    }
+  }
+}
+
 }  // namespace
 }  // namespace fastnorm
