@@ -218,6 +218,69 @@ bool is_norm(const std::string& operation) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
+// Dropout and noise: contiguous, so any cut of the elements is a range, as in the Python functions
+
+constexpr int64_t kElementsPerPart = 32768;
+
+template <class T>
+class Dropout {
+ public:
+  explicit Dropout(const Case& c)
+      : x_(c.elements(), 1, 0.5),
+        y_(c.elements(), 2),
+        keep_(static_cast<size_t>(c.elements()), 1),
+        count_(c.elements()) {
+    const double keep = 1 - c.option("p", 0.5);
+    draw_ = {{20240607, 0}, static_cast<uint64_t>(keep * 4294967296.0 + 0.5)};
+    factor_ = static_cast<T>(1 / keep);
+    threads_ = threads_for(count_);
+    walk_.append(count_, sizeof(T), sizeof(T), 1);
+    if (c.operation == "dropout_mask") kernel_ = &Dropout::mask;
+    if (c.operation == "gaussian_noise") kernel_ = &Dropout::noise;
+    if (c.operation == "apply_dropout_mask") kernel_ = &Dropout::apply;
+  }
+
+  bool run() {
+    const int64_t parts = (count_ + kElementsPerPart - 1) / kElementsPerPart;
+    parallel_for(threads_, parts, [&](int64_t part) {
+      const int64_t first = part * kElementsPerPart;
+      (this->*kernel_)(first, first + kElementsPerPart < count_ ? kElementsPerPart : count_ - first);
+    });
+    return true;
+  }
+
+ private:
+  void drop(int64_t first, int64_t count) {
+    dropout_kernels<T>().drop(y_.bytes(), x_.bytes(), walk_, first, count, draw_, factor_);
+  }
+  void mask(int64_t first, int64_t count) {
+    dropout_kernels<T>().keep_mask(keep_.data() + first, walk_, first, count, draw_);
+  }
+  void noise(int64_t first, int64_t count) {
+    dropout_kernels<T>().gaussian_noise(y_.bytes(), x_.bytes(), walk_, first, count, draw_.stream, 0.5);
+  }
+  void apply(int64_t first, int64_t count) {
+    const char* keep = reinterpret_cast<const char*>(keep_.data());
+    dropout_kernels<T>().apply_mask(y_.bytes(), x_.bytes(), keep, walk_, first, count, factor_);
+  }
+
+  Buffer<T> x_, y_;
+  std::vector<uint8_t> keep_;
+  int64_t count_;
+  int threads_ = 1;
+  T factor_ = 1;
+  MaskDraw draw_{};
+  ElementWalk walk_;
+  void (Dropout::*kernel_)(int64_t, int64_t) = &Dropout::drop;
+};
+
+// dropout's forward, backward and DropConnect are one kernel; the residual step is composed of kernels that are here.
+bool is_dropout(const std::string& operation) {
+  return operation == "dropout" || operation == "dropout_mask" || operation == "apply_dropout_mask" ||
+         operation == "gaussian_noise";
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
 // Registration
 
 void report(benchmark::State& state, int64_t bytes) {
@@ -255,6 +318,7 @@ void register_case(const Case& c, const std::string& dtype, const char* level) {
   const int64_t bytes = c.bytes(sizeof(T));
   void (*body)(benchmark::State&, const Case&, const char*, int64_t) = nullptr;
   if (is_norm(c.operation)) body = measure<Norm<T>>;
+  if (is_dropout(c.operation)) body = measure<Dropout<T>>;
   if (body == nullptr) return;
   benchmark::RegisterBenchmark(name.c_str(), [=](benchmark::State& state) { body(state, c, level, bytes); })
       ->UseRealTime()

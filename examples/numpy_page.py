@@ -1,4 +1,4 @@
-"""A page of NumPy with fastnorm in it: norms, dropout, odd shapes, layouts, `out=`, and what happens on wrong arguments.
+"""A page of NumPy with fastnorm in it: norms, dropout, odd shapes, layouts, `out=`, and wrong arguments.
 
 Run it: every line that prints shows what it is about. Nothing here needs more than NumPy.
 """

@@ -182,12 +182,13 @@ def _takes_out(function: Callable[..., Any]) -> bool:
 def error_in_units(got: Any, exact: Any) -> tuple[float, tuple[int, ...]]:
     """The worst error of a result in u times its scale, and where; infinite where it should be exact and is not."""
     with np.errstate(all="ignore"):
-        wide = np.asarray(got).astype(exact.value.dtype)
-        difference = np.abs(wide - exact.value)
-        error = np.where(difference == 0, 0, difference / (exact.u * exact.scale))
+        wide, value = (np.asarray(a).astype(np.longdouble) for a in (got, exact.value))
+        error = np.abs(wide - value) / (exact.u * exact.scale)
     # Equal infinities and NaNs count as right, every other NaN as infinitely wrong.
-    error = np.where((wide == exact.value) | (np.isnan(wide) & np.isnan(exact.value)), 0, error)
+    error = np.where((wide == value) | (np.isnan(wide) & np.isnan(value)), 0, error)
     error = np.where(np.isnan(error), np.inf, error)
+    if exact.units == 0:  # to the last bit: the sign of a zero counts
+        error = np.where(np.signbit(wide) != np.signbit(value), np.inf, error)
     if error.size == 0:
         return 0.0, ()
     where = np.unravel_index(int(np.argmax(error)), error.shape)
@@ -218,7 +219,7 @@ def expected(function: str, call: Any) -> dict[str, Any]:
 
 
 def _expected_residual(function: str, call: Any) -> dict[str, Any]:
-    """Of s = residual + dropout(x), y = norm(s): s to the last bit, the rest as exact as the norm has to be on that s."""
+    """Of s = residual + dropout(x), y = norm(s): s to the last bit, the rest as the norm's contract has it."""
     norm = stem_of(function).removeprefix("dropout_add_")
     if not function.endswith("_backward"):
         result = getattr(reference, function)(*call.args, **call.keywords)
@@ -403,4 +404,6 @@ def _worst(summary: Summary) -> str:
     _, error, limit, name = summary.worst
     if not name:
         return "-"
-    return f"{error:.2f} of {limit:g} ({name})" if limit else ("exact" if error == 0 else f"{error:.2g} of 0 ({name})")
+    if limit == 0 and error == 0:
+        return "exact"
+    return f"{error:.2f} of {limit:g} ({name})" if error < 1000 else f"{error:.1e} of {limit:g} ({name})"

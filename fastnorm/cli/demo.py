@@ -85,7 +85,7 @@ def train(
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--epochs", type=int, default=20, help="passes over the training images (default: 20)")
+    parser.add_argument("--epochs", type=int, default=15, help="passes over the training images (default: 15)")
     parser.add_argument("--seed", type=int, default=0, help="of first weights, batches and dropout (default: 0)")
     parser.add_argument("--dtype", choices=("float32", "float64"), default="float32", help="of the whole training")
     parser.add_argument("--no-reference", action="store_true", help="only the run with the kernels")

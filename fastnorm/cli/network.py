@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastnorm import Philox
+
 Array = NDArray[Any]
 
-_CONV1, _CONV2, _HIDDEN, _CLASSES = 16, 32, 128, 10
+_CONV1, _CONV2, _HIDDEN, _CLASSES = 8, 32, 128, 10
 _DROP = 0.3
 _WEIGHT_DECAY = 5e-4
 _SGD_MOMENTUM = 0.9
@@ -44,7 +46,7 @@ class Network:
 
     def __init__(self, norms: ModuleType, rng: np.random.Generator, dtype: type = np.float32) -> None:
         self.norms = norms
-        self.masks = norms.Philox(int(rng.integers(2**63)))
+        self.masks = Philox(int(rng.integers(2**63)))
         self.parameters: dict[str, Array] = {}
         self.running: dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]] = {}
         sizes = {"conv1": (9, _CONV1), "conv2": (9 * _CONV1, _CONV2), "hidden": (16 * _CONV2, _HIDDEN)}

@@ -19,7 +19,7 @@ from .._results import Array
 from . import _norm
 from ._norm import WIDE, Exact
 
-NOISE_UNITS = 4.0  # allowed error of the noise, in units of u * (|x| + std * radius)
+NOISE_UNITS = 6.0  # allowed error of the noise, in units of u * (|x| + std * radius)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The generator

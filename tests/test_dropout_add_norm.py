@@ -1,0 +1,261 @@
+"""The residual step: the bits of the separate calls, gradients against numeric ones, caches and errors."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fastnorm as fn
+from fastnorm import _core, reference
+from operations import LAYOUTS
+
+FLOATS = [np.float32, np.float64]
+NORMS = ["layer_norm", "rms_norm"]
+SHAPES = [((7,), -1), ((5, 33), -1), ((3, 4, 17), -1), ((3, 4, 17), 1), ((2, 3, 5, 7), -2), ((2, 513), 1)]
+
+
+def sample(shape: tuple[int, ...], dtype: type = np.float64, seed: int = 0) -> np.ndarray:
+    return np.asarray(np.random.default_rng([seed, *shape]).standard_normal(shape), dtype)
+
+
+def function(norm: str, suffix: str = "", module: Any = fn) -> Any:
+    return getattr(module, f"dropout_add_{norm}{suffix}")
+
+
+def parameters(norm: str, shape: tuple[int, ...], dtype: type) -> dict[str, np.ndarray]:
+    names = ("weight", "bias") if norm == "layer_norm" else ("weight",)
+    return {name: sample(shape, dtype, 10 + i) for i, name in enumerate(names)}
+
+
+def separate(norm: str, x: Any, residual: Any, p: float, rng: Any, **settings: Any) -> tuple[Any, Any, Any, Any]:
+    """The same step by the package's own calls."""
+    dropped, dropout_cache = fn.dropout_forward(x, p, rng=rng)
+    s = dropped if residual is None else residual + dropped
+    y, norm_cache = getattr(fn, f"{norm}_forward")(s, **settings)
+    return y, s, dropout_cache, norm_cache
+
+
+def assert_same_bits(a: np.ndarray, b: np.ndarray) -> None:
+    assert a.dtype == b.dtype
+    assert a.shape == b.shape
+    np.testing.assert_array_equal(np.ascontiguousarray(a).view(np.uint8), np.ascontiguousarray(b).view(np.uint8))
+
+
+@pytest.mark.parametrize("level", _core.isa_levels())
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize(("shape", "axis"), SHAPES)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_bits_of_the_separate_calls(level: str, norm: str, shape: tuple[int, ...], axis: int, dtype: type) -> None:
+    _core.set_isa(level)
+    x, residual, dy, ds = (sample(shape, dtype, i) for i in range(4))
+    for with_residual in (True, False):
+        for p in (0.0, 0.3, 1.0):
+            for given in ({}, parameters(norm, shape[axis:], dtype)):
+                settings = {**given, "axis": axis, "eps": 1e-3}
+                r = residual if with_residual else None
+                y, s, dropout_cache, norm_cache = separate(norm, x, r, p, fn.Philox(7, 8), **settings)
+                plain = function(norm)(x, r, p=p, rng=fn.Philox(7, 8), **settings)
+                rng = fn.Philox(7, 8)
+                cached, cache = function(norm, "_forward")(x, r, p=p, rng=rng, **settings)
+                assert rng.offset == 9
+                for found in (plain, cached):
+                    assert_same_bits(found[0], y)
+                    assert_same_bits(found[1], s)
+
+                for from_above in (None, ds):
+                    grads = function(norm, "_backward")(dy, cache, ds=from_above)
+                    g, dweight, dbias = getattr(fn, f"{norm}_backward")(dy, norm_cache)
+                    g = g if from_above is None else g + from_above
+                    assert grads._fields == ("dx", "dresidual", "dweight", "dbias")
+                    assert_same_bits(grads.dx, fn.dropout_backward(g, dropout_cache))
+                    if with_residual:
+                        assert_same_bits(grads.dresidual, g)
+                        assert not np.shares_memory(grads.dx, grads.dresidual)
+                    else:
+                        assert grads.dresidual is None
+                    for found, expected in ((grads.dweight, dweight), (grads.dbias, dbias)):
+                        if expected is None:
+                            assert found is None
+                        else:
+                            assert_same_bits(found, expected)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_p_0_needs_no_rng(norm: str) -> None:
+    x, residual = sample((4, 9)), sample((4, 9), seed=1)
+    (y, s), cache = function(norm, "_forward")(x, residual)
+    assert_same_bits(s, residual + x)
+    assert_same_bits(y, getattr(fn, norm)(s))
+    assert cache.dropout is None
+    y, s = function(norm)(x)
+    assert_same_bits(s, x)
+    assert not np.shares_memory(s, x)
+    dy = sample((4, 9), seed=2)
+    dx, dresidual, _, _ = function(norm, "_backward")(dy, cache)
+    assert_same_bits(dx, dresidual)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(norm: str, layout: str) -> None:
+    x, residual, dy, ds = (sample((3, 5, 37), seed=i) for i in range(4))
+    change = LAYOUTS[layout]
+    settings = {"p": 0.4, "axis": -1, **parameters(norm, (37,), np.float64)}
+    (y, s), cache = function(norm, "_forward")(x, residual, rng=5, **settings)
+    grads = function(norm, "_backward")(dy, cache, ds=ds)
+    out = change(np.full_like(x, np.nan))
+    (y2, s2), cache2 = function(norm, "_forward")(change(x), residual.copy(order="F"), rng=5, out=out, **settings)
+    assert y2 is out
+    assert s2.strides == np.empty_like(change(x), order="K").strides
+    assert_same_bits(s2, s)
+    # The norm may cut its sums another way for another layout of s.
+    assert np.all(np.abs(y2 - y) <= 8 * 2.0**-53 * np.maximum(4, np.abs(y)))
+    for found, expected in zip(function(norm, "_backward")(change(dy), cache2, ds=change(ds)), grads, strict=True):
+        assert (found is None) == (expected is None)
+        if expected is not None:
+            np.testing.assert_allclose(found, expected, rtol=0, atol=64 * 2.0**-53 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("axis", [-1, 1])
+def test_numeric_gradients(norm: str, axis: int) -> None:
+    """Central differences of a random linear form of y and s, in float64."""
+    shape = (2, 3, 5)
+    arrays = {"x": sample(shape), "residual": sample(shape, seed=1), **parameters(norm, shape[axis:], np.float64)}
+    cy, cs = sample(shape, seed=5), sample(shape, seed=6)
+
+    def loss() -> float:
+        y, s = function(norm)(**arrays, p=0.3, rng=11, axis=axis)
+        return math.fsum((cy * y + cs * s).ravel())
+
+    _, cache = function(norm, "_forward")(**arrays, p=0.3, rng=11, axis=axis)
+    grads = function(norm, "_backward")(cy, cache, ds=cs)
+    step = 1e-5
+    for name, a in arrays.items():
+        numeric = np.empty_like(a)
+        for i in np.ndindex(a.shape):
+            kept = a[i]
+            a[i] = kept + step
+            above = loss()
+            a[i] = kept - step
+            numeric[i] = (above - loss()) / (2 * step)
+            a[i] = kept
+        np.testing.assert_allclose(getattr(grads, f"d{name}"), numeric, rtol=2e-7, atol=2e-8)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_reference_agrees(norm: str, dtype: type) -> None:
+    shape = (6, 5, 43)
+    x, residual, dy, ds = (sample(shape, dtype, i) for i in range(4))
+    given = {"p": 0.25, "axis": -1, **parameters(norm, (43,), dtype)}
+    u = np.finfo(dtype).eps / 2
+    plain = function(norm, module=reference)(x, residual, rng=3, **given)
+    (y, s), cache = function(norm, "_forward")(x, residual, rng=3, **given)
+    (ry, rs), rcache = function(norm, "_forward", reference)(x, residual, rng=3, **given)
+    assert_same_bits(plain[0], ry)
+    assert_same_bits(s, rs)
+    assert_same_bits(s, plain[1])
+    assert np.all(np.abs(y - ry) <= 8 * u * np.maximum(4, np.abs(ry)))
+    ours = function(norm, "_backward")(dy, cache, ds=ds)
+    theirs = function(norm, "_backward", reference)(dy, rcache, ds=ds)
+    assert ours._fields == theirs._fields
+    for found, expected in zip(ours, theirs, strict=True):
+        if expected is None:
+            assert found is None
+        else:
+            np.testing.assert_allclose(found, expected, rtol=0, atol=64 * u * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_in_place_empty_and_verified(norm: str) -> None:
+    x, residual = sample((4, 9)), sample((4, 9), seed=1)
+    expected, _ = function(norm)(x, residual, p=0.5, rng=1)
+    rng = fn.Philox(1)
+    with fn.verify():
+        out = x.copy()
+        y, _ = function(norm)(out, residual, p=0.5, rng=rng, out=out)
+        assert y is out
+        (_, s), cache = function(norm, "_forward")(x, residual, p=0.5, rng=rng)
+        function(norm, "_backward")(residual, cache, ds=x)
+    assert rng.offset == 2
+    assert_same_bits(y, expected)
+    assert cache.s is s
+    (y, s), cache = function(norm, "_forward")(np.empty((0, 9)), p=0.5, rng=1)
+    assert y.shape == s.shape == function(norm, "_backward")(y, cache).dx.shape == (0, 9)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("suffix", ["", "_forward"])
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"p": 1.5}, ValueError, "p is 1.5"),
+        ({"p": math.nan}, ValueError, "p is nan"),
+        ({"rng": None}, TypeError, "rng is None.*since p is 0.5"),
+        ({"rng": True}, TypeError, "rng is True"),
+        ({"rng": -1}, ValueError, "rng is -1"),
+        ({"eps": -1.0}, ValueError, "eps is -1"),
+        ({"axis": 2}, ValueError, "axis is 2"),
+        ({"weight": np.ones(4)}, ValueError, r"weight has shape \(4,\)"),
+        ({"weight": np.ones(5, np.float32)}, TypeError, "weight has dtype float32"),
+        ({"residual": np.ones((5, 3))}, ValueError, r"residual has shape \(5, 3\); expected \(3, 5\)"),
+        ({"residual": np.ones((3, 5), np.float32)}, TypeError, "residual has dtype float32"),
+        ({"x": np.ones((3, 5), int)}, TypeError, "x has dtype int64"),
+        ({"x": np.ones((3, 0)), "residual": None, "out": None, "weight": None}, ValueError, "nothing to normalise"),
+        ({"out": np.ones((5, 3))}, ValueError, "out has shape"),
+        ({"out": np.ones((3, 5), np.float32)}, TypeError, "out has dtype"),
+    ],
+)
+def test_bad_arguments_change_nothing(norm: str, suffix: str, changes: dict, error: type, message: str) -> None:
+    rng, out = fn.Philox(3, 4), np.full((3, 5), 7.0)
+    arguments = {
+        "x": np.ones((3, 5)), "residual": np.ones((3, 5)), "weight": np.ones(5), "p": 0.5, "rng": rng, "out": out
+    }  # fmt: skip
+    with pytest.raises(error, match=message):
+        function(norm, suffix)(**{**arguments, **changes})
+    assert rng.offset == 4
+    assert np.all(out == 7.0)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_overlaps(norm: str) -> None:
+    x, residual, rng = sample((4, 9)), sample((4, 9), seed=1), fn.Philox(1)
+    with pytest.raises(ValueError, match="out shares memory with x"):
+        function(norm, "_forward")(x, residual, p=0.5, rng=rng, out=x)
+    with pytest.raises(ValueError, match="out shares memory with residual"):
+        function(norm)(x, residual, p=0.5, rng=rng, out=residual)
+    with pytest.raises(ValueError, match="out overlaps x in part"):
+        function(norm)(x, residual, p=0.5, rng=rng, out=x[::-1])
+    assert rng.offset == 0
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_backward_refuses_what_does_not_fit(norm: str) -> None:
+    x = sample((4, 9))
+    cache = function(norm, "_forward")(x, p=0.5, rng=1)[1]
+    other = function("rms_norm" if norm == "layer_norm" else "layer_norm", "_forward")(x)[1]
+    backward = function(norm, "_backward")
+    with pytest.raises(ValueError, match=r"cache comes from dropout_add_.*; expected one from"):
+        backward(x, other)
+    for wrong in (fn.layer_norm_forward(x)[1], fn.dropout_forward(x, rng=1)[1], None):
+        with pytest.raises(TypeError, match=f"expected the cache that dropout_add_{norm}_forward returned"):
+            backward(x, wrong)
+    with pytest.raises(ValueError, match="dy has shape"):
+        backward(x[:3], cache)
+    with pytest.raises(TypeError, match="ds has dtype float32"):
+        backward(x, cache, ds=x.astype(np.float32))
+    with pytest.raises(ValueError, match="ds has shape"):
+        backward(x, cache, ds=x[:, :8])
+
+
+def test_cache_is_read_only() -> None:
+    (_, s), cache = fn.dropout_add_layer_norm_forward(sample((4, 9)), p=0.5, rng=fn.Philox(6, 7))
+    assert cache.function == "dropout_add_layer_norm"
+    assert cache.norm.x is s
+    assert (cache.dropout.seed, cache.dropout.offset, cache.dropout.p) == (6, 7, 0.5)
+    with pytest.raises(AttributeError):
+        cache.norm = None  # type: ignore[misc]
