@@ -161,6 +161,8 @@ def rank(name: str, found: np.ndarray[Any, Any], least: int) -> None:
 
 
 def _overlaps_itself(found: np.ndarray[Any, Any]) -> bool:
+    if found.size == 0:
+        return False
     extent = found.itemsize
     for stride, size in sorted((abs(s), n) for s, n in zip(found.strides, found.shape, strict=True) if n > 1):
         if stride < extent:
