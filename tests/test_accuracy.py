@@ -1,4 +1,4 @@
-"""The accuracy contract where it is hardest: offsets up to mean/std = 1/u, the ends of the exponent range, up to 2^26 values.
+"""The accuracy contract where it is hardest: mean/std up to 1/u, the ends of the exponent range, up to 2^26 values.
 
 Refuses layouts beyond channels first and channels last: those are test_strides.py's.
 """
@@ -94,6 +94,8 @@ def test_extremes(family: str, dtype: Any, m: int) -> None:
             {k: v for k, v in expected(f"{stem}_forward", **plain.arguments).items() if "running" not in k},
             f"{stem} {label}",
         )
+        if not np.isfinite(cache.rstd).all():
+            continue  # 1 / sigma is beyond float64, in which the cache holds it: no backward from there
         full = OPERATIONS[f"{stem}_backward"].make(fn, x.shape, dtype, x=x, eps=eps, **options)
         assert_close(full.run(), expected(f"{stem}_backward", **full.arguments), f"{stem}_backward {label}")
 

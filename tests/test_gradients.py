@@ -1,7 +1,7 @@
 """Gradients against differences of the forward, in float64: every element of every gradient.
 
-Refuses tolerances in u: a central difference of fourth order at step 2^-8 is good to about 1e-9. What it finds is a wrong
-formula, in the kernels and in the references by which everything else is judged.
+Refuses tolerances in u: a central difference of fourth order at step 2^-8 is good to about 1e-9. What it finds is a
+wrong formula, in the kernels and in the references by which everything else is judged.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""group_norm: the accuracy contract, and what is group norm's own. Refuses what all functions share (bad input, threads)."""
+"""group_norm: the accuracy contract, and what is group norm's own. Refuses what all functions share."""
 
 from __future__ import annotations
 

@@ -178,6 +178,6 @@ def test_two_runs_have_the_same_bits(stem: str) -> None:
     for suffix in ("", "_forward", "_backward"):
         call = OPERATIONS[stem + suffix].make(fn, (8, 6, 1031), np.float32)
         first, second = call.run(), call.run()
-        assert first.keys() == second.keys() == results(call()).keys() | {k for k in call.updated}
+        assert first.keys() == second.keys() == results(call()).keys() | set(call.updated)
         for name in first:
             np.testing.assert_array_equal(first[name], second[name])

@@ -1,4 +1,4 @@
-"""layer_norm: the accuracy contract, and what is layer norm's own. Refuses what all functions share (bad input, threads)."""
+"""layer_norm: the accuracy contract, and what is layer norm's own. Refuses what all functions share."""
 
 from __future__ import annotations
 

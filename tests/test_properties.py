@@ -18,6 +18,10 @@ from contract import SHAPES
 from ulps import assert_close, expected
 
 STEMS = list(SHAPES)
+# The same examples on every run, and nothing kept on disk.
+SETTINGS = settings(
+    max_examples=300, deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
 LENGTHS = st.one_of(st.integers(1, 7), st.sampled_from([15, 16, 17, 31, 32, 33, 63, 65]))
 
 
@@ -93,7 +97,7 @@ def calls(draw: st.DrawFn, stem: str) -> tuple[dict[str, Any], Any]:
 
 @pytest.mark.parametrize("stem", STEMS)
 def test_forward_and_backward_of_anything(stem: str) -> None:
-    @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+    @SETTINGS
     @given(data=st.data())
     def check(data: st.DataObject) -> None:
         arguments, dtype = data.draw(calls(stem))
@@ -115,7 +119,7 @@ def test_forward_and_backward_of_anything(stem: str) -> None:
     check()
 
 
-@settings(max_examples=120, deadline=None, derandomize=True)
+@SETTINGS
 @given(data=st.data())
 def test_moments_of_anything(data: st.DataObject) -> None:
     dtype = data.draw(st.sampled_from([np.float32, np.float64]))

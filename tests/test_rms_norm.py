@@ -1,4 +1,4 @@
-"""rms_norm: the accuracy contract, and what is RMS norm's own. Refuses what all functions share (bad input, threads)."""
+"""rms_norm: the accuracy contract, and what is RMS norm's own. Refuses what all functions share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PyTorch's float64 autograd as a second oracle, for values and for the meaning of every argument that has its name there.
+"""PyTorch's float64 autograd as a second oracle, for values and for the meaning of arguments that have its names.
 
 Skipped where torch is not installed. Refuses speed.
 """

@@ -42,10 +42,8 @@ def errors(got: np.ndarray, exact: Any) -> np.ndarray:
     return error.astype(np.float64)
 
 
-def assert_close(
-    got: dict[str, np.ndarray], exact: dict[str, Any], label: str = "", units: float | None = None
-) -> None:
-    """Every output of ``exact`` is in ``got`` and within the contract, or within ``units`` where given."""
+def assert_close(got: dict[str, np.ndarray], exact: dict[str, Any], label: str = "") -> None:
+    """Every output of ``exact`` is in ``got`` and within the contract."""
     for name, value in exact.items():
         if value is None:
             assert name not in got, f"{label} {name}: expected None, got an array"
@@ -53,9 +51,8 @@ def assert_close(
         assert name in got, f"{label} {name}: missing"
         error = errors(got[name], value)
         worst = np.unravel_index(np.argmax(error), error.shape) if error.size else ()
-        allowed = value.units if units is None else units
-        report = f"{label} {name}: worst error {error[worst] if error.size else 0:.3g} u, allowed {allowed:g} u"
+        report = f"{label} {name}: worst error {error[worst] if error.size else 0:.3g} u, allowed {value.units:g} u"
         print(report)
-        if error.size and not error[worst] <= allowed:
+        if error.size and not error[worst] <= value.units:
             at = tuple(map(int, worst))
             raise AssertionError(f"{report}, at {at}: got {got[name][at]!r}, exact {value.value[at]!r}")

@@ -186,11 +186,13 @@ def _statistics(v: Array, axes: tuple[int, ...], eps: float, *, centred: bool = 
     the second mean is what the rounding of the first left over (the corrected two-pass algorithm, Chan et al. 1983).
     """
     p = _power_of_two(v, axes)
+    if v.size == 0:
+        return np.zeros_like(p), np.zeros_like(p), v  # no values: statistics of 0, so that nothing follows from them
     d = v / p
     mean = np.zeros_like(p)
     if centred:
         # Clipped because a rounded mean can leave the range of its set; a constant set must give d = 0.
-        mean = np.clip(_mean(d, axes), d.min(axes, keepdims=True, initial=4), d.max(axes, keepdims=True, initial=-4))
+        mean = np.clip(_mean(d, axes), d.min(axes, keepdims=True), d.max(axes, keepdims=True))
         d = d - mean
         rest = _mean(d, axes)
         d = d - rest
