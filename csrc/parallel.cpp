@@ -1,44 +1,177 @@
 #include "parallel.hpp"
 
 #include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstdlib>
+#include <mutex>
+#include <system_error>
+#include <thread>
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
+#include <signal.h>
 #define FASTNORM_HAS_FORK
 #endif
-
-#define FASTNORM_TEXT(x) FASTNORM_TEXT_(x)
-#define FASTNORM_TEXT_(x) #x
+#if defined(__linux__)
+#include <sched.h>
+#endif
 
 namespace fastnorm {
 namespace {
 
 // Below this a second thread costs more than it brings (waking one takes some microseconds).
 constexpr int64_t kElementsPerThread = 16384;
+// Pieces per thread: enough to even out a thread that comes late, few enough that taking one costs nothing.
+constexpr int64_t kPiecesPerThread = 8;
+// How long an idle thread watches for the next call before it sleeps: the time between two calls of a training step.
+constexpr std::chrono::microseconds kWatch{50};
 
-std::atomic<int> limit{0};
-std::atomic<bool> pool_used{false};
-std::atomic<bool> pool_lost{false};
-
-#ifdef FASTNORM_HAS_FORK
-void after_fork_in_child() {
-  if (pool_used.load()) pool_lost.store(true);
-}
+inline void pause() {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
 #endif
+}
+
+struct Job {
+  void (*call)(const void* context, int64_t begin, int64_t end) = nullptr;
+  const void* context = nullptr;
+  int64_t count = 0, piece = 1;
+};
+
+// Threads that wait for jobs, one job at a time. Never destroyed: its threads may outlive everything at exit.
+class Pool {
+ public:
+  // False if another thread's job is running: the caller then does its work alone.
+  bool run(int helpers, const Job& job) {
+    std::unique_lock<std::mutex> busy(busy_, std::try_to_lock);
+    if (!busy.owns_lock()) return false;
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      grow(helpers);
+      job_ = job;
+      next_.store(0, std::memory_order_relaxed);
+      open_ = helpers;
+      generation_.fetch_add(1, std::memory_order_release);
+    }
+    for (int i = 0; i < helpers && sleepers_.load() > 0; ++i) wake_.notify_one();
+    work(job);
+    {
+      std::unique_lock<std::mutex> lock(mutex_);
+      open_ = 0;  // nobody enters any more
+      for (int spins = 0; inside_ > 0 && spins < 1000; ++spins) {
+        lock.unlock();
+        pause();
+        lock.lock();
+      }
+      done_.wait(lock, [this] { return inside_ == 0; });
+    }
+    return true;
+  }
+
+ private:
+  void grow(int helpers) {
+    while (size_ < helpers) {
+#ifdef FASTNORM_HAS_FORK
+      // Signals are for the application's own threads.
+      sigset_t all, before;
+      sigfillset(&all);
+      pthread_sigmask(SIG_SETMASK, &all, &before);
+#endif
+      try {
+        std::thread([this] { serve(); }).detach();
+        ++size_;
+      } catch (const std::system_error&) {
+        helpers = size_;  // no more threads to be had: go on with those there are
+      }
+#ifdef FASTNORM_HAS_FORK
+      pthread_sigmask(SIG_SETMASK, &before, nullptr);
+#endif
+    }
+  }
+
+  void work(const Job& job) {
+    for (;;) {
+      const int64_t begin = next_.fetch_add(job.piece, std::memory_order_relaxed);
+      if (begin >= job.count) return;
+      job.call(job.context, begin, begin + job.piece < job.count ? begin + job.piece : job.count);
+    }
+  }
+
+  void serve() {
+    uint64_t seen = 0;
+    for (;;) {
+      const auto until = std::chrono::steady_clock::now() + kWatch;
+      while (generation_.load(std::memory_order_acquire) == seen && std::chrono::steady_clock::now() < until) pause();
+      std::unique_lock<std::mutex> lock(mutex_);
+      if (generation_.load() == seen) {
+        ++sleepers_;
+        wake_.wait(lock, [&] { return generation_.load() != seen; });
+        --sleepers_;
+      }
+      seen = generation_.load();
+      if (open_ == 0) continue;
+      --open_;
+      ++inside_;
+      const Job job = job_;
+      lock.unlock();
+      work(job);
+      lock.lock();
+      if (--inside_ == 0) done_.notify_one();
+    }
+  }
+
+  std::mutex busy_;   // held by the thread whose job this is
+  std::mutex mutex_;  // guards what follows, but for the atomics
+  std::condition_variable wake_, done_;
+  Job job_;
+  int size_ = 0, open_ = 0, inside_ = 0;
+  std::atomic<int> sleepers_{0};
+  std::atomic<int64_t> next_{0};
+  std::atomic<uint64_t> generation_{0};
+};
+
+std::atomic<Pool*> pool{nullptr};
+std::atomic<int> limit{0};
+
+Pool& the_pool() {
+  Pool* found = pool.load(std::memory_order_acquire);
+  if (found) return *found;
+  Pool* made = new Pool;
+  if (!pool.compare_exchange_strong(found, made)) {
+    delete made;  // another thread was first; this one has no threads yet
+    return *found;
+  }
+#ifdef FASTNORM_HAS_FORK
+  // A child has none of the threads; it makes a pool of its own when it needs one, and never looks at this one again.
+  static std::atomic<bool> registered{false};
+  if (!registered.exchange(true)) pthread_atfork(nullptr, nullptr, [] { pool.store(nullptr); });
+#endif
+  return *made;
+}
+
+// OMP_NUM_THREADS (its first number), or else the CPUs this process may use.
+int default_threads() {
+  if (const char* text = std::getenv("OMP_NUM_THREADS")) {
+    const long threads = std::strtol(text, nullptr, 10);
+    if (threads > 0) return threads < 4096 ? static_cast<int>(threads) : 4096;
+  }
+#if defined(__linux__)
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof set, &set) == 0 && CPU_COUNT(&set) > 0) return CPU_COUNT(&set);
+#endif
+  const unsigned cores = std::thread::hardware_concurrency();
+  return cores > 0 ? static_cast<int>(cores) : 1;
+}
 
 }  // namespace
 
 int max_threads() {
   int threads = limit.load(std::memory_order_relaxed);
   if (threads == 0) {
-#ifdef _OPENMP
-    threads = omp_get_max_threads();
-#else
-    threads = 1;
-#endif
+    threads = default_threads();
     limit.store(threads);
   }
   return threads;
@@ -47,27 +180,16 @@ int max_threads() {
 void set_max_threads(int threads) { limit.store(threads); }
 
 int threads_for(int64_t elements) {
-#ifdef _OPENMP
   const int64_t useful = elements / kElementsPerThread;
-  if (useful < 2) return 1;
   const int most = max_threads();
-  if (most == 1 || pool_lost.load(std::memory_order_relaxed)) return 1;
-#ifdef FASTNORM_HAS_FORK
-  if (!pool_used.exchange(true)) pthread_atfork(nullptr, nullptr, after_fork_in_child);
-#endif
-  return useful < most ? static_cast<int>(useful) : most;
-#else
-  (void)elements;
-  return 1;
-#endif
+  return useful < 2 ? 1 : useful < most ? static_cast<int>(useful) : most;
 }
 
-const char* openmp_version() {
-#ifdef _OPENMP
-  return FASTNORM_TEXT(_OPENMP);
-#else
-  return "none";
-#endif
+void run_parallel(int threads, int64_t count, void (*call)(const void*, int64_t, int64_t), const void* context) {
+  const int64_t pieces = kPiecesPerThread * threads;
+  const Job job{call, context, count, (count + pieces - 1) / pieces};
+  const int64_t helpers = (count < threads ? count : threads) - 1;
+  if (!the_pool().run(static_cast<int>(helpers), job)) call(context, 0, count);
 }
 
 }  // namespace fastnorm

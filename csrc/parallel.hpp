@@ -1,5 +1,9 @@
 // Threads: how many a call may use, and the loop that uses them. Work is cut by shape, never by thread count, so that the
 // bits of a result do not depend on what is decided here.
+//
+// The pool is the project's own, because OpenMP's has a barrier at the end of every loop: a call whose second thread is not
+// scheduled, for another process has the core, waits for it (0.2 ms become 8 ms), and a child process that inherits the
+// pool's state waits for ever. Here the caller works too, and waits for nothing but pieces that another thread has begun.
 #pragma once
 
 #include <cstdint>
@@ -9,28 +13,25 @@ namespace fastnorm {
 int max_threads();
 void set_max_threads(int threads);  // threads >= 1
 
-// Threads for a call that touches `elements` array elements: 1 for small work, and 1 in a child forked after this process
-// had used its OpenMP threads (that pool does not exist in the child, and waiting for it would hang).
+// Threads for a call that touches `elements` array elements: 1 for small work.
 int threads_for(int64_t elements);
 
-// "201511" and the like, or "none".
-const char* openmp_version();
+// call(context, begin, end) over pieces of [0, count), on the caller and up to `threads` - 1 others.
+void run_parallel(int threads, int64_t count, void (*call)(const void* context, int64_t begin, int64_t end), const void* context);
 
 namespace {
 
-// body(i) for i in [0, count), on up to `threads` threads.
+// body(i) for i in [0, count).
 template <class Body>
 inline void parallel_for(int threads, int64_t count, const Body& body) {
-#ifdef _OPENMP
-  if (threads > 1 && count > 1) {
-    const int team = count < threads ? static_cast<int>(count) : threads;
-#pragma omp parallel for num_threads(team) schedule(static)
+  if (threads <= 1 || count <= 1) {
     for (int64_t i = 0; i < count; ++i) body(i);
     return;
   }
-#endif
-  (void)threads;
-  for (int64_t i = 0; i < count; ++i) body(i);
+  const auto call = [](const void* context, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) (*static_cast<const Body*>(context))(i);
+  };
+  run_parallel(threads, count, call, &body);
 }
 
 }  // namespace

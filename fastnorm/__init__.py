@@ -3,10 +3,6 @@
 Every function here has a plain NumPy twin in `fastnorm.reference`; `verify` checks each call against it.
 """
 
-from . import _load  # noqa: F401  (first: it decides how the OpenMP runtime waits)
-
-# isort: split
-
 from . import reference
 from ._batch_norm import batch_norm, batch_norm_backward, batch_norm_forward
 from ._core import __version__

@@ -11,7 +11,7 @@ from . import _check, _core
 def get_num_threads() -> int:
     """Most threads that a call uses.
 
-    Starts as FASTNORM_NUM_THREADS, or else as OpenMP's default (OMP_NUM_THREADS, the CPUs this process may use).
+    Starts as FASTNORM_NUM_THREADS, or else as OpenMP would: OMP_NUM_THREADS, or the CPUs this process may use.
 
     Returns
     -------

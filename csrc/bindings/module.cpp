@@ -91,8 +91,12 @@ PYBIND11_MODULE(_core, m) {
       [] {
         py::dict info;
         info["compiler"] = compiler();
-        info["openmp"] = openmp_version();
-        info["levels"] = levels(false, ", ");
+#ifdef FASTNORM_OPENMP_SIMD
+        info["openmp"] = "simd";
+#else
+        info["openmp"] = "none";
+#endif
+        info["levels"] = levels(false, ",");
 #ifdef NDEBUG
         info["build_type"] = "release";
 #else
