@@ -10,7 +10,7 @@ else()
   set(FASTNORM_X86_64 FALSE)
 endif()
 
-set(FASTNORM_KERNEL_FLAGS -O3 -ffp-contract=off -fno-math-errno -fno-trapping-math -fno-lto)
+set(FASTNORM_KERNEL_FLAGS -O3 -ffp-contract=off -fno-math-errno -fno-trapping-math -fno-exceptions -fno-lto)
 
 # OpenMP's SIMD loops; its threads are not used (csrc/parallel.hpp says why), so no runtime library is needed.
 include(CheckCXXCompilerFlag)

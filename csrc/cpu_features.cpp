@@ -1,3 +1,4 @@
+// Asks the compiler's runtime; on other machines than x86-64 there is the baseline alone.
 #include "cpu_features.hpp"
 
 #include <cstring>

@@ -24,15 +24,23 @@ const char* compiled_level(int index);
 template <class T>
 const NormKernels<T>& norm_kernels();
 template <>
-inline const NormKernels<float>& norm_kernels<float>() { return kernels().norm_float32; }
+inline const NormKernels<float>& norm_kernels<float>() {
+  return kernels().norm_float32;
+}
 template <>
-inline const NormKernels<double>& norm_kernels<double>() { return kernels().norm_float64; }
+inline const NormKernels<double>& norm_kernels<double>() {
+  return kernels().norm_float64;
+}
 
 template <class T>
 const DropoutKernels<T>& dropout_kernels();
 template <>
-inline const DropoutKernels<float>& dropout_kernels<float>() { return kernels().dropout_float32; }
+inline const DropoutKernels<float>& dropout_kernels<float>() {
+  return kernels().dropout_float32;
+}
 template <>
-inline const DropoutKernels<double>& dropout_kernels<double>() { return kernels().dropout_float64; }
+inline const DropoutKernels<double>& dropout_kernels<double>() {
+  return kernels().dropout_float64;
+}
 
 }  // namespace fastnorm

@@ -1,4 +1,5 @@
-// The normalisation kernels' entry points. Shapes and strides are in the Plan; what is not an array of x's shape is here.
+// The normalisation kernels' entry points. Shapes and strides are in the Plan; what is not an array of x's shape is
+// here.
 #pragma once
 
 #include "plan.hpp"
@@ -11,13 +12,13 @@ struct NormArgs {
   const T* weight = nullptr;  // (params), nullptr: 1
   const T* bias = nullptr;    // (params), nullptr: 0
   double eps = 0;
-  bool centred = true;         // false: RMS norm, mean taken as 0
-  bool constant_stats = false; // backward through given statistics (batch norm in evaluation mode)
-  double* mean = nullptr;      // (sets); mean + mean_lo is the mean to twice the precision of float64
+  bool centred = true;          // false: RMS norm, mean taken as 0
+  bool constant_stats = false;  // backward through given statistics (batch norm in evaluation mode)
+  double* mean = nullptr;       // (sets); mean + mean_lo is the mean to twice the precision of float64
   double* mean_lo = nullptr;
-  double* var = nullptr;       // (sets), biased; may be nullptr
-  double* rstd = nullptr;      // (sets)
-  T* dweight = nullptr;        // (params), nullptr: not wanted
+  double* var = nullptr;   // (sets), biased; may be nullptr
+  double* rstd = nullptr;  // (sets)
+  T* dweight = nullptr;    // (params), nullptr: not wanted
   T* dbias = nullptr;
 };
 

@@ -1,3 +1,4 @@
+// The thread pool: one job at a time, pieces taken from a counter, made anew in a forked child.
 #include "parallel.hpp"
 
 #include <atomic>

@@ -1,9 +1,10 @@
-// Threads: how many a call may use, and the loop that uses them. Work is cut by shape, never by thread count, so that the
-// bits of a result do not depend on what is decided here.
+// Threads: how many a call may use, and the loop that uses them. Work is cut by shape, never by thread count, so that
+// the bits of a result do not depend on what is decided here.
 //
-// The pool is the project's own, because OpenMP's has a barrier at the end of every loop: a call whose second thread is not
-// scheduled, for another process has the core, waits for it (0.2 ms become 8 ms), and a child process that inherits the
-// pool's state waits for ever. Here the caller works too, and waits for nothing but pieces that another thread has begun.
+// The pool is the project's own, because OpenMP's has a barrier at the end of every loop: a call whose second thread is
+// not scheduled, for another process has the core, waits for it (0.2 ms become 8 ms), and a child process that inherits
+// the pool's state waits for ever. Here the caller works too, and waits for nothing but pieces that another thread has
+// begun.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +18,8 @@ void set_max_threads(int threads);  // threads >= 1
 int threads_for(int64_t elements);
 
 // call(context, begin, end) over pieces of [0, count), on the caller and up to `threads` - 1 others.
-void run_parallel(int threads, int64_t count, void (*call)(const void* context, int64_t begin, int64_t end), const void* context);
+void run_parallel(int threads, int64_t count, void (*call)(const void* context, int64_t begin, int64_t end),
+                  const void* context);
 
 namespace {
 

@@ -1,3 +1,4 @@
+// Makes a Plan: decides which axis runs along memory, orders the axes by it, cuts the blocks.
 #include "plan.hpp"
 
 #include <cstdlib>

@@ -1,7 +1,7 @@
 // How one normalisation lies in memory: plain counts and byte strides, made once per call, read by the kernels.
 //
-// Every axis of x has one of three roles. SET axes number the sets (a set is normalised together); PARAM axes lie inside a
-// set and carry a weight and a bias of their own; REDUCE axes lie inside a set and share one.
+// Every axis of x has one of three roles. SET axes number the sets (a set is normalised together); PARAM axes lie
+// inside a set and carry a weight and a bias of their own; REDUCE axes lie inside a set and share one.
 //
 //                    SET            PARAM           REDUCE
 //   batch norm       C              -               N, spatial
@@ -87,9 +87,10 @@ struct Blocks {
   }
 };
 
-constexpr int64_t kBlock = 2048;      // elements: a block of doubles is 16 KB, so its second reading comes from L1
-constexpr int64_t kShortRun = 512;    // shorter runs share a block
-constexpr int64_t kChunkBlocks = 32;  // blocks whose moments are merged before chunks are: also the unit of work inside a set
+constexpr int64_t kBlock = 2048;    // elements: a block of doubles is 16 KB, so its second reading comes from L1
+constexpr int64_t kShortRun = 512;  // shorter runs share a block
+constexpr int64_t kChunkBlocks =
+    32;  // blocks whose moments are merged before chunks are: also the unit of work inside a set
 constexpr int64_t kColumnTile = 64;   // columns worked on together
 constexpr int64_t kColumnRows = 128;  // rows of a column block
 
@@ -102,12 +103,12 @@ struct Plan {
   int64_t params = 1;          // length of weight and bias
   int64_t params_per_set = 1;  // PARAM axes' product
   Blocks blocks;
-  Walk set_param;              // set -> index of its first weight (strides count elements)
-  Walk set_stat;               // set -> index of its statistics
-  int64_t column_param = 0;    // the same two for the column axis
+  Walk set_param;            // set -> index of its first weight (strides count elements)
+  Walk set_stat;             // set -> index of its statistics
+  int64_t column_param = 0;  // the same two for the column axis
   int64_t column_stat = 0;
-  Walk param_order;            // PARAM axes as x walks them -> index in C order
-  Operand x, y, dy, dx;        // y: forward; dy, dx: backward
+  Walk param_order;      // PARAM axes as x walks them -> index in C order
+  Operand x, y, dy, dx;  // y: forward; dy, dx: backward
   int threads = 1;
 
   int64_t set_size() const { return segments * elements; }
@@ -124,11 +125,11 @@ struct PlanInput {
   bool set_owns_param[kMaxRank];  // a SET axis along which the weight changes (channels of batch norm, groups)
   int64_t set_stride[kMaxRank];   // of a SET axis in the numbering of the sets, which is that of the statistics
   int64_t itemsize = 4;
-  bool centred = true;            // false (RMS norm): the column kernels, which subtract a mean, are not for this call
+  bool centred = true;  // false (RMS norm): the column kernels, which subtract a mean, are not for this call
   struct Array {
     char* data = nullptr;
     int64_t stride[kMaxRank];
-  } x, y, dy, dx;                 // data == nullptr: not part of this call
+  } x, y, dy, dx;  // data == nullptr: not part of this call
 };
 
 Plan make_plan(const PlanInput& input);

@@ -3,7 +3,7 @@
 Every function here has a plain NumPy twin in `fastnorm.reference`; `verify` checks each call against it.
 """
 
-from . import reference
+from . import _environment, reference  # noqa: F401
 from ._batch_norm import batch_norm, batch_norm_backward, batch_norm_forward
 from ._core import __version__
 from ._dropout import (

@@ -59,7 +59,7 @@ def array(name: str, value: Any) -> np.ndarray[Any, Any]:
         elif dtype.kind in "biuf":
             want, call = "float32 or float64", f"{name}.astype(np.float32)"
         else:
-            want, call = "float32 or float64", f"np.asarray({name}, dtype=np.float64)"
+            want, call = "float32 or float64", f"{name}.astype(np.float64)"
         raise TypeError(
             f"{name} has dtype {dtype.str if dtype.byteorder == '>' else dtype}; expected {want}: use {call}"
         )
@@ -153,6 +153,22 @@ def axis(name: str, value: Any, rank: int) -> int:
     if not -rank <= found < rank:
         raise ValueError(f"{name} is {found}; expected {-rank} <= {name} < {rank} for an array of {rank} axes")
     return found % rank
+
+
+def axes(name: str, value: Any, rank: int) -> tuple[int, ...]:
+    """Non-negative axis numbers, in order, from one axis or a tuple of them."""
+    try:
+        given = (value,) if isinstance(value, str) else tuple(value)
+    except TypeError:
+        given = (value,)
+    if not all(isinstance(a, (int, np.integer)) and not isinstance(a, bool) for a in given):
+        raise TypeError(f"{name} is {value!r}; expected an axis or a tuple of axes (integers)")
+    if not all(-rank <= a < rank for a in given):
+        raise ValueError(f"{name} is {value!r}; expected {-rank} <= axis < {rank} for an array of {rank} axes")
+    found = tuple(sorted(int(a) % rank for a in given))
+    if len(set(found)) != len(found):
+        raise ValueError(f"{name} is {value!r}; expected every axis at most once")
+    return found
 
 
 def rank(name: str, found: np.ndarray[Any, Any], least: int) -> None:

@@ -57,23 +57,6 @@ class DropoutCache:
         return round((1.0 - self.p) * 2.0**32) / 2.0**32
 
 
-def _axes(shared_axes: Any, rank: int) -> tuple[int, ...]:
-    try:
-        given = (shared_axes,) if isinstance(shared_axes, str) else tuple(shared_axes)
-    except TypeError:
-        given = (shared_axes,)
-    if not all(isinstance(axis, (int, np.integer)) and not isinstance(axis, bool) for axis in given):
-        raise TypeError(f"shared_axes is {shared_axes!r}; expected an axis or a tuple of axes (integers)")
-    if not all(-rank <= axis < rank for axis in given):
-        raise ValueError(
-            f"shared_axes is {shared_axes!r}; expected {-rank} <= axis < {rank} for an array of {rank} axes"
-        )
-    axes = tuple(sorted(int(axis) % rank for axis in given))
-    if len(set(axes)) != len(axes):
-        raise ValueError(f"shared_axes is {shared_axes!r}; expected every axis at most once")
-    return axes
-
-
 def _scale(scale: Any) -> Scale:
     if not isinstance(scale, str):
         raise TypeError(f"scale is {scale!r} of type {type(scale).__name__}; expected 'inverted' or 'classic'")
@@ -107,7 +90,7 @@ def _forward(
     name = "x" if function == "dropout" else "weight"
     x = _check.array(name, x)
     p = _probability(p)
-    axes = _axes(shared_axes, x.ndim)
+    axes = _check.axes("shared_axes", shared_axes, x.ndim)
     scale = _scale(scale)
     _philox.require(rng)
     found = _check.output(out, x, in_place=None if cached else name, others={}, of=name)
@@ -297,7 +280,7 @@ def dropout_mask(
     if math.prod(max(n, 1) for n in extents) >= 2**63:
         raise ValueError(f"shape is {shape!r}, {size} elements; expected fewer than 2**63")
     p = _probability(p)
-    axes = _axes(shared_axes, len(extents))
+    axes = _check.axes("shared_axes", shared_axes, len(extents))
     start, stop = 0, size
     if index_range is not None:
         try:

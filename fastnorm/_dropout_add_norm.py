@@ -72,10 +72,10 @@ def _forward(
     if residual is not None:
         residual = _check.same("residual", residual, x.shape, x.dtype)
     axis = _check.axis("axis", axis, x.ndim)
-    weight, bias = _slow_path._params(norm, x, weight, bias, axis)
+    weight, bias = _slow_path.parameters(norm, x, weight, bias, axis)
     p = _check.number("p", p, 0.0, 1.0)
     eps = _check.number("eps", eps, 0.0)
-    _slow_path._not_empty(norm, x, axis)
+    _slow_path.not_empty(norm, x, axis)
     if rng is not None:
         _philox.require(rng)
     elif p > 0.0:

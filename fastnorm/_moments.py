@@ -131,12 +131,7 @@ def moments(x: Any, axis: int | tuple[int, ...] | None = None) -> Moments:
     T. F. Chan, G. H. Golub and R. J. LeVeque, "Algorithms for Computing the Sample Variance", 1983.
     """
     x = _check.array("x", x)
-    if axis is None:
-        axes = tuple(range(x.ndim))
-    else:
-        axes = tuple(_check.axis("axis", a, x.ndim) for a in (axis if isinstance(axis, (tuple, list)) else (axis,)))
-        if len(set(axes)) != len(axes):
-            raise ValueError(f"axis is {axis}; expected each axis once")
+    axes = tuple(range(x.ndim)) if axis is None else _check.axes("axis", axis, x.ndim)
     reduced = [a in axes for a in range(x.ndim)]
     shape = tuple(n for n, gone in zip(x.shape, reduced, strict=True) if not gone)
     if any(n == 0 for n, gone in zip(x.shape, reduced, strict=True) if gone) and 0 not in shape:

@@ -17,8 +17,13 @@ from ._results import Array
 _BY_ROW = ("layer_norm", "rms_norm")
 
 
-def _run(function: str, args: tuple[Any, ...], public: Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]) -> Any:
-    """Runs `_core.<function>`, checked; `public` gives the same call in the public signature, for the reference."""
+def _run(
+    function: str, args: tuple[Any, ...], out: Any, public: Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]
+) -> Any:
+    """Runs `_core.<function>`, checked; `public` gives the same call in the public signature, for the reference.
+
+    The result is the caller's own `out`, where there is one: of a subclass (a memmap) the kernels saw a plain view.
+    """
 
     def kernel() -> Any:
         result = getattr(_core, function)(*args, checked=True)
@@ -28,12 +33,13 @@ def _run(function: str, args: tuple[Any, ...], public: Callable[[], tuple[tuple[
             )
         return result
 
-    if not _verify.active():
-        return kernel()
-    return _verify.run(function, kernel, *public())
+    result = _verify.run(function, kernel, *public()) if _verify.active() else kernel()
+    if out is None:
+        return result
+    return (out, *result[1:]) if isinstance(result, tuple) else out
 
 
-def _params(function: str, x: Array, weight: Any, bias: Any, axis: int) -> tuple[Array | None, Array | None]:
+def parameters(function: str, x: Array, weight: Any, bias: Any, axis: int) -> tuple[Array | None, Array | None]:
     if function in _BY_ROW:
         shape, meaning = x.shape[axis:], "the shape of x from the first normalised axis on"
     else:
@@ -44,7 +50,7 @@ def _params(function: str, x: Array, weight: Any, bias: Any, axis: int) -> tuple
     )
 
 
-def _not_empty(function: str, x: Array, axis: int, training: bool = True) -> None:
+def not_empty(function: str, x: Array, axis: int, training: bool = True) -> None:
     """Statistics of nothing, for a batch of something, do not exist."""
     if x.size > 0 or not training:
         return
@@ -85,16 +91,17 @@ def forward(
         if x.shape[axis] % count != 0:
             raise ValueError(f"num_groups is {count}; expected a divisor of the number of channels, {x.shape[axis]}")
         groups = (count,)
-    weight, bias = _params(function, x, weight, bias, axis)
+    weight, bias = parameters(function, x, weight, bias, axis)
     eps = _check.number("eps", eps, 0.0)
-    _not_empty(function, x, axis)
-    out = _check.output(out, x, in_place=None if cache else "x", others={"weight": weight, "bias": bias})
+    not_empty(function, x, axis)
+    target = _check.output(out, x, in_place=None if cache else "x", others={"weight": weight, "bias": bias})
     name = function + ("_forward" if cache else "")
     params = (weight,) if function == "rms_norm" else (weight, bias)
     return _run(
         name,
-        (x, *groups, weight, bias, axis, eps, out),
-        lambda: ((x, *groups, *params), {axis_name: axis, "eps": eps, "out": out}),
+        (x, *groups, weight, bias, axis, eps, target),
+        out,
+        lambda: ((x, *groups, *params), {axis_name: axis, "eps": eps, "out": target}),
     )
 
 
@@ -106,10 +113,10 @@ def backward(function: str, dy: Any, cache: Any, out: Any) -> Any:
         )
     x = cache.x
     dy = _check.same("dy", dy, x.shape, x.dtype, of="the forward's x")
-    out = _check.output(
+    target = _check.output(
         out, dy, in_place="dy", others={"the cache's x": x, "the cache's weight": cache.weight}, of="dy"
     )
-    return _run(f"{function}_backward", (dy, cache, out), lambda: ((dy, cache), {"out": out}))
+    return _run(f"{function}_backward", (dy, cache, target), out, lambda: ((dy, cache), {"out": target}))
 
 
 def batch_norm(x: Any, mean: Any, var: Any, weight: Any, bias: Any, channel_axis: Any, eps: Any, out: Any) -> Any:
@@ -119,13 +126,14 @@ def batch_norm(x: Any, mean: Any, var: Any, weight: Any, bias: Any, channel_axis
     mean = _check.channels("mean", mean, x.shape[axis], x.dtype)
     var = _check.channels("var", var, x.shape[axis], x.dtype)
     _check.variance("var", var)
-    weight, bias = _params("batch_norm", x, weight, bias, axis)
+    weight, bias = parameters("batch_norm", x, weight, bias, axis)
     eps = _check.number("eps", eps, 0.0)
-    out = _check.output(out, x, in_place="x", others={"weight": weight, "bias": bias, "mean": mean, "var": var})
+    target = _check.output(out, x, in_place="x", others={"weight": weight, "bias": bias, "mean": mean, "var": var})
     return _run(
         "batch_norm",
-        (x, mean, var, weight, bias, axis, eps, out),
-        lambda: ((x, mean, var, weight, bias), {"channel_axis": axis, "eps": eps, "out": out}),
+        (x, mean, var, weight, bias, axis, eps, target),
+        out,
+        lambda: ((x, mean, var, weight, bias), {"channel_axis": axis, "eps": eps, "out": target}),
     )
 
 
@@ -147,7 +155,7 @@ def batch_norm_forward(
     if not isinstance(training, (bool, np.bool_)):
         raise TypeError(f"training is {training!r} of type {type(training).__name__}; expected True or False")
     training = bool(training)
-    weight, bias = _params("batch_norm", x, weight, bias, axis)
+    weight, bias = parameters("batch_norm", x, weight, bias, axis)
     if momentum is not None:
         momentum = _check.number("momentum", momentum, 0.0, 1.0)
     eps = _check.number("eps", eps, 0.0)
@@ -174,13 +182,14 @@ def batch_norm_forward(
                 _check.updated_in_place(name, updated, {**running, "x": x, "weight": weight, "bias": bias})
     elif running["running_var"] is not None:
         _check.variance("running_var", running["running_var"])
-    _not_empty("batch_norm", x, axis, training)
-    out = _check.output(out, x, in_place=None, others={"weight": weight, "bias": bias, **running})
+    not_empty("batch_norm", x, axis, training)
+    target = _check.output(out, x, in_place=None, others={"weight": weight, "bias": bias, **running})
     return _run(
         "batch_norm_forward",
-        (x, weight, bias, running["running_mean"], running["running_var"], momentum, axis, eps, training, out),
+        (x, weight, bias, running["running_mean"], running["running_var"], momentum, axis, eps, training, target),
+        out,
         lambda: (
             (x, weight, bias),
-            {**running, "momentum": momentum, "channel_axis": axis, "eps": eps, "training": training, "out": out},
+            {**running, "momentum": momentum, "channel_axis": axis, "eps": eps, "training": training, "out": target},
         ),
     )

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 from . import _check, _core
 
+MOST = 4096
+
 
 def get_num_threads() -> int:
     """Most threads that a call uses.
@@ -35,7 +37,10 @@ def set_num_threads(n: int) -> None:
     ValueError
         n is out of range.
     """
-    _core.set_num_threads(_check.integer("n", n))
+    found = _check.integer("n", n)
+    if not 1 <= found <= MOST:
+        raise ValueError(f"n is {found}; expected 1 <= n <= {MOST}")
+    _core.set_num_threads(found)
 
 
 @contextmanager

@@ -87,8 +87,8 @@ def test_forward_refuses_to_overwrite_its_x(name: str) -> None:
 
 def correct_or_refused(call: Call, out: np.ndarray, what: Any) -> None:
     """The call writes what it should into out, or raises a ValueError that names out and writes nothing."""
-    inputs = {name: a.copy() for name, a in call.arguments.items() if isinstance(a, np.ndarray)}
     expected = first(call.run()).copy()
+    inputs = {name: a.copy() for name, a in call.arguments.items() if isinstance(a, np.ndarray)}
     before = out.copy()
     refusal = None
     try:

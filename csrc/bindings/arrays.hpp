@@ -54,7 +54,8 @@ class Array {
     return total;
   }
   bool same_shape(const Array& other) const {
-    return rank() == other.rank() && std::equal(fields_->dimensions, fields_->dimensions + rank(), other.fields_->dimensions);
+    return rank() == other.rank() &&
+           std::equal(fields_->dimensions, fields_->dimensions + rank(), other.fields_->dimensions);
   }
   bool same_view(const Array& other) const {
     return data() == other.data() && same_shape(other) &&
@@ -162,7 +163,8 @@ constexpr int64_t kReleaseElements = 32768;
 
 class ReleaseForLargeWork {
  public:
-  explicit ReleaseForLargeWork(int64_t elements) : state_(elements >= kReleaseElements ? PyEval_SaveThread() : nullptr) {}
+  explicit ReleaseForLargeWork(int64_t elements)
+      : state_(elements >= kReleaseElements ? PyEval_SaveThread() : nullptr) {}
   ~ReleaseForLargeWork() {
     if (state_) PyEval_RestoreThread(state_);
   }

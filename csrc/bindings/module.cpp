@@ -1,8 +1,8 @@
-// The module: build facts, the choice of kernels, threads. The folder csrc/bindings is the only one that includes pybind11.
+// The module: build facts, the choice of kernels, threads. The folder csrc/bindings is the only one that includes
+// pybind11.
 #include <atomic>
-#include <cstdlib>
-#include <cstring>
 #include <string>
+#include <vector>
 
 #include "arrays.hpp"
 #include "cpu_features.hpp"
@@ -18,39 +18,13 @@ namespace {
 
 std::atomic<bool> verifying_flag{false};
 
-std::string levels(bool usable_only, const char* separator) {
-  std::string text;
+// Names of levels, best first.
+std::vector<std::string> levels(bool usable_only) {
+  std::vector<std::string> found;
   for (int i = 0; const char* level = compiled_level(i); ++i) {
-    if (usable_only && !cpu_supports(level)) continue;
-    if (!text.empty()) text += separator;
-    text += level;
+    if (!usable_only || cpu_supports(level)) found.emplace_back(level);
   }
-  return text;
-}
-
-void choose(const std::string& level, const std::string& source) {
-  if (select(level.c_str())) return;
-  throw py::value_error(source + "=" + py::repr(py::str(level)).cast<std::string>() +
-                        " names no instruction-set level that this build and this CPU have; expected one of " +
-                        levels(true, ", "));
-}
-
-void set_threads(py::handle threads, const std::string& source) {
-  int64_t value = 0;
-  if (!as_integer(threads, &value) || value < 1 || value > 4096) {
-    throw py::value_error(source + " must be an integer from 1 to 4096, got " + py::repr(threads).cast<std::string>());
-  }
-  set_max_threads(static_cast<int>(value));
-}
-
-void read_environment() {
-  if (const char* level = std::getenv("FASTNORM_ISA"); level && *level) choose(level, "FASTNORM_ISA");
-  if (const char* text = std::getenv("FASTNORM_NUM_THREADS"); text && *text) {
-    py::object value = py::str(text);
-    const std::string digits = text;
-    if (digits.size() < 10 && digits.find_first_not_of("0123456789") == std::string::npos) value = py::int_(std::stol(digits));
-    set_threads(value, "FASTNORM_NUM_THREADS");
-  }
+  return found;
 }
 
 const char* compiler() {
@@ -72,20 +46,25 @@ PYBIND11_MODULE(_core, m) {
   m.attr("__version__") = FASTNORM_VERSION;
   m.def("isa", [] { return std::string(kernels().level); }, "The instruction-set level in use.");
   m.def(
-      "isa_levels",
-      [] {
-        py::list found;
-        for (int i = 0; const char* level = compiled_level(i); ++i) {
-          if (cpu_supports(level)) found.append(level);
-        }
-        return py::tuple(found);
-      },
+      "isa_levels", [] { return py::tuple(py::cast(levels(true))); },
       "Levels that this build has and this CPU can run, best first.");
-  m.def("set_isa", [](const std::string& name) { choose(name, "name"); }, py::arg("name"), "Use another level from now on.");
+  m.def(
+      "set_isa",
+      [](const std::string& name) {
+        if (!select(name.c_str())) throw py::value_error("name is '" + name + "'; expected one of isa_levels()");
+      },
+      py::arg("name"), "Use another level from now on.");
   m.def("get_num_threads", [] { return max_threads(); }, "Most threads a call may use.");
-  m.def("set_num_threads", [](py::handle n) { set_threads(n, "n"); }, py::arg("n"), "Set the most threads a call may use.");
-  m.def("set_verifying", [](bool on) { verifying_flag.store(on); }, py::arg("on"),
-        "While on, the fast entries decline every call, so that the Python layer can check it.");
+  m.def(
+      "set_num_threads",
+      [](int n) {
+        if (n < 1) throw py::value_error("n is " + std::to_string(n) + "; expected at least 1");
+        set_max_threads(n);
+      },
+      py::arg("n"), "Set the most threads a call may use.");
+  m.def(
+      "set_verifying", [](bool on) { verifying_flag.store(on); }, py::arg("on"),
+      "While on, the fast entries decline every call, so that the Python layer can check it.");
   m.def(
       "build_info",
       [] {
@@ -96,7 +75,7 @@ PYBIND11_MODULE(_core, m) {
 #else
         info["openmp"] = "none";
 #endif
-        info["levels"] = levels(false, ",");
+        info["levels"] = py::str(",").attr("join")(levels(false));
 #ifdef NDEBUG
         info["build_type"] = "release";
 #else
@@ -107,7 +86,6 @@ PYBIND11_MODULE(_core, m) {
       "How this module was built.");
   bind_norm(m);
   bind_dropout(m);
-  read_environment();
 }
 
 }  // namespace fastnorm

@@ -1,6 +1,6 @@
 // The norms: accepts the common call, lays out its plan, allocates results through NumPy, runs the kernel without the
-// interpreter lock. Every entry returns None for a call it does not accept, before anything is written; `checked` says that
-// the Python layer has already looked at the call (overlaps included), so that only memory safety is asked here.
+// interpreter lock. Every entry returns None for a call it does not accept, before anything is written; `checked` says
+// that the Python layer has already looked at the call (overlaps included), so that only memory safety is asked here.
 #include <cmath>
 #include <new>
 #include <optional>
@@ -17,11 +17,16 @@ enum class Kind { layer, rms, group, instance, batch };
 
 const char* name_of(Kind kind) {
   switch (kind) {
-    case Kind::layer: return "layer_norm";
-    case Kind::rms: return "rms_norm";
-    case Kind::group: return "group_norm";
-    case Kind::instance: return "instance_norm";
-    default: return "batch_norm";
+    case Kind::layer:
+      return "layer_norm";
+    case Kind::rms:
+      return "rms_norm";
+    case Kind::group:
+      return "group_norm";
+    case Kind::instance:
+      return "instance_norm";
+    default:
+      return "batch_norm";
   }
 }
 
@@ -215,7 +220,8 @@ class Params {
     Walk walk;
     for (int axis = 0; axis < a.rank(); ++axis) walk.push(a.size(axis), a.stride(axis));
     buffer_.resize(static_cast<size_t>(plan.params));
-    for (int64_t i = 0; i < plan.params; ++i) std::memcpy(&buffer_[i], a.data() + walk.offset(c_index(plan, i)), sizeof(T));
+    for (int64_t i = 0; i < plan.params; ++i)
+      std::memcpy(&buffer_[i], a.data() + walk.offset(c_index(plan, i)), sizeof(T));
     values_ = buffer_.data();
   }
   const T* get() const { return values_; }
@@ -273,8 +279,8 @@ struct Statistics {
 enum class Pass { forward, apply };
 
 template <class T>
-void run_forward(const Spec& spec, Pass pass, const Array& x, const Array& y, const Optional& weight, const Optional& bias,
-                 double eps, const Statistics& statistics) {
+void run_forward(const Spec& spec, Pass pass, const Array& x, const Array& y, const Optional& weight,
+                 const Optional& bias, double eps, const Statistics& statistics) {
   PlanInput in = describe(spec, x);
   place(spec, x, in.x);
   place(spec, y, in.y);
@@ -296,17 +302,20 @@ void run_forward(const Spec& spec, Pass pass, const Array& x, const Array& y, co
   if (!(pass == Pass::forward ? kernel.forward : kernel.apply)(plan, args)) throw std::bad_alloc();
 }
 
-void run_forward(const Spec& spec, Pass pass, const Array& x, const Array& y, const Optional& weight, const Optional& bias,
-                 double eps, const Statistics& statistics) {
-  (x.dtype() == Dtype::float32 ? run_forward<float> : run_forward<double>)(spec, pass, x, y, weight, bias, eps, statistics);
+void run_forward(const Spec& spec, Pass pass, const Array& x, const Array& y, const Optional& weight,
+                 const Optional& bias, double eps, const Statistics& statistics) {
+  (x.dtype() == Dtype::float32 ? run_forward<float> : run_forward<double>)(spec, pass, x, y, weight, bias, eps,
+                                                                           statistics);
 }
 
 enum class InPlace { allowed, refused };
 
 // Is `out` fit for the result of a call on x? The same view as x is fine where in_place allows it.
-bool accepts_out(const Array& x, py::handle out_object, InPlace in_place, bool checked, std::initializer_list<const Optional*> others) {
+bool accepts_out(const Array& x, py::handle out_object, InPlace in_place, bool checked,
+                 std::initializer_list<const Optional*> others) {
   const Array out(out_object);
-  if (!out.is_float() || out.dtype() != x.dtype() || !out.same_shape(x) || !out.writeable() || out.may_overlap_itself()) {
+  if (!out.is_float() || out.dtype() != x.dtype() || !out.same_shape(x) || !out.writeable() ||
+      out.may_overlap_itself()) {
     return false;
   }
   if (checked) return true;
@@ -368,7 +377,8 @@ bool given_statistics(const Array& mean, const Array& var, double eps, const Sta
 }
 
 py::object batch_norm(py::handle x_object, py::handle mean_object, py::handle var_object, py::handle weight_object,
-                      py::handle bias_object, py::handle axis_object, py::handle eps_object, py::handle out_object, bool checked) {
+                      py::handle bias_object, py::handle axis_object, py::handle eps_object, py::handle out_object,
+                      bool checked) {
   if (verifying() && !checked) return py::none();
   const Array x(x_object);
   const std::optional<Spec> spec = make_spec(Kind::batch, x, axis_object, py::none());
@@ -376,7 +386,8 @@ py::object batch_norm(py::handle x_object, py::handle mean_object, py::handle va
   if (!spec || !accepts_eps(eps_object, &eps)) return py::none();
   const Optional weight = optional_param(*spec, x, weight_object), bias = optional_param(*spec, x, bias_object);
   const Optional mean = optional_channels(*spec, x, mean_object), var = optional_channels(*spec, x, var_object);
-  if (!mean.given || !var.given || !mean.accepted || !var.accepted || !weight.accepted || !bias.accepted) return py::none();
+  if (!mean.given || !var.given || !mean.accepted || !var.accepted || !weight.accepted || !bias.accepted)
+    return py::none();
   if (!out_object.is_none() && !accepts_out(x, out_object, InPlace::allowed, checked, {&weight, &bias, &mean, &var})) {
     return py::none();
   }
@@ -388,9 +399,10 @@ py::object batch_norm(py::handle x_object, py::handle mean_object, py::handle va
   return y;
 }
 
-py::object batch_norm_forward(py::handle x_object, py::handle weight_object, py::handle bias_object, py::handle mean_object,
-                              py::handle var_object, py::handle momentum_object, py::handle axis_object, py::handle eps_object,
-                              py::handle training_object, py::handle out_object, bool checked) {
+py::object batch_norm_forward(py::handle x_object, py::handle weight_object, py::handle bias_object,
+                              py::handle mean_object, py::handle var_object, py::handle momentum_object,
+                              py::handle axis_object, py::handle eps_object, py::handle training_object,
+                              py::handle out_object, bool checked) {
   if (verifying() && !checked) return py::none();
   if (!PyBool_Check(training_object.ptr())) return py::none();
   const bool training = training_object.ptr() == Py_True;
@@ -455,8 +467,8 @@ py::object batch_norm_forward(py::handle x_object, py::handle weight_object, py:
 }
 
 template <class T>
-py::object run_backward(const NormCache& cache, const Array& x, const Array& dy, const Array& dx, const Optional& weight,
-                        bool want_bias) {
+py::object run_backward(const NormCache& cache, const Array& x, const Array& dy, const Array& dx,
+                        const Optional& weight, bool want_bias) {
   const Spec& spec = cache.spec;
   const auto like = [](const py::object& param) {
     const Array a(param);
@@ -529,12 +541,14 @@ py::object backward(Kind kind, py::handle dy_object, py::handle cache_object, py
   if (!dy.is_float() || dy.dtype() != x.dtype() || !dy.same_shape(x) || !still_fits(cache)) return py::none();
   Optional x_given{x, true, true}, weight;
   if (!cache.weight.is_none()) weight = Optional{Array(cache.weight), true, true};
-  if (!out_object.is_none() && !accepts_out(dy, out_object, InPlace::allowed, checked, {&x_given, &weight})) return py::none();
+  if (!out_object.is_none() && !accepts_out(dy, out_object, InPlace::allowed, checked, {&x_given, &weight}))
+    return py::none();
 
   py::object dx = out_object.is_none() ? py::object(new_like(x)) : py::reinterpret_borrow<py::object>(out_object);
   const bool want_bias = !cache.bias.is_none();
-  const py::tuple params = x.dtype() == Dtype::float32 ? run_backward<float>(cache, x, dy, Array(dx), weight, want_bias)
-                                                       : run_backward<double>(cache, x, dy, Array(dx), weight, want_bias);
+  const py::tuple params = x.dtype() == Dtype::float32
+                               ? run_backward<float>(cache, x, dy, Array(dx), weight, want_bias)
+                               : run_backward<double>(cache, x, dy, Array(dx), weight, want_bias);
   return py::make_tuple(dx, params[0], params[1]);
 }
 
@@ -579,7 +593,8 @@ void bind_by_axis(py::module_& m) {
   const std::string name = name_of(kind);
   for (const bool want_cache : {false, true}) {
     m.def((name + (want_cache ? "_forward" : "")).c_str(),
-          [want_cache](py::handle x, py::handle weight, py::handle bias, py::handle axis, py::handle eps, py::handle out, bool checked) {
+          [want_cache](py::handle x, py::handle weight, py::handle bias, py::handle axis, py::handle eps,
+                       py::handle out, bool checked) {
             return forward(kind, want_cache, x, weight, bias, axis, py::none(), eps, out, checked);
           },
           py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("axis"), py::arg("eps"), py::arg("out"),
@@ -590,12 +605,16 @@ void bind_by_axis(py::module_& m) {
 template <Kind kind>
 void bind_backward(py::module_& m) {
   m.def((std::string(name_of(kind)) + "_backward").c_str(),
-        [](py::handle dy, py::handle cache, py::handle out, bool checked) { return backward(kind, dy, cache, out, checked); },
+        [](py::handle dy, py::handle cache, py::handle out, bool checked) {
+          return backward(kind, dy, cache, out, checked);
+        },
         py::arg("dy"), py::arg("cache"), py::arg("out"), py::arg("checked") = false);
 }
 
 void bind_cache(py::module_& m) {
-  const auto number_or_none = [](bool given, int64_t value) { return given ? py::object(py::int_(value)) : py::none(); };
+  const auto number_or_none = [](bool given, int64_t value) {
+    return given ? py::object(py::int_(value)) : py::none();
+  };
   py::class_<NormCache>(m, "NormCache", "What a forward call keeps for its backward: references, no copies. Read-only.")
       .def_property_readonly("function", [](const NormCache& c) { return std::string(name_of(c.spec.kind)); })
       .def_readonly("x", &NormCache::x)
@@ -605,9 +624,10 @@ void bind_cache(py::module_& m) {
       .def_readonly("rstd", &NormCache::rstd)
       .def_readonly("eps", &NormCache::eps)
       .def_property_readonly("axis", [=](const NormCache& c) { return number_or_none(c.spec.by_row(), c.spec.axis); })
-      .def_property_readonly("channel_axis", [=](const NormCache& c) { return number_or_none(!c.spec.by_row(), c.spec.axis); })
-      .def_property_readonly("num_groups",
-                             [=](const NormCache& c) { return number_or_none(c.spec.kind == Kind::group, c.spec.groups); })
+      .def_property_readonly("channel_axis",
+                             [=](const NormCache& c) { return number_or_none(!c.spec.by_row(), c.spec.axis); })
+      .def_property_readonly(
+          "num_groups", [=](const NormCache& c) { return number_or_none(c.spec.kind == Kind::group, c.spec.groups); })
       .def_readonly("batch_var", &NormCache::batch_var)
       .def_property_readonly("count", [](const NormCache& c) { return c.count; })
       .def_property_readonly("training",
@@ -629,19 +649,20 @@ void bind_norm(py::module_& m) {
   bind_by_axis<Kind::rms>(m);
   bind_by_axis<Kind::instance>(m);
   for (const bool want_cache : {false, true}) {
-    m.def(want_cache ? "group_norm_forward" : "group_norm",
-          [want_cache](py::handle x, py::handle num_groups, py::handle weight, py::handle bias, py::handle channel_axis,
-                       py::handle eps, py::handle out, bool checked) {
-            return forward(Kind::group, want_cache, x, weight, bias, channel_axis, num_groups, eps, out, checked);
-          },
-          py::arg("x"), py::arg("num_groups"), py::arg("weight"), py::arg("bias"), py::arg("channel_axis"), py::arg("eps"),
-          py::arg("out"), py::arg("checked") = false);
+    m.def(
+        want_cache ? "group_norm_forward" : "group_norm",
+        [want_cache](py::handle x, py::handle num_groups, py::handle weight, py::handle bias, py::handle channel_axis,
+                     py::handle eps, py::handle out, bool checked) {
+          return forward(Kind::group, want_cache, x, weight, bias, channel_axis, num_groups, eps, out, checked);
+        },
+        py::arg("x"), py::arg("num_groups"), py::arg("weight"), py::arg("bias"), py::arg("channel_axis"),
+        py::arg("eps"), py::arg("out"), py::arg("checked") = false);
   }
   m.def("batch_norm", batch_norm, py::arg("x"), py::arg("mean"), py::arg("var"), py::arg("weight"), py::arg("bias"),
         py::arg("channel_axis"), py::arg("eps"), py::arg("out"), py::arg("checked") = false);
-  m.def("batch_norm_forward", batch_norm_forward, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("running_mean"),
-        py::arg("running_var"), py::arg("momentum"), py::arg("channel_axis"), py::arg("eps"), py::arg("training"),
-        py::arg("out"), py::arg("checked") = false);
+  m.def("batch_norm_forward", batch_norm_forward, py::arg("x"), py::arg("weight"), py::arg("bias"),
+        py::arg("running_mean"), py::arg("running_var"), py::arg("momentum"), py::arg("channel_axis"), py::arg("eps"),
+        py::arg("training"), py::arg("out"), py::arg("checked") = false);
   bind_backward<Kind::layer>(m);
   bind_backward<Kind::rms>(m);
   bind_backward<Kind::group>(m);

@@ -1,5 +1,5 @@
-// Backward where one weight serves a whole segment (channels first: batch, instance and group norm). Per segment the two sums
-// of dy and dy * xhat give everything: weighted they are the set's a and b, plain they are dbias and dweight.
+// Backward where one weight serves a whole segment (channels first: batch, instance and group norm). Per segment the
+// two sums of dy and dy * xhat give everything: weighted they are the set's a and b, plain they are dbias and dweight.
 #pragma once
 
 #include "isa/set_norm.hpp"
@@ -22,8 +22,7 @@ inline SegmentSums channel_unit_sums(const Plan& plan, int64_t set, int64_t unit
   const Port<T> x = port<T>(plan.x, set, segment), dy = port<T>(plan.dy, set, segment);
   SegmentSums total;
   for_unit_blocks(plan, unit, [&](int64_t start, int64_t n) {
-    const Pair sums =
-        gradient_sums(x.read(start, n, buffers.x), dy.read(start, n, buffers.dy), n, s, Same{1});
+    const Pair sums = gradient_sums(x.read(start, n, buffers.x), dy.read(start, n, buffers.dy), n, s, Same{1});
     total.dy.add(sums.first);
     total.dy_xhat.add(sums.second);
   });
@@ -31,12 +30,13 @@ inline SegmentSums channel_unit_sums(const Plan& plan, int64_t set, int64_t unit
 }
 
 template <class T>
-inline void channel_unit_gradient(const Plan& plan, const NormArgs<T>& args, int64_t set, int64_t unit, const Statistic& s,
-                                  double a, double b) {
+inline void channel_unit_gradient(const Plan& plan, const NormArgs<T>& args, int64_t set, int64_t unit,
+                                  const Statistic& s, double a, double b) {
   Buffers<T> buffers;
   const int64_t segment = segment_of(plan, unit);
   const Same weight{args.weight ? static_cast<double>(args.weight[plan.set_param.offset(set) + segment]) : 1};
-  const Port<T> x = port<T>(plan.x, set, segment), dy = port<T>(plan.dy, set, segment), dx = port<T>(plan.dx, set, segment);
+  const Port<T> x = port<T>(plan.x, set, segment), dy = port<T>(plan.dy, set, segment),
+                dx = port<T>(plan.dx, set, segment);
   for_unit_blocks(plan, unit, [&](int64_t start, int64_t n) {
     const T* g = dy.read(start, n, buffers.dy);
     T* to = dx.open(start, n, buffers.out);
@@ -52,8 +52,8 @@ inline void channel_unit_gradient(const Plan& plan, const NormArgs<T>& args, int
 // Parameter gradients from per-segment sums, merged over the sets that share a parameter, in set order.
 // sums[i] belongs to parameter param(i).
 template <class T, class Param>
-inline bool reduce_parameter_gradients(const Plan& plan, const NormArgs<T>& args, const SegmentSums* sums, int64_t count,
-                                       const Param& param) {
+inline bool reduce_parameter_gradients(const Plan& plan, const NormArgs<T>& args, const SegmentSums* sums,
+                                       int64_t count, const Param& param) {
   if (!args.dweight && !args.dbias) return true;
   const Workspace<SegmentSums> totals(plan.params);
   if (!totals) return false;
@@ -84,7 +84,8 @@ bool channel_backward(const Plan& plan, const NormArgs<T>& args) {
     }
     const double count = static_cast<double>(plan.set_size());
     const double mean_a = args.centred ? a.value() / count : 0, mean_b = b.value() / count;
-    for (int64_t unit = first_unit; unit < end_unit; ++unit) channel_unit_gradient(plan, args, set, unit, s, mean_a, mean_b);
+    for (int64_t unit = first_unit; unit < end_unit; ++unit)
+      channel_unit_gradient(plan, args, set, unit, s, mean_a, mean_b);
   };
 
   if (split) {
@@ -102,9 +103,8 @@ bool channel_backward(const Plan& plan, const NormArgs<T>& args) {
       gradient(set, 0, units);
     });
   }
-  return reduce_parameter_gradients(plan, args, sums.data(), plan.sets * segments, [&](int64_t i) {
-    return plan.set_param.offset(i / segments) + i % segments;
-  });
+  return reduce_parameter_gradients(plan, args, sums.data(), plan.sets * segments,
+                                    [&](int64_t i) { return plan.set_param.offset(i / segments) + i % segments; });
 }
 
 }  // namespace

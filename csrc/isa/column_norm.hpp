@@ -1,6 +1,6 @@
-// Family::column: neighbouring values belong to neighbouring sets (batch norm on (N, C), batch and instance norm with channels
-// last). A tile of columns is worked on row by row, with one accumulator per column; blocks of kColumnRows rows are merged by
-// Chan's formula into chunks, chunks in order into the set.
+// Family::column: neighbouring values belong to neighbouring sets (batch norm on (N, C), batch and instance norm with
+// channels last). A tile of columns is worked on row by row, with one accumulator per column; blocks of kColumnRows
+// rows are merged by Chan's formula into chunks, chunks in order into the set.
 //
 //   x, y, dy, dx: (sets, rows, columns) with any strides;  statistics: (sets * columns);  weight, bias: (params)
 #pragma once
@@ -10,10 +10,10 @@
 namespace fastnorm {
 namespace {
 
-constexpr int kStrip = 16;                 // columns whose accumulators are in registers together
-constexpr int64_t kRowGroup = 8;           // rows summed without recursion
-constexpr int64_t kRowChunk = 8192;        // rows whose blocks are merged before chunks are
-constexpr int64_t kFusedBytes = 256 << 10; // a tile up to this size is still in cache when it is read again
+constexpr int kStrip = 16;                  // columns whose accumulators are in registers together
+constexpr int64_t kRowGroup = 8;            // rows summed without recursion
+constexpr int64_t kRowChunk = 8192;         // rows whose blocks are merged before chunks are
+constexpr int64_t kFusedBytes = 256 << 10;  // a tile up to this size is still in cache when it is read again
 
 struct Tile {
   int64_t set, column, width;  // columns [column, column + width) of a set
@@ -33,12 +33,15 @@ inline int64_t param_of(const Plan& plan, const Tile& tile, int64_t c) {
   return plan.set_param.offset(tile.set) + (tile.column + c) * plan.column_param;
 }
 
-// Rows [first, first + rows) of a tile of one operand: pointers into the array where columns are contiguous, else copies.
+// Rows [first, first + rows) of a tile of one operand: pointers into the array where columns are contiguous, else
+// copies.
 template <class T>
 class Rows {
  public:
   Rows(const Operand& operand, const Tile& tile, int64_t first, int64_t rows)
-      : rows_(rows), width_(tile.width), stride_(operand.column_stride),
+      : rows_(rows),
+        width_(tile.width),
+        stride_(operand.column_stride),
         direct_(operand.aligned && (operand.column_stride == static_cast<int64_t>(sizeof(T)) || tile.width == 1)) {
     char* base = operand.data + operand.set.offset(tile.set) + tile.column * operand.column_stride;
     for_pieces(base, operand.element, first, rows, [this](char* from, int64_t stride, int64_t start, int64_t count) {
@@ -66,8 +69,8 @@ class Rows {
   alignas(64) T buffer_[kColumnRows][kColumnTile];
 };
 
-// lanes[lane] = sum over rows [first, first + rows) of row(r)(column + lane), for `count` lanes. The lanes here are columns,
-// and rows are added in a tree, for the reason given in lane_sum.hpp.
+// lanes[lane] = sum over rows [first, first + rows) of row(r)(column + lane), for `count` lanes. The lanes here are
+// columns, and rows are added in a tree, for the reason given in lane_sum.hpp.
 template <class Lanes, class Row>
 inline void strip_sums(int64_t first, int64_t rows, int64_t column, int count, Lanes& lanes, const Row& row) {
   if (rows <= kRowGroup) {
@@ -172,7 +175,8 @@ inline void tile_moments(const Plan& plan, const Tile& tile, int64_t chunk, Mome
 }
 
 template <class T>
-inline void tile_sums(const Plan& plan, const Tile& tile, int64_t chunk, const TileStatistics<T>& s, SegmentSums* totals) {
+inline void tile_sums(const Plan& plan, const Tile& tile, int64_t chunk, const TileStatistics<T>& s,
+                      SegmentSums* totals) {
   for_chunk_rows(plan, chunk, [&](int64_t first, int64_t rows) {
     Rows<T> x(plan.x, tile, first, rows), dy(plan.dy, tile, first, rows);
     x.load();
@@ -246,7 +250,8 @@ inline Plan single_column(const Plan& plan, const Tile& tile, int64_t c) {
 }
 
 template <class T>
-inline Statistic column_statistic(const Plan& plan, const NormArgs<T>& args, const Tile& tile, int64_t c, Moments& moments) {
+inline Statistic column_statistic(const Plan& plan, const NormArgs<T>& args, const Tile& tile, int64_t c,
+                                  Moments& moments) {
   if (!needs_scale<T>(moments, args.eps)) return statistic_of(moments, args.eps, 1);
   return set_statistic(single_column(plan, tile, c), tile.set, args, moments);
 }
@@ -278,7 +283,8 @@ inline bool for_column_moments(const Plan& plan, const Finish& finish) {
   parallel_for(plan.threads, tiles, [&](int64_t i) {
     Moments moments[kColumnTile];
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      for (int64_t c = 0; c < kColumnTile; ++c) moments[c].merge<kMayOverflow<T>>(partial[(i * chunks + chunk) * kColumnTile + c]);
+      for (int64_t c = 0; c < kColumnTile; ++c)
+        moments[c].merge<kMayOverflow<T>>(partial[(i * chunks + chunk) * kColumnTile + c]);
     }
     finish(i, moments);
   });
@@ -383,7 +389,9 @@ bool column_backward(const Plan& plan, const NormArgs<T>& args) {
   }
   const Workspace<SegmentSums> sums(plan.all_sets());
   if (!sums) return false;
-  const auto tile_of = [&](int64_t i) { return tile_at(plan, i / plan.columns * tiles_per_set(plan) + i % plan.columns / kColumnTile); };
+  const auto tile_of = [&](int64_t i) {
+    return tile_at(plan, i / plan.columns * tiles_per_set(plan) + i % plan.columns / kColumnTile);
+  };
   for (int64_t i = 0; i < plan.all_sets(); ++i) {
     const int64_t tile = i / plan.columns * tiles_per_set(plan) + i % plan.columns / kColumnTile;
     sums[i] = partial[tile * chunks * kColumnTile + i % plan.columns % kColumnTile];

@@ -1,9 +1,8 @@
-// The only translation unit of this folder: every file here is compiled once per instruction-set level, through this one.
-// All but the table lives in anonymous namespaces, so that the linker can never merge code of different levels.
-#include "kernel_table.hpp"
-
+// The only translation unit of this folder: every file here is compiled once per instruction-set level, through this
+// one. All but the table lives in anonymous namespaces, so that the linker can never merge code of different levels.
 #include "isa/dropout.hpp"
 #include "isa/norm.hpp"
+#include "kernel_table.hpp"
 
 #define FASTNORM_JOIN(a, b) FASTNORM_JOIN_(a, b)
 #define FASTNORM_JOIN_(a, b) a##b

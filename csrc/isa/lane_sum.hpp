@@ -1,8 +1,10 @@
-// The only reduction loop of the project: a fixed number of accumulators and a fixed tree, so that a sum has the same bits
-// at every instruction-set level. A plain `reduction(+:s)` would leave the order to the compiler (and be one latency chain).
+// The only reduction loop of the project: a fixed number of accumulators and a fixed tree, so that a sum has the same
+// bits at every instruction-set level. A plain `reduction(+:s)` would leave the order to the compiler (and be one
+// latency chain).
 //
-// The tree goes all the way down: equal terms, as two-valued data have them, round the same way at every step of a plain
-// chain, which costs float64 sums of 2048 such terms a dozen units in the last place. Added in pairs they are exact.
+// The tree goes all the way down: equal terms, as two-valued data have them, round the same way at every step of a
+// plain chain, which costs float64 sums of 2048 such terms a dozen units in the last place. Added in pairs they are
+// exact.
 #pragma once
 
 #include <cstdint>

@@ -1,7 +1,7 @@
 // Count, mean and sum of squared deviations, exact enough for any offset and any magnitude:
-// a provisional mean, then deviations from it with their own sum as the correction (so nothing cancels), and Chan, Golub and
-// LeVeque's formula to merge blocks. The mean is carried as mean + mean_lo: for float64 data with mean / std near 2^53 a
-// float64 mean alone would be off by a standard deviation.
+// a provisional mean, then deviations from it with their own sum as the correction (so nothing cancels), and Chan,
+// Golub and LeVeque's formula to merge blocks. The mean is carried as mean + mean_lo: for float64 data with mean / std
+// near 2^53 a float64 mean alone would be off by a standard deviation.
 #pragma once
 
 #include <cmath>
@@ -92,8 +92,8 @@ inline Moments moments_about(double pivot, double count, double sum, double squa
   TwoTerm mean = two_sum(pivot, correction);
   double m2 = squares - sum * correction;
   if (!(m2 > 0.99 * squares)) {
-    // Cancellation: the data lie closer to each other than to the pivot. Deviations are then few bits long and their sums
-    // exact, so that all is well if the rest of the formula is.
+    // Cancellation: the data lie closer to each other than to the pivot. Deviations are then few bits long and their
+    // sums exact, so that all is well if the rest of the formula is.
     const TwoTerm scaled = two_product(squares, count), square = two_product(sum, sum);
     m2 = ((scaled.hi - square.hi) + (scaled.lo - square.lo)) / count;
     const TwoTerm whole = two_product(correction, count);
@@ -111,7 +111,9 @@ inline Moments moments_about(double pivot, double count, double sum, double squa
 template <class T>
 inline Moments block_moments(const T* x, int64_t n, double scale) {
   const double count = static_cast<double>(n);
-  const auto value = [=](int64_t i) { return kMayOverflow<T> ? static_cast<double>(x[i]) * scale : static_cast<double>(x[i]); };
+  const auto value = [=](int64_t i) {
+    return kMayOverflow<T> ? static_cast<double>(x[i]) * scale : static_cast<double>(x[i]);
+  };
   const double pivot = sum(n, value) / count;
   const Pair sums = sum_pairs(n, [=](int64_t i) {
     const double d = value(i) - pivot;
@@ -140,8 +142,8 @@ struct Statistic {
   double true_rstd() const { return rstd * scale; }  // may overflow where rstd * (something small) * scale does not
 };
 
-// 1 / sqrt(m2 / count + eps), to less than one unit in the last place: float64 results leave no room for more. A set that is
-// constant under eps = 0 gets 0, so that its xhat is 0 like that of any constant set.
+// 1 / sqrt(m2 / count + eps), to less than one unit in the last place: float64 results leave no room for more. A set
+// that is constant under eps = 0 gets 0, so that its xhat is 0 like that of any constant set.
 inline double reciprocal_std(const Sum& m2, double count, double eps) {
   const double total = m2.value();
   const double quotient = total / count;
@@ -164,8 +166,7 @@ template <class T>
 inline bool needs_scale(const Moments& moments, double eps) {
   if (!kMayOverflow<T>) return false;
   const double m2 = moments.m2.value();
-  return !(m2 < 0x1p1000) || !(std::fabs(moments.mean) < 0x1p1000) ||
-         (m2 < 0x1p-900 * moments.count && eps < 0x1p-900);
+  return !(m2 < 0x1p1000) || !(std::fabs(moments.mean) < 0x1p1000) || (m2 < 0x1p-900 * moments.count && eps < 0x1p-900);
 }
 
 // Subtracting the low part of the mean costs a rounding; it is left out where it is worth less than an eighth of one.

@@ -25,9 +25,12 @@ bool apply(const Plan& plan, const NormArgs<T>& args) {
 template <class T>
 bool backward(const Plan& plan, const NormArgs<T>& args) {
   switch (plan.family) {
-    case Family::column: return column_backward(plan, args);
-    case Family::channel: return channel_backward(plan, args);
-    default: return row_backward(plan, args);
+    case Family::column:
+      return column_backward(plan, args);
+    case Family::channel:
+      return channel_backward(plan, args);
+    default:
+      return row_backward(plan, args);
   }
 }
 

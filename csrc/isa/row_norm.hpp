@@ -1,5 +1,6 @@
-// Backward where the weights run along the set (layer norm, RMS norm, group norm with channels last). The gradients of the
-// parameters are sums over sets: each group of kSetsPerGroup sets adds into rows of its own, and those are added in order, so that the cut depends on the shape alone.
+// Backward where the weights run along the set (layer norm, RMS norm, group norm with channels last). The gradients of
+// the parameters are sums over sets: each group of kSetsPerGroup sets adds into rows of its own, and those are added in
+// order, so that the cut depends on the shape alone.
 #pragma once
 
 #include "isa/channel_norm.hpp"
@@ -12,7 +13,8 @@ template <class T>
 constexpr int64_t kSetsPerGroup = kMayOverflow<T> ? 16 : 64;
 
 template <class T>
-inline SegmentSums row_unit_sums(const Plan& plan, const NormArgs<T>& args, int64_t set, int64_t unit, const Statistic& s) {
+inline SegmentSums row_unit_sums(const Plan& plan, const NormArgs<T>& args, int64_t set, int64_t unit,
+                                 const Statistic& s) {
   Buffers<T> buffers;
   const T* weight = args.weight ? args.weight + plan.set_param.offset(set) : nullptr;
   const Port<T> x = port<T>(plan.x, set, 0), dy = port<T>(plan.dy, set, 0);
@@ -32,8 +34,8 @@ inline SegmentSums row_unit_sums(const Plan& plan, const NormArgs<T>& args, int6
 // dx of one unit, and its part of the parameters' gradients: `totals` (nullptr: not wanted) points at the set's first
 // parameter in rows as add_repeated_gradients has them.
 template <class T>
-inline void row_unit_gradient(const Plan& plan, const NormArgs<T>& args, int64_t set, int64_t unit, const Statistic& s, double a,
-                              double b, double* totals) {
+inline void row_unit_gradient(const Plan& plan, const NormArgs<T>& args, int64_t set, int64_t unit, const Statistic& s,
+                              double a, double b, double* totals) {
   Buffers<T> buffers;
   const int64_t period = plan.params_per_set;
   const T* weight = args.weight ? args.weight + plan.set_param.offset(set) : nullptr;
@@ -69,7 +71,8 @@ bool row_backward(const Plan& plan, const NormArgs<T>& args) {
 
   const auto statistic = [&](int64_t set) { return kept_statistic(plan, args, set); };
   const double count = static_cast<double>(plan.set_size());
-  const auto gradient = [&](int64_t set, int64_t first_unit, int64_t end_unit, const SegmentSums& total, const Statistic& s) {
+  const auto gradient = [&](int64_t set, int64_t first_unit, int64_t end_unit, const SegmentSums& total,
+                            const Statistic& s) {
     const double a = args.centred ? total.dy.value() / count : 0, b = total.dy_xhat.value() / count;
     double* totals = want_params ? &partial[set / per_group * 4 * params + plan.set_param.offset(set)] : nullptr;
     for (int64_t unit = first_unit; unit < end_unit; ++unit) row_unit_gradient(plan, args, set, unit, s, a, b, totals);
@@ -77,9 +80,8 @@ bool row_backward(const Plan& plan, const NormArgs<T>& args) {
 
   if (split) {
     // Few sets, long ones: first all sums, then every unit (a range of parameters) walks over the sets.
-    parallel_for(plan.threads, plan.sets * units, [&](int64_t i) {
-      sums[i] = row_unit_sums(plan, args, i / units, i % units, statistic(i / units));
-    });
+    parallel_for(plan.threads, plan.sets * units,
+                 [&](int64_t i) { sums[i] = row_unit_sums(plan, args, i / units, i % units, statistic(i / units)); });
     for (int64_t set = 0; set < plan.sets; ++set) {
       for (int64_t unit = 1; unit < units; ++unit) sums[set * units].add(sums[set * units + unit]);
     }

@@ -55,7 +55,8 @@ inline Pair gradient_sums(const T* x, const T* dy, int64_t n, const Statistic& s
 }
 
 template <class T, class Weight>
-inline void input_gradient(const T* x, const T* dy, T* dx, int64_t n, const Statistic& s, Weight weight, double a, double b) {
+inline void input_gradient(const T* x, const T* dy, T* dx, int64_t n, const Statistic& s, Weight weight, double a,
+                           double b) {
   const Centre<T> centre(s);
   const double rstd = s.rstd, scale = s.scale;
 #pragma omp simd
@@ -79,7 +80,8 @@ inline void input_gradient_constant(const T* dy, T* dx, int64_t n, const Statist
 
 // dweight[i] += dy * xhat, dbias[i] += dy
 template <class T>
-inline void add_parameter_gradients(const T* x, const T* dy, int64_t n, const Statistic& s, double* dweight, double* dbias) {
+inline void add_parameter_gradients(const T* x, const T* dy, int64_t n, const Statistic& s, double* dweight,
+                                    double* dbias) {
   const Centre<T> centre(s);
   const double rstd = s.rstd;
 #pragma omp simd
@@ -90,11 +92,12 @@ inline void add_parameter_gradients(const T* x, const T* dy, int64_t n, const St
   }
 }
 
-// The same for values whose parameters repeat every `period`: n values from parameter `phase` on. `totals` holds four rows of
-// `stride` numbers: dweight, dbias, and what their sums have lost to rounding, for there may be millions of repetitions.
+// The same for values whose parameters repeat every `period`: n values from parameter `phase` on. `totals` holds four
+// rows of `stride` numbers: dweight, dbias, and what their sums have lost to rounding, for there may be millions of
+// repetitions.
 template <class T>
-inline void add_repeated_gradients(const T* x, const T* dy, int64_t n, int64_t period, int64_t phase, const Statistic& s,
-                                   double* totals, int64_t stride) {
+inline void add_repeated_gradients(const T* x, const T* dy, int64_t n, int64_t period, int64_t phase,
+                                   const Statistic& s, double* totals, int64_t stride) {
   alignas(64) double rows[2][kBlock];
   // Short periods are added side by side, then folded in a tree.
   const int64_t width = period < kShortRun ? kShortRun / period * period : n;

@@ -1,6 +1,6 @@
 // Statistics and forward of the two families whose sets lie along memory: Family::channel (one weight per segment) and
-// Family::row (a weight per element). A set is cut into units, segments x chunks of kChunkBlocks blocks; its moments are the
-// units' moments merged in order, whoever computed them, so the bits do not depend on threads.
+// Family::row (a weight per element). A set is cut into units, segments x chunks of kChunkBlocks blocks; its moments
+// are the units' moments merged in order, whoever computed them, so the bits do not depend on threads.
 #pragma once
 
 #include <cmath>
@@ -20,7 +20,8 @@ struct Buffers {
 inline int64_t chunks_per_segment(const Plan& plan) { return (plan.blocks.count + kChunkBlocks - 1) / kChunkBlocks; }
 inline int64_t units_per_set(const Plan& plan) { return plan.segments * chunks_per_segment(plan); }
 
-// Work goes to threads set by set (a set's second reading then comes from cache) unless there are too few sets for that.
+// Work goes to threads set by set (a set's second reading then comes from cache) unless there are too few sets for
+// that.
 inline bool split_sets(const Plan& plan) {
   return plan.threads > 1 && plan.sets < 2 * plan.threads && units_per_set(plan) > 1;
 }
@@ -37,7 +38,8 @@ inline int64_t segment_of(const Plan& plan, int64_t unit) { return unit / chunks
 
 template <class T>
 inline Port<T> port(const Operand& operand, int64_t set, int64_t segment) {
-  return Port<T>(operand.data + operand.set.offset(set) + operand.segment.offset(segment), operand.element, operand.aligned);
+  return Port<T>(operand.data + operand.set.offset(set) + operand.segment.offset(segment), operand.element,
+                 operand.aligned);
 }
 
 template <class T>
@@ -61,7 +63,8 @@ inline Moments set_moments(const Plan& plan, int64_t set, bool centred, double s
   return total;
 }
 
-// The power of two that brings a set's largest magnitude near 1, within what squares and eps can bear; 0 if not all finite.
+// The power of two that brings a set's largest magnitude near 1, within what squares and eps can bear; 0 if not all
+// finite.
 template <class T>
 inline double scale_of_set(const Plan& plan, int64_t set) {
   alignas(64) T buffer[kBlock];
@@ -84,7 +87,8 @@ inline double scale_of_set(const Plan& plan, int64_t set) {
   return std::ldexp(1.0, exponent > 960 ? -960 : exponent < -900 ? 900 : -exponent);
 }
 
-// A set's statistic from its moments; float64 sets that overflow or underflow are measured again, scaled (rare, so free).
+// A set's statistic from its moments; float64 sets that overflow or underflow are measured again, scaled (rare, so
+// free).
 template <class T>
 inline Statistic set_statistic(const Plan& plan, int64_t set, const NormArgs<T>& args, Moments& moments) {
   double scale = 1;
@@ -130,7 +134,8 @@ inline void normalise_unit(const Plan& plan, const NormArgs<T>& args, int64_t se
     const T* from = x.read(start, n, buffers.x);
     T* to = y.open(start, n, buffers.out);
     if (plan.family == Family::channel) {
-      normalise(from, to, n, s, Same{weight ? static_cast<double>(*weight) : 1}, Same{bias ? static_cast<double>(*bias) : 0});
+      normalise(from, to, n, s, Same{weight ? static_cast<double>(*weight) : 1},
+                Same{bias ? static_cast<double>(*bias) : 0});
     } else {
       const T* w = element_params(weight, plan.params_per_set, start, n, buffers.weight);
       const T* b = element_params(bias, plan.params_per_set, start, n, buffers.bias);
@@ -155,9 +160,8 @@ inline bool for_set_moments(const Plan& plan, bool centred, const Finish& finish
   const int64_t units = units_per_set(plan);
   const Workspace<Moments> partial(plan.sets * units);
   if (!partial) return false;
-  parallel_for(plan.threads, plan.sets * units, [&](int64_t i) {
-    partial[i] = unit_moments<T>(plan, i / units, i % units, centred, 1);
-  });
+  parallel_for(plan.threads, plan.sets * units,
+               [&](int64_t i) { partial[i] = unit_moments<T>(plan, i / units, i % units, centred, 1); });
   parallel_for(plan.threads, plan.sets, [&](int64_t set) {
     Moments moments;
     for (int64_t unit = 0; unit < units; ++unit) moments.merge<kMayOverflow<T>>(partial[set * units + unit]);
@@ -192,9 +196,8 @@ bool set_forward(const Plan& plan, const NormArgs<T>& args) {
     }
   });
   if (done && split) {
-    parallel_for(plan.threads, plan.sets * units, [&](int64_t i) {
-      normalise_unit(plan, args, i / units, i % units, statistics[i / units]);
-    });
+    parallel_for(plan.threads, plan.sets * units,
+                 [&](int64_t i) { normalise_unit(plan, args, i / units, i % units, statistics[i / units]); });
   }
   return done;
 }

@@ -1,5 +1,5 @@
-// Contiguous runs of values out of any memory layout: a pointer into the array where it is contiguous, a copy in a small
-// buffer where it is not. This is all that strides, broadcast axes and unaligned data mean to the kernels.
+// Contiguous runs of values out of any memory layout: a pointer into the array where it is contiguous, a copy in a
+// small buffer where it is not. This is all that strides, broadcast axes and unaligned data mean to the kernels.
 #pragma once
 
 #include <cstdlib>
@@ -38,13 +38,14 @@ inline void for_pieces(char* base, const Walk& walk, int64_t start, int64_t n, c
 
 template <class T>
 inline void gather(const char* base, const Walk& walk, int64_t start, int64_t n, T* to) {
-  for_pieces(const_cast<char*>(base), walk, start, n, [=](const char* from, int64_t stride, int64_t first, int64_t count) {
-    if (stride == static_cast<int64_t>(sizeof(T))) {
-      std::memcpy(to + first, from, static_cast<size_t>(count) * sizeof(T));
-    } else {
-      for (int64_t i = 0; i < count; ++i) std::memcpy(to + first + i, from + i * stride, sizeof(T));
-    }
-  });
+  for_pieces(const_cast<char*>(base), walk, start, n,
+             [=](const char* from, int64_t stride, int64_t first, int64_t count) {
+               if (stride == static_cast<int64_t>(sizeof(T))) {
+                 std::memcpy(to + first, from, static_cast<size_t>(count) * sizeof(T));
+               } else {
+                 for (int64_t i = 0; i < count; ++i) std::memcpy(to + first + i, from + i * stride, sizeof(T));
+               }
+             });
 }
 
 template <class T>
