@@ -131,7 +131,12 @@ Plan make_plan(const PlanInput& input) {
   plan.sets = plan.x.set.count;
   plan.segments = plan.x.segment.count;
   plan.elements = plan.x.element.count;
+  Axes whole = element;
+  for (int i = 0; i < segment.count; ++i) whole.push(segment.axis[i]);
+  if (segment.count > 0) whole.sort_by(input.x.stride);
+  for (int i = 0; i < whole.count; ++i) plan.whole.push(input.size[whole.axis[i]], input.x.stride[whole.axis[i]]);
   plan.blocks = cut(plan.elements, plan.family == Family::row ? plan.params_per_set : plan.x.element.inner_size());
+  plan.whole_blocks = segment.count > 0 ? cut(plan.whole.count, plan.whole.inner_size()) : plan.blocks;
   return plan;
 }
 

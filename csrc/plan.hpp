@@ -102,7 +102,9 @@ struct Plan {
   int64_t elements = 1;        // per segment
   int64_t params = 1;          // length of weight and bias
   int64_t params_per_set = 1;  // PARAM axes' product
-  Blocks blocks;
+  Blocks blocks;               // of a segment
+  Walk whole;                  // all elements of a set of x, for what does not care about segments: its moments
+  Blocks whole_blocks;
   Walk set_param;            // set -> index of its first weight (strides count elements)
   Walk set_stat;             // set -> index of its statistics
   int64_t column_param = 0;  // the same two for the column axis

@@ -1,4 +1,4 @@
-"""Reads FASTNORM_ISA and FASTNORM_NUM_THREADS, once, when the package is imported. A bad value is an error, not a guess."""
+"""Reads FASTNORM_ISA and FASTNORM_NUM_THREADS, once, when the package is imported. A bad value is an error."""
 
 import os
 

@@ -234,8 +234,6 @@ def batch_forward_rows() -> list[Bad]:
     return [
         *out_of_range("momentum", 1.5, -0.1, float("nan"), float("inf")),
         Bad("running_var read-only", ValueError, read_only, ("running_var", "read-only|writeable|writable")),
-        Bad("running_mean alone", ValueError, lambda _: {"running_var": None}, ("running_mean", "running_var")),
-        Bad("running_var alone", ValueError, lambda _: {"running_mean": None}, ("running_mean", "running_var")),
         Bad("running_var is running_mean", ValueError, shared, ("running_mean", "running_var")),
         Bad(
             "one value per channel",

@@ -51,7 +51,9 @@ PYBIND11_MODULE(_core, m) {
   m.def(
       "set_isa",
       [](const std::string& name) {
-        if (!select(name.c_str())) throw py::value_error("name is '" + name + "'; expected one of isa_levels()");
+        if (select(name.c_str())) return;
+        const py::object usable = py::str(", ").attr("join")(levels(true));
+        throw py::value_error("name is '" + name + "'; expected one of " + usable.cast<std::string>());
       },
       py::arg("name"), "Use another level from now on.");
   m.def("get_num_threads", [] { return max_threads(); }, "Most threads a call may use.");

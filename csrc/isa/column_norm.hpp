@@ -149,29 +149,62 @@ inline void for_chunk_rows(const Plan& plan, int64_t chunk, const Visit& visit) 
   }
 }
 
-// Merges the moments of a tile's columns over one chunk of rows into `moments`, one per column.
+// Moments of a tile's columns over a block of rows.
 template <class T>
-inline void tile_moments(const Plan& plan, const Tile& tile, int64_t chunk, Moments* moments) {
-  for_chunk_rows(plan, chunk, [&](int64_t first, int64_t rows) {
-    const double count = static_cast<double>(rows);
-    Rows<T> x(plan.x, tile, first, rows);
-    x.load();
-    double pivot[kColumnTile];
-    Pair sums[kColumnTile];
-    column_sums<One<kStrip>>(rows, tile.width, pivot, [&](int64_t r) {
-      return [from = x[r]](int64_t c) { return static_cast<double>(from[c]); };
-    });
-    for (int64_t c = 0; c < tile.width; ++c) pivot[c] /= count;
-    column_sums<Two<kStrip>>(rows, tile.width, sums, [&](int64_t r) {
-      return [from = x[r], about = &pivot[0]](int64_t c) {
-        const double d = static_cast<double>(from[c]) - about[c];
-        return Pair{d, d * d};
-      };
-    });
-    for (int64_t c = 0; c < tile.width; ++c) {
-      moments[c].merge<kMayOverflow<T>>(moments_about(pivot[c], count, sums[c].first, sums[c].second));
-    }
+inline void block_column_moments(const Plan& plan, const Tile& tile, int64_t first, int64_t rows, Moments* moments) {
+  const double count = static_cast<double>(rows);
+  Rows<T> x(plan.x, tile, first, rows);
+  x.load();
+  double pivot[kColumnTile];
+  Pair sums[kColumnTile];
+  column_sums<One<kStrip>>(rows, tile.width, pivot, [&](int64_t r) {
+    return [from = x[r]](int64_t c) { return static_cast<double>(from[c]); };
   });
+  for (int64_t c = 0; c < tile.width; ++c) pivot[c] /= count;
+  column_sums<Two<kStrip>>(rows, tile.width, sums, [&](int64_t r) {
+    return [from = x[r], about = &pivot[0]](int64_t c) {
+      const double d = static_cast<double>(from[c]) - about[c];
+      return Pair{d, d * d};
+    };
+  });
+  for (int64_t c = 0; c < tile.width; ++c) moments[c] = moments_about(pivot[c], count, sums[c].first, sums[c].second);
+}
+
+// left[c] = left[c] and right[c] merged, for all columns of a tile.
+template <class T>
+inline void merge_columns(Moments* left, const Moments* right) {
+  for (int64_t c = 0; c < kColumnTile; ++c) left[c].template merge<kMayOverflow<T>>(right[c]);
+}
+
+// Moments of a tile's columns over rows [first, end), blocks merged in a tree (set_moments.hpp says why).
+template <class T>
+inline void tile_moments(const Plan& plan, const Tile& tile, int64_t first, int64_t end, Moments* moments) {
+  const int64_t blocks = (end - first + kColumnRows - 1) / kColumnRows;
+  if (blocks == 1) {
+    block_column_moments<T>(plan, tile, first, end - first, moments);
+    return;
+  }
+  const int64_t middle = first + blocks / 2 * kColumnRows;
+  Moments right[kColumnTile];
+  tile_moments<T>(plan, tile, first, middle, moments);
+  tile_moments<T>(plan, tile, middle, end, right);
+  merge_columns<T>(moments, right);
+}
+
+template <class T>
+inline void chunk_column_moments(const Plan& plan, const Tile& tile, int64_t chunk, Moments* moments) {
+  const int64_t first = chunk * kRowChunk;
+  tile_moments<T>(plan, tile, first, first + kRowChunk < plan.elements ? first + kRowChunk : plan.elements, moments);
+}
+
+// The same tree over chunks that threads have measured: the first of [first, end) gets the result.
+template <class T>
+inline void merge_chunks(Moments* chunks, int64_t first, int64_t end) {
+  if (end - first == 1) return;
+  const int64_t middle = first + (end - first) / 2;
+  merge_chunks<T>(chunks, first, middle);
+  merge_chunks<T>(chunks, middle, end);
+  merge_columns<T>(chunks + first * kColumnTile, chunks + middle * kColumnTile);
 }
 
 template <class T>
@@ -270,7 +303,7 @@ inline bool for_column_moments(const Plan& plan, const Finish& finish) {
   if (chunks == 1) {
     parallel_for(plan.threads, tiles, [&](int64_t i) {
       Moments moments[kColumnTile];
-      tile_moments<T>(plan, tile_at(plan, i), 0, moments);
+      chunk_column_moments<T>(plan, tile_at(plan, i), 0, moments);
       finish(i, moments);
     });
     return true;
@@ -278,15 +311,12 @@ inline bool for_column_moments(const Plan& plan, const Finish& finish) {
   const Workspace<Moments> partial(tiles * chunks * kColumnTile);
   if (!partial) return false;
   parallel_for(plan.threads, tiles * chunks, [&](int64_t i) {
-    tile_moments<T>(plan, tile_at(plan, i / chunks), i % chunks, &partial[i * kColumnTile]);
+    chunk_column_moments<T>(plan, tile_at(plan, i / chunks), i % chunks, &partial[i * kColumnTile]);
   });
   parallel_for(plan.threads, tiles, [&](int64_t i) {
-    Moments moments[kColumnTile];
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      for (int64_t c = 0; c < kColumnTile; ++c)
-        moments[c].merge<kMayOverflow<T>>(partial[(i * chunks + chunk) * kColumnTile + c]);
-    }
-    finish(i, moments);
+    Moments* first = &partial[i * chunks * kColumnTile];
+    merge_chunks<T>(first, 0, chunks);
+    finish(i, first);
   });
   return true;
 }

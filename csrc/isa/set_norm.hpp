@@ -3,10 +3,8 @@
 // are the units' moments merged in order, whoever computed them, so the bits do not depend on threads.
 #pragma once
 
-#include <cmath>
-
 #include "isa/segment.hpp"
-#include "isa/walk_io.hpp"
+#include "isa/set_moments.hpp"
 #include "parallel.hpp"
 
 namespace fastnorm {
@@ -40,66 +38,6 @@ template <class T>
 inline Port<T> port(const Operand& operand, int64_t set, int64_t segment) {
   return Port<T>(operand.data + operand.set.offset(set) + operand.segment.offset(segment), operand.element,
                  operand.aligned);
-}
-
-template <class T>
-inline Moments unit_moments(const Plan& plan, int64_t set, int64_t unit, bool centred, double scale) {
-  alignas(64) T buffer[kBlock];
-  const Port<T> x = port<T>(plan.x, set, segment_of(plan, unit));
-  Moments total;
-  for_unit_blocks(plan, unit, [&](int64_t start, int64_t n) {
-    const T* values = x.read(start, n, buffer);
-    total.merge<kMayOverflow<T>>(centred ? block_moments(values, n, scale) : block_squares(values, n, scale));
-  });
-  return total;
-}
-
-template <class T>
-inline Moments set_moments(const Plan& plan, int64_t set, bool centred, double scale) {
-  Moments total;
-  for (int64_t unit = 0; unit < units_per_set(plan); ++unit) {
-    total.merge<kMayOverflow<T>>(unit_moments<T>(plan, set, unit, centred, scale));
-  }
-  return total;
-}
-
-// The power of two that brings a set's largest magnitude near 1, within what squares and eps can bear; 0 if not all
-// finite.
-template <class T>
-inline double scale_of_set(const Plan& plan, int64_t set) {
-  alignas(64) T buffer[kBlock];
-  double largest = 0;
-  bool finite = true;
-  for (int64_t unit = 0; unit < units_per_set(plan); ++unit) {
-    const Port<T> x = port<T>(plan.x, set, segment_of(plan, unit));
-    for_unit_blocks(plan, unit, [&](int64_t start, int64_t n) {
-      const T* values = x.read(start, n, buffer);
-      for (int64_t i = 0; i < n; ++i) {
-        const double magnitude = std::fabs(static_cast<double>(values[i]));
-        finite = finite && magnitude <= 0x1.fffffffffffffp1023;
-        largest = magnitude > largest ? magnitude : largest;
-      }
-    });
-  }
-  if (!finite) return 0;
-  if (largest == 0) return 1;
-  const int exponent = std::ilogb(largest);
-  return std::ldexp(1.0, exponent > 960 ? -960 : exponent < -900 ? 900 : -exponent);
-}
-
-// A set's statistic from its moments; float64 sets that overflow or underflow are measured again, scaled (rare, so
-// free).
-template <class T>
-inline Statistic set_statistic(const Plan& plan, int64_t set, const NormArgs<T>& args, Moments& moments) {
-  double scale = 1;
-  if (needs_scale<T>(moments, args.eps)) {
-    const double better = scale_of_set<T>(plan, set);
-    if (better != 0 && better != 1) {
-      scale = better;
-      moments = set_moments<T>(plan, set, args.centred, scale);
-    }
-  }
-  return statistic_of(moments, args.eps, scale);
 }
 
 // The weights of elements [start, start + n) of a set in Family::row: in place, or repeated into a buffer.
@@ -150,21 +88,20 @@ inline void normalise_unit(const Plan& plan, const NormArgs<T>& args, int64_t se
 // Moments of every set: finish(set, moments) runs once per set, in parallel.
 template <class T, class Finish>
 inline bool for_set_moments(const Plan& plan, bool centred, const Finish& finish) {
-  if (!split_sets(plan)) {
+  const int64_t chunks = moment_chunks(plan);
+  if (!split_sets(plan) || chunks == 1) {
     parallel_for(plan.threads, plan.sets, [&](int64_t set) {
       Moments moments = set_moments<T>(plan, set, centred, 1);
       finish(set, moments);
     });
     return true;
   }
-  const int64_t units = units_per_set(plan);
-  const Workspace<Moments> partial(plan.sets * units);
+  const Workspace<Moments> partial(plan.sets * chunks);
   if (!partial) return false;
-  parallel_for(plan.threads, plan.sets * units,
-               [&](int64_t i) { partial[i] = unit_moments<T>(plan, i / units, i % units, centred, 1); });
+  parallel_for(plan.threads, plan.sets * chunks,
+               [&](int64_t i) { partial[i] = chunk_moments<T>(plan, i / chunks, i % chunks, centred, 1); });
   parallel_for(plan.threads, plan.sets, [&](int64_t set) {
-    Moments moments;
-    for (int64_t unit = 0; unit < units; ++unit) moments.merge<kMayOverflow<T>>(partial[set * units + unit]);
+    Moments moments = merge_tree<kMayOverflow<T>>(0, chunks, [&](int64_t i) { return partial[set * chunks + i]; });
     finish(set, moments);
   });
   return true;
@@ -200,20 +137,6 @@ bool set_forward(const Plan& plan, const NormArgs<T>& args) {
                  [&](int64_t i) { normalise_unit(plan, args, i / units, i % units, statistics[i / units]); });
   }
   return done;
-}
-
-template <class T>
-inline Statistic given_statistic(const NormArgs<T>& args, int64_t stat) {
-  return statistic_from<T>(args.mean ? args.mean[stat] : 0, args.mean_lo ? args.mean_lo[stat] : 0, args.rstd[stat]);
-}
-
-// The statistic a forward left for its backward; measured again where float64 could not hold it.
-template <class T>
-inline Statistic kept_statistic(const Plan& plan, const NormArgs<T>& args, int64_t set) {
-  const int64_t stat = plan.set_stat.offset(set);
-  if (args.constant_stats || !lost<T>(args.rstd[stat])) return given_statistic(args, stat);
-  Moments moments = set_moments<T>(plan, set, args.centred, 1);
-  return set_statistic(plan, set, args, moments);
 }
 
 template <class T>
