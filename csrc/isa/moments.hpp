@@ -65,21 +65,26 @@ struct Moments {
       return;
     }
     const double total = count + other.count;
-    const double weight = count * other.count / total;
     const TwoTerm apart = two_sum(other.mean, -mean);
     const TwoTerm delta = two_sum(apart.hi, apart.lo + (other.mean_lo - mean_lo));
-    const double shift = (delta.hi + delta.lo) * (other.count / total);
+    TwoTerm share = {other.count / total, 0};
+    TwoTerm shift = {(delta.hi + delta.lo) * share.hi, 0};
     m2.add(other.m2);
     if (exact) {
-      const TwoTerm square = two_product(delta.hi, delta.hi);
-      const TwoTerm between = two_product(square.hi, weight);
+      // Blocks of a trend differ by whole standard deviations: shift and delta^2 are then no small corrections.
+      const TwoTerm back = two_product(share.hi, total);
+      share.lo = ((other.count - back.hi) - back.lo) / total;
+      shift = two_product(delta.hi, share.hi);
+      shift.lo += delta.hi * share.lo + delta.lo * share.hi;
+      const TwoTerm square = two_product(delta.hi, shift.hi);
+      const TwoTerm between = two_product(square.hi, count);
       m2.add(between.hi);
-      m2.lo += between.lo + (square.lo + 2 * delta.hi * delta.lo) * weight;
+      m2.lo += between.lo + (square.lo + delta.hi * shift.lo + delta.lo * shift.hi) * count;
     } else {
-      m2.add((delta.hi + delta.lo) * (delta.hi + delta.lo) * weight);
+      m2.add(delta.hi * shift.hi * count);
     }
-    const TwoTerm sum = two_sum(mean, shift);
-    const TwoTerm normal = two_sum(sum.hi, sum.lo + mean_lo);
+    const TwoTerm sum = two_sum(mean, shift.hi);
+    const TwoTerm normal = two_sum(sum.hi, sum.lo + (shift.lo + mean_lo));
     mean = normal.hi;
     mean_lo = normal.lo;
     count = total;
