@@ -28,3 +28,12 @@ def test_statistics_are_those_of_each_channel_of_each_example() -> None:
     _, cache = fn.instance_norm_forward(x, eps=0.5)
     np.testing.assert_allclose(cache.mean, x.mean((2, 3)).ravel(), rtol=1e-14)
     np.testing.assert_allclose(cache.rstd, 1 / np.sqrt(x.var((2, 3)).ravel() + 0.5), rtol=1e-14)
+
+
+def test_backward_is_that_of_group_norm_with_a_group_for_each_channel() -> None:
+    rng = np.random.default_rng(3)
+    x, dy, weight = rng.normal(2, 3, (3, 4, 5, 6)), rng.normal(size=(3, 4, 5, 6)), rng.normal(size=4)
+    _, cache = fn.instance_norm_forward(x, weight, weight)
+    _, group_cache = fn.group_norm_forward(x, 4, weight, weight)
+    for got, wanted in zip(fn.instance_norm_backward(dy, cache), fn.group_norm_backward(dy, group_cache), strict=True):
+        np.testing.assert_array_equal(got, wanted, strict=True)

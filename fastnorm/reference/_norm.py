@@ -215,6 +215,8 @@ def _normalise(
 ) -> dict[str, Exact]:
     """y = (x - mean) / sqrt(var + eps) * weight + bias, with the sets' own mean and var or with those given."""
     v = sets.view(_floating("x", x))
+    if not eps >= 0:
+        raise ValueError(f"eps is {eps!r}, expected eps >= 0")
     if given is None:
         if sets.void:
             raise ValueError(f"x has shape {x.shape}: nothing to normalise in each set")
