@@ -1,8 +1,9 @@
 # The only place where instruction-set and optimisation flags of the kernels appear.
 #
-# fastnorm_add_isa(<level> <flags>...) compiles csrc/isa/kernels.cpp for one level. The rules, each of which has bitten a
-# well-known library: no contraction of a*b+c (every level must give the same bits), no -ffast-math (it sets flush-to-zero
-# for the whole process), optimised even in Debug builds, no link-time optimisation.
+# fastnorm_add_isa(<level> <flags>...) compiles csrc/isa/kernels.cpp for one level. The rules, each of which has bitten
+# a well-known library: no contraction of a*b+c (every level must give the same bits), no -ffast-math (it sets
+# flush-to-zero for the whole process), optimised even in Debug builds, no link-time optimisation, no exceptions (their
+# tables bring a weak symbol).
 
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$" AND CMAKE_SIZEOF_VOID_P EQUAL 8)
   set(FASTNORM_X86_64 TRUE)

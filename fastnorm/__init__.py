@@ -3,6 +3,10 @@
 Every function here has a plain NumPy twin in `fastnorm.reference`; `verify` checks each call against it.
 """
 
+from . import _source_tree  # noqa: F401  (first: it decides where the others are found)
+
+# isort: split
+
 from . import _environment, reference  # noqa: F401
 from ._batch_norm import batch_norm, batch_norm_backward, batch_norm_forward
 from ._core import __version__

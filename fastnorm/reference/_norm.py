@@ -605,9 +605,9 @@ def _exact_batch_norm_forward(
 
     # The running variance is an estimate for the population, so it takes the unbiased var * M / (M - 1).
     unbiased = var * sets.count / max(sets.count - 1, 1)
-    for name, running, new, scale in (
-        ("running_mean", running_mean, mean, np.abs(mean) + std),
-        ("running_var", running_var, unbiased, unbiased),
+    for name, running, new, scale, units in (
+        ("running_mean", running_mean, mean, np.abs(mean) + std, FORWARD_UNITS),
+        ("running_var", running_var, unbiased, unbiased, GRADIENT_UNITS),
     ):
         if running is None:
             continue
@@ -617,7 +617,7 @@ def _exact_batch_norm_forward(
         kept = (1 - rate) * running.astype(WIDE)
         update = np.where(rate > 0, rate * new, 0)
         unit = max(u, _unit(running.dtype))
-        exact[name] = Exact(kept + update, np.abs(kept) + rate * scale, unit, FORWARD_UNITS)
+        exact[name] = Exact(kept + update, np.abs(kept) + rate * scale, unit, units)
     return exact
 
 
