@@ -1,6 +1,6 @@
 """A child made by fork works, whatever the parent did before.
 
-libgomp's threads do not exist in the child, and waiting for them would hang. Everything runs in an interpreter of its
+The parent's threads do not exist in the child, and waiting for them would hang. Everything runs in an interpreter of its
 own, under a time limit that only a hang can reach.
 """
 
