@@ -54,20 +54,20 @@ struct Two {
 
 constexpr int kLeaf = 8 * kLanes;  // terms summed without recursion: chains of four pairs
 
-// lanes[lane] = sum of term(i) over the i of [first, first + n) with i % kLanes == lane, n <= kLeaf.
+// Lane by lane, the sums of term(i) over the i of [first, first + n) with (i - first) % kLanes == lane; n <= kLeaf.
 template <class Lanes, class Term>
-inline void leaf_sums(int64_t first, int n, Lanes& lanes, const Term& term) {
+inline Lanes leaf_sums(int64_t first, int n, const Term& term) {
+  Lanes lanes;
+  for (int lane = 0; lane < kLanes; ++lane) lanes.clear(lane);
   if (n == kLeaf) {  // a constant count, so that the accumulators stay in registers
-    for (int lane = 0; lane < kLanes; ++lane) lanes.clear(lane);
     for (int step = 0; step < kLeaf; step += 2 * kLanes) {
 #pragma omp simd
       for (int lane = 0; lane < kLanes; ++lane) {
         lanes.add_pair(lane, term(first + step + lane), term(first + step + kLanes + lane));
       }
     }
-    return;
+    return lanes;
   }
-  for (int lane = 0; lane < kLanes; ++lane) lanes.clear(lane);
   int step = 0;
   for (; step + kLanes <= n; step += kLanes) {
 #pragma omp simd
@@ -76,27 +76,24 @@ inline void leaf_sums(int64_t first, int n, Lanes& lanes, const Term& term) {
   const int rest = n - step;
 #pragma omp simd
   for (int lane = 0; lane < rest; ++lane) lanes.add(lane, term(first + step + lane));
+  return lanes;
 }
 
 template <class Lanes, class Term>
-inline void tree_sums(int64_t first, int64_t n, Lanes& lanes, const Term& term) {
-  if (n <= kLeaf) {
-    leaf_sums(first, static_cast<int>(n), lanes, term);
-    return;
-  }
+inline Lanes tree_sums(int64_t first, int64_t n, const Term& term) {
+  if (n <= kLeaf) return leaf_sums<Lanes>(first, static_cast<int>(n), term);
   const int64_t half = (n / 2 + kLeaf - 1) / kLeaf * kLeaf;
-  Lanes right;
-  tree_sums(first, half, lanes, term);
-  tree_sums(first + half, n - half, right, term);
+  Lanes left = tree_sums<Lanes>(first, half, term);
+  const Lanes right = tree_sums<Lanes>(first + half, n - half, term);
 #pragma omp simd
-  for (int lane = 0; lane < kLanes; ++lane) lanes.add(lane, right, lane);
+  for (int lane = 0; lane < kLanes; ++lane) left.add(lane, right, lane);
+  return left;
 }
 
 // Sum of term(i) over i in [0, n), in double; term gives a double (One) or a Pair (Two).
 template <class Lanes, class Term>
 inline typename Lanes::Term lane_sums(int64_t n, const Term& term) {
-  Lanes lanes;
-  tree_sums(0, n, lanes, term);
+  Lanes lanes = tree_sums<Lanes>(0, n, term);
   for (int width = kLanes / 2; width > 0; width /= 2) {
 #pragma omp simd
     for (int lane = 0; lane < width; ++lane) lanes.add(lane, lanes, lane + width);
