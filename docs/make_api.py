@@ -20,7 +20,7 @@ import fastnorm as fn  # noqa: E402
 PAGE = ROOT / "docs" / "api.md"
 
 SECTIONS: dict[str, tuple[str, ...]] = {
-    "Normalization": ("batch_norm", "layer_norm", "rms_norm", "group_norm", "instance_norm", "NormGrads"),
+    "Normalization": ("batch_norm", "layer_norm", "rms_norm", "group_norm", "instance_norm", "NormGrads", "NormCache"),
     "Statistics": ("moments", "Moments"),
     "Dropout and noise": ("dropout", "apply_dropout", "drop_connect", "gaussian", "Philox"),
     "Threads and verification": ("set_num", "get_num", "num_", "verify", "Verification"),
@@ -49,6 +49,10 @@ def entry(name: str) -> str:
         call = re.sub(r"<.*?>", "...", f"{name}{inspect.Signature(plain)}")
     else:
         call = f"class {name}"
+        for member, value in vars(thing).items():
+            text = inspect.getdoc(value)
+            if not member.startswith("_") and inspect.isroutine(getattr(thing, member)) and text:
+                doc += f"\n\n{name}.{member}: {text}"
     return f"### {name}\n\n```text\n{call}\n\n{doc}\n```\n"
 
 

@@ -9,7 +9,7 @@ from . import _source_tree  # noqa: F401  (first: it decides where the others ar
 
 from . import _environment, reference  # noqa: F401
 from ._batch_norm import batch_norm, batch_norm_backward, batch_norm_forward
-from ._core import __version__
+from ._core import NormCache, __version__
 from ._dropout import (
     DropoutCache,
     apply_dropout_mask,
@@ -48,6 +48,7 @@ __all__ = [
     "DropoutAddNormGrads",
     "DropoutCache",
     "Moments",
+    "NormCache",
     "NormGrads",
     "Philox",
     "VerificationError",

@@ -44,24 +44,27 @@ def as_ndarray(name: str, value: Any) -> np.ndarray[Any, Any]:
         raise TypeError(f"{name} could not be read as an array ({error}); expected float32 or float64") from error
 
 
+def _conversion(name: str, value: Any, dtype: str) -> str:
+    """The call that converts: a list has no astype."""
+    return f"{name}.astype({dtype})" if hasattr(value, "astype") else f"np.asarray({name}, dtype={dtype})"
+
+
 def array(name: str, value: Any) -> np.ndarray[Any, Any]:
     """`value` as an ndarray of float32 or float64 in native byte order."""
     found = as_ndarray(name, value)
     dtype = found.dtype
     if dtype not in FLOATS:
+        want, to = "float32 or float64", "np.float64" if dtype.kind not in "biu" else "np.float32"
         # A byte-swapped dtype compares unequal to the native one, and float16 waits for kernels of its own.
         if dtype.newbyteorder("=") in FLOATS:
-            want, call = "native byte order", f"{name}.astype({name}.dtype.newbyteorder('='))"
+            want, to = "native byte order", f"{name}.dtype.newbyteorder('=')"
         elif dtype == np.dtype(np.float16) or dtype.name == "bfloat16":
-            want, call = "float32 or float64 (half precision is not supported yet)", f"{name}.astype(np.float32)"
+            want, to = "float32 or float64 (half precision is not supported yet)", "np.float32"
         elif dtype.kind == "c":
-            want, call = "real float32 or float64", f"{name}.real.astype(np.float64)"
-        elif dtype.kind in "biuf":
-            want, call = "float32 or float64", f"{name}.astype(np.float32)"
-        else:
-            want, call = "float32 or float64", f"{name}.astype(np.float64)"
+            want = f"real numbers of float32 or float64 ({name}.real, or both parts)"
         raise TypeError(
-            f"{name} has dtype {dtype.str if dtype.byteorder == '>' else dtype}; expected {want}: use {call}"
+            f"{name} has dtype {dtype.str if dtype.byteorder == '>' else dtype}; expected {want}: "
+            f"use {_conversion(name, value, to)}"
         )
     if found.ndim > MAX_RANK:
         raise ValueError(f"{name} has {found.ndim} axes; expected at most {MAX_RANK}")
@@ -73,7 +76,8 @@ def same(name: str, value: Any, shape: tuple[int, ...], dtype: np.dtype[Any], of
     found = array(name, value)
     if found.dtype != dtype:
         raise TypeError(
-            f"{name} has dtype {found.dtype}; expected {dtype}, the dtype of {of}: use {name}.astype(np.{dtype})"
+            f"{name} has dtype {found.dtype}; expected {dtype}, the dtype of {of}: "
+            f"use {_conversion(name, value, f'np.{dtype}')}"
         )
     if found.shape != shape:
         raise ValueError(f"{name} has shape {_shape(found.shape)}; expected {_shape(shape)}, the shape of {of}")
@@ -89,7 +93,8 @@ def parameter(
     found = array(name, value)
     if found.dtype != dtype:
         raise TypeError(
-            f"{name} has dtype {found.dtype}; expected {dtype}, the dtype of x: use {name}.astype(np.{dtype})"
+            f"{name} has dtype {found.dtype}; expected {dtype}, the dtype of x: "
+            f"use {_conversion(name, value, f'np.{dtype}')}"
         )
     if found.shape != shape:
         raise ValueError(f"{name} has shape {_shape(found.shape)}; expected {_shape(shape)}, {meaning}")
@@ -102,7 +107,7 @@ def channels(name: str, value: Any, size: int, dtype: np.dtype[Any]) -> np.ndarr
     if found.dtype not in (dtype, np.dtype(np.float64)):
         raise TypeError(
             f"{name} has dtype {found.dtype}; expected {dtype}, the dtype of x, or float64: "
-            f"use {name}.astype(np.{dtype})"
+            f"use {_conversion(name, value, f'np.{dtype}')}"
         )
     if found.shape != (size,):
         raise ValueError(f"{name} has shape {_shape(found.shape)}; expected ({size},), one value per channel")
@@ -171,9 +176,15 @@ def axes(name: str, value: Any, rank: int) -> tuple[int, ...]:
     return found
 
 
+def _axes(count: int) -> str:
+    return f"{count} axis" if count == 1 else f"{count} axes"
+
+
 def rank(name: str, found: np.ndarray[Any, Any], least: int) -> None:
     if found.ndim < least:
-        raise ValueError(f"{name} has shape {_shape(found.shape)} ({found.ndim} axes); expected at least {least} axes")
+        raise ValueError(
+            f"{name} has shape {_shape(found.shape)} ({_axes(found.ndim)}); expected at least {_axes(least)}"
+        )
 
 
 def _overlaps_itself(found: np.ndarray[Any, Any]) -> bool:
@@ -231,7 +242,7 @@ def output(
     if in_place is None:
         if shares(found, x):
             raise ValueError(
-                f"out shares memory with {of}; expected separate memory, since the cache needs {of} unchanged"
+                f"out shares memory with {of}; expected separate memory: a forward with a cache is never in place"
             )
     elif not _same_view(found, x) and shares(found, x):
         raise ValueError(f"out overlaps {of} in part; expected out={in_place} itself or separate memory")

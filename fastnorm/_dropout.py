@@ -331,6 +331,8 @@ def apply_dropout_mask(x: Any, keep: Any, p: float, *, out: Array | None = None)
         keep of another shape; p out of range; an `out` that does not fit.
     """
     x = _check.array("x", x)
+    if keep is None:
+        raise TypeError("keep is None; expected an array of bool, True = kept")
     mask = _check.as_ndarray("keep", keep)
     if mask.dtype != np.bool_:
         raise TypeError(f"keep has dtype {mask.dtype}; expected bool, True = kept: use keep.astype(bool)")

@@ -41,7 +41,7 @@ class Moments:
 
     def var(self, ddof: int = 0) -> Any:
         """Variance, m2 / (count - ddof)."""
-        if self.count <= ddof:
+        if _check.integer("ddof", ddof) >= self.count:
             raise ValueError(f"ddof is {ddof}; expected less than the count, {self.count}")
         return self.m2 / (self.count - ddof)
 
@@ -80,7 +80,9 @@ class Moments:
             raise ValueError("merge got no moments; expected at least one")
         for i, part in enumerate(parts):
             if not isinstance(part, Moments):
-                raise TypeError(f"argument {i} of merge is a {type(part).__name__}; expected Moments")
+                raise TypeError(
+                    f"argument {i} of merge is of type {type(part).__name__}; expected Moments: merge(m1, m2)"
+                )
             if np.shape(part.mean) != np.shape(parts[0].mean):
                 raise ValueError(
                     f"argument {i} of merge has shape {np.shape(part.mean)}; expected {np.shape(parts[0].mean)}, "

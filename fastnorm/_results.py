@@ -10,7 +10,15 @@ Array = np.ndarray[Any, Any]
 
 
 class NormGrads(NamedTuple):
-    """Gradients of a normalisation: of its input and of its parameters (None where the parameter was None)."""
+    """Gradients of a normalisation.
+
+    Attributes
+    ----------
+    dx : ndarray
+        With respect to x.
+    dweight, dbias : ndarray or None
+        With respect to the parameters; None where the parameter was None.
+    """
 
     dx: Array
     dweight: Array | None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from . import _check, _core
 
@@ -37,24 +37,43 @@ def set_num_threads(n: int) -> None:
     ValueError
         n is out of range.
     """
-    found = _check.integer("n", n)
-    if not 1 <= found <= MOST:
-        raise ValueError(f"n is {found}; expected 1 <= n <= {MOST}")
-    _core.set_num_threads(found)
+    _core.set_num_threads(_checked(n))
 
 
-@contextmanager
-def num_threads(n: int) -> Iterator[None]:
+def num_threads(n: int) -> AbstractContextManager[None]:
     """Use at most n threads inside a `with` block.
 
     Parameters
     ----------
     n : int
-        As for `set_num_threads`.
+        As for `set_num_threads`, whose setting comes back at the end of the block.
+
+    Returns
+    -------
+    context manager
+
+    Raises
+    ------
+    TypeError
+        n is not an integer.
+    ValueError
+        n is out of range.
     """
+    return _limited(_checked(n))
+
+
+@contextmanager
+def _limited(n: int) -> Iterator[None]:
     before = get_num_threads()
-    set_num_threads(n)
+    _core.set_num_threads(n)
     try:
         yield
     finally:
-        set_num_threads(before)
+        _core.set_num_threads(before)
+
+
+def _checked(n: int) -> int:
+    found = _check.integer("n", n)
+    if not 1 <= found <= MOST:
+        raise ValueError(f"n is {found}; expected 1 <= n <= {MOST}")
+    return found

@@ -1,7 +1,7 @@
 """A child made by fork works, whatever the parent did before.
 
-The parent's threads do not exist in the child, and waiting for them would hang. Everything runs in an interpreter of its
-own, under a time limit that only a hang can reach.
+The parent's threads do not exist in the child, and waiting for them would hang. Everything runs in an interpreter of
+its own, under a time limit that only a hang can reach.
 """
 
 from __future__ import annotations

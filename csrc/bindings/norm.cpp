@@ -611,11 +611,34 @@ void bind_backward(py::module_& m) {
         py::arg("dy"), py::arg("cache"), py::arg("out"), py::arg("checked") = false);
 }
 
+constexpr const char* kCacheDoc = R"(What a norm's forward keeps for its backward: references, no copies. Read-only.
+
+Attributes
+----------
+x, weight, bias : ndarray
+    The arrays of the call; weight and bias may be None.
+mean, rstd : ndarray
+    float64, 1-D over the sets in C order, samples first; mean is None for rms_norm.
+eps : float
+    As given.
+function : str
+    The name of the norm.
+axis : int or None
+    The first normalised axis of layer_norm and rms_norm.
+channel_axis, num_groups : int or None
+    As given, not negative; None where the norm has none.
+batch_var, training : ndarray, bool or None
+    Of batch_norm: the biased variance of the batch, and whether it was used.
+count : int
+    Values in each set.
+intact : bool
+    Whether x and the parameters still have the shapes they had.)";
+
 void bind_cache(py::module_& m) {
   const auto number_or_none = [](bool given, int64_t value) {
     return given ? py::object(py::int_(value)) : py::none();
   };
-  py::class_<NormCache>(m, "NormCache", "What a forward call keeps for its backward: references, no copies. Read-only.")
+  py::class_<NormCache>(m, "NormCache", kCacheDoc)
       .def_property_readonly("function", [](const NormCache& c) { return std::string(name_of(c.spec.kind)); })
       .def_readonly("x", &NormCache::x)
       .def_readonly("weight", &NormCache::weight)

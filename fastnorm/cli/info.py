@@ -27,7 +27,7 @@ def facts() -> dict[str, str]:
         "python": f"{platform.python_version()} ({platform.system()} {platform.machine()})",
         "numpy": np.__version__,
         "compiler": f"{build['compiler']}, {build['build_type']} build",
-        "OpenMP": "SIMD loops" if openmp == "simd" else "no: slower kernels",
+        "OpenMP": "for SIMD (threads are fastnorm's own)" if openmp == "simd" else "no: slower kernels",
         "instruction sets built": build["levels"].replace(",", ", "),
         "instruction sets usable": ", ".join(_core.isa_levels()),
         "instruction set in use": _core.isa() + _chosen_by("FASTNORM_ISA"),
