@@ -135,11 +135,13 @@ def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf
         raise TypeError(f"{name} is {value!r} of type {type(value).__name__}; expected a real number")
     try:
         found = float(value)
-    except (TypeError, ValueError, OverflowError) as error:
+    except OverflowError:
+        found = math.inf if value > 0 else -math.inf
+    except (TypeError, ValueError) as error:
         raise TypeError(f"{name} is {value!r} of type {type(value).__name__}; expected a real number") from error
     if not low <= found <= high:
         expected = f"{name} >= {low:g}" if high == math.inf else f"{low:g} <= {name} <= {high:g}"
-        raise ValueError(f"{name} is {value!r}; expected {expected}")
+        raise ValueError(f"{name} is {found if isinstance(value, int) else value!r}; expected {expected}")
     return found
 
 

@@ -18,7 +18,7 @@ def _sum(terms: list[Any]) -> Any:
         larger, smaller = np.where(abs(total) >= abs(term), (total, term), (term, total))
         errors = errors + ((larger - new) + smaller)
         total = new
-    return total + np.where(np.isfinite(errors), errors, 0.0)
+    return np.where(np.isfinite(errors), total + errors, total)
 
 
 @dataclass(frozen=True)
@@ -88,20 +88,24 @@ class Moments:
                     f"argument {i} of merge has shape {np.shape(part.mean)}; expected {np.shape(parts[0].mean)}, "
                     "that of the first"
                 )
+        parts = tuple(part for part in parts if part.count > 0) or parts[:1]
         if len(parts) == 1:
             return parts[0]
         count = sum(part.count for part in parts)
         # Means relative to the first-sorted one: what they have in common would only cost digits.
-        origin = parts[0].mean
+        # In units of a power of two, in which the difference of two finite means is finite.
+        unit = 4.0 if any(bool(np.any(np.abs(part.mean) > 2.0**1000)) for part in parts) else 1.0
+        origin = parts[0].mean / unit
         for part in parts[1:]:
-            origin = np.minimum(origin, part.mean)
-        offsets = [np.asarray(part.mean - origin) for part in parts]
-        shift = _sum([offset * (part.count / count) for part, offset in zip(parts, offsets, strict=True)])
-        m2 = _sum(
-            [np.asarray(part.m2, dtype=np.float64) for part in parts]
-            + [part.count * (offset - shift) ** 2 for part, offset in zip(parts, offsets, strict=True)]
-        )
-        return Moments(count, (origin + shift)[()], m2[()])
+            origin = np.minimum(origin, part.mean / unit)
+        with np.errstate(all="ignore"):
+            offsets = [np.asarray(part.mean / unit - origin) for part in parts]
+            shift = _sum([offset * (part.count / count) for part, offset in zip(parts, offsets, strict=True)])
+            m2 = _sum(
+                [np.asarray(part.m2, dtype=np.float64) for part in parts]
+                + [part.count * ((offset - shift) * unit) ** 2 for part, offset in zip(parts, offsets, strict=True)]
+            )
+            return Moments(count, ((origin + shift) * unit)[()], m2[()])
 
 
 def moments(x: Any, axis: int | tuple[int, ...] | None = None) -> Moments:

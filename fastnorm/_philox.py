@@ -8,12 +8,26 @@ by the kernels, from (seed, offset) alone: docs/dropout.md.
 from __future__ import annotations
 
 import operator
+import os
 import threading
 from typing import Any, TypeAlias
 
 import numpy as np
 
 _WORD = 2**64
+
+# One for all streams: it is held for two lines. A child process gets a new one, for the thread that held it in the
+# parent does not exist there.
+_lock = threading.Lock()
+
+
+def _renew_lock() -> None:
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
 
 
 def _word(name: str, value: Any, expected: str = "an integer") -> int:
@@ -68,13 +82,12 @@ class Philox:
     Philox(seed=7, offset=1)
     """
 
-    __slots__ = ("_lock", "_offset", "_seed")
+    __slots__ = ("_offset", "_seed")
     __hash__ = None  # type: ignore[assignment]  # equality follows the offset, which moves
 
     def __init__(self, seed: int, offset: int = 0) -> None:
         self._seed = _word("seed", seed)
         self._offset = _word("offset", offset)
-        self._lock = threading.Lock()
 
     @property
     def seed(self) -> int:
@@ -94,7 +107,7 @@ class Philox:
 
     def _take(self) -> tuple[int, int]:
         """This call's (seed, offset); the stream moves on."""
-        with self._lock:
+        with _lock:
             offset = self._offset
             self._offset = (offset + 1) % _WORD
         return self._seed, offset

@@ -58,8 +58,9 @@ def not_empty(function: str, x: Array, axis: int, training: bool = True) -> None
         batch, normalised = x.shape[:axis], x.shape[axis:]
     else:
         batch_axis = 1 if axis == 0 else 0
-        batch = (x.shape[batch_axis], x.shape[axis])
-        normalised = tuple(n for i, n in enumerate(x.shape) if i not in (batch_axis, axis))
+        over = (batch_axis,) if function == "group_norm" else (batch_axis, axis)
+        batch = tuple(x.shape[i] for i in over)
+        normalised = tuple(n for i, n in enumerate(x.shape) if i not in over)
     if 0 not in batch and 0 in normalised:
         raise ValueError(
             f"x has shape {x.shape}, with nothing to normalise in each set; expected a normalised extent of at least 1"
@@ -88,7 +89,9 @@ def forward(
         count = _check.integer("num_groups", num_groups)
         if count < 1:
             raise ValueError(f"num_groups is {count}; expected at least 1")
-        if x.shape[axis] % count != 0:
+        if x.ndim == _check.MAX_RANK:
+            raise ValueError(f"x has {x.ndim} axes; expected at most {_check.MAX_RANK - 1} for group_norm")
+        if x.shape[axis] % count != 0 or 0 < x.shape[axis] < count:
             raise ValueError(f"num_groups is {count}; expected a divisor of the number of channels, {x.shape[axis]}")
         groups = (count,)
     weight, bias = parameters(function, x, weight, bias, axis)

@@ -70,6 +70,15 @@ class VerificationWarning(UserWarning):
 
 _MODES = ("raise", "warn")
 _lock = threading.Lock()
+
+
+def _renew_lock() -> None:
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)  # a thread that held it does not exist in the child
 _entered: list[list[str]] = []  # one [mode] for each `with` that is open, the last entered last
 
 

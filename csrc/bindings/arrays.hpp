@@ -7,10 +7,16 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <thread>
 #include <vector>
+
+#ifdef __GLIBCXX__
+#include <cxxabi.h>
+#endif
 
 #include "plan.hpp"
 
@@ -66,8 +72,9 @@ class Array {
     const Range mine = range(), theirs = other.range();
     return mine.begin < theirs.end && theirs.begin < mine.end;
   }
-  // May two elements of this array share a byte?
+  // May two elements of this array share a byte? (NumPy gives an array without elements any strides.)
   bool may_overlap_itself() const {
+    if (count() == 0) return false;
     std::pair<int64_t, int64_t> axes[kMaxRank];
     int used = 0;
     for (int axis = 0; axis < rank(); ++axis) {
@@ -161,12 +168,27 @@ bool verifying();
 // Below this a call is over before another thread could take the interpreter lock.
 constexpr int64_t kReleaseElements = 32768;
 
+// The interpreter ends a thread that asks for its lock after the end of the program, by unwinding it. There is nothing
+// to unwind to here: results belong to an interpreter that is gone. Such a thread stops where it is, and goes with the
+// process.
+inline void take_lock_back(PyThreadState* state) {
+#ifdef __GLIBCXX__
+  try {
+    PyEval_RestoreThread(state);
+  } catch (abi::__forced_unwind&) {
+    for (;;) std::this_thread::sleep_for(std::chrono::hours(1));
+  }
+#else
+  PyEval_RestoreThread(state);
+#endif
+}
+
 class ReleaseForLargeWork {
  public:
   explicit ReleaseForLargeWork(int64_t elements)
       : state_(elements >= kReleaseElements ? PyEval_SaveThread() : nullptr) {}
   ~ReleaseForLargeWork() {
-    if (state_) PyEval_RestoreThread(state_);
+    if (state_) take_lock_back(state_);
   }
   ReleaseForLargeWork(const ReleaseForLargeWork&) = delete;
   ReleaseForLargeWork& operator=(const ReleaseForLargeWork&) = delete;

@@ -49,6 +49,8 @@ Extents draw_strides(const Extents& shape, const Extents& shared_axes) {
     if (axis < 0 || axis >= static_cast<int64_t>(shape.size())) throw py::value_error("shared_axes out of range");
     strides[axis] = 0;
   }
+  // Without elements no stride is ever used, and the extents of the other axes may be absurd.
+  if (std::find(shape.begin(), shape.end(), 0) != shape.end()) return Extents(shape.size(), 0);
   int64_t next = 1;
   for (size_t axis = shape.size(); axis-- > 0;) {
     if (strides[axis] == 0) continue;

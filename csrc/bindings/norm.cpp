@@ -49,7 +49,9 @@ std::optional<Spec> make_spec(Kind kind, const Array& x, py::handle axis_object,
   spec.axis = static_cast<int>(axis);
   if (!spec.by_row() && x.rank() < (kind == Kind::instance ? 3 : 2)) return {};
   if (kind == Kind::group) {
-    if (!as_integer(groups_object, &spec.groups) || spec.groups < 1 || x.size(spec.axis) % spec.groups != 0) return {};
+    const int64_t channels = x.size(spec.axis);
+    if (!as_integer(groups_object, &spec.groups) || spec.groups < 1 || spec.groups > channels) return {};
+    if (channels % spec.groups != 0) return {};
     if (x.rank() == kMaxRank) return {};  // the channel axis is split in two
   }
   return spec;
@@ -112,6 +114,12 @@ void store(const Array& a, int64_t i, double value) {
     const float rounded = static_cast<float>(value);
     std::memcpy(to, &rounded, sizeof rounded);
   }
+}
+
+// (1 - momentum) * running + momentum * batch; a weight of 0 leaves no trace of what it weighs, infinite or not.
+double mix(double momentum, double running, double batch) {
+  const double kept = momentum == 1 ? 0 : (1 - momentum) * running;
+  return momentum == 0 ? running : kept + momentum * batch;
 }
 
 struct Sizes {
@@ -252,6 +260,13 @@ struct NormCache {
   double eps = 0;
   int64_t count = 0;
   bool training = true;
+  Dtype dtype = Dtype::other;  // of x, as it was: an array can be given another shape or dtype in place
+  std::vector<int64_t> shape;
+
+  void remember(const Array& array) {
+    dtype = array.dtype();
+    for (int axis = 0; axis < array.rank(); ++axis) shape.push_back(array.size(axis));
+  }
 };
 
 py::array float64_vector(int64_t size, double fill) {
@@ -358,6 +373,7 @@ py::object forward(Kind kind, bool want_cache, py::handle x_object, py::handle w
   cache.batch_var = py::none();
   cache.eps = eps;
   cache.count = sizes.per_set;
+  cache.remember(x);
   for (const py::object& array : {cache.mean, cache.rstd}) {
     if (!array.is_none()) make_read_only(py::reinterpret_borrow<py::array>(array));
   }
@@ -371,7 +387,8 @@ bool given_statistics(const Array& mean, const Array& var, double eps, const Sta
     const double v = load(var, c);
     if (v < 0) return false;
     mean_to[c] = load(mean, c);
-    rstd_to[c] = v + eps == 0 ? 0 : 1 / std::sqrt(v + eps);
+    // Quarters: the sum of two finite numbers can overflow.
+    rstd_to[c] = v + eps == 0 ? 0 : 0.5 / std::sqrt(0.25 * v + 0.25 * eps);
   }
   return true;
 }
@@ -417,7 +434,7 @@ py::object batch_norm_forward(py::handle x_object, py::handle weight_object, py:
   const Optional mean = optional_channels(*spec, x, mean_object), var = optional_channels(*spec, x, var_object);
   if (!weight.accepted || !bias.accepted || !mean.accepted || !var.accepted) return py::none();
   if (training ? sizes.per_set == 1 && sizes.sets > 0 : !mean.given || !var.given) return py::none();
-  if (has_empty_sets(sizes)) return py::none();
+  if (training && has_empty_sets(sizes)) return py::none();
   if (training) {
     for (const Optional* running : {&mean, &var}) {
       if (!running->given) continue;
@@ -443,8 +460,8 @@ py::object batch_norm_forward(py::handle x_object, py::handle weight_object, py:
       const double count = static_cast<double>(sizes.per_set), unbiased = count / (count - 1);
       const double *batch_mean = data_of(statistics.mean), *batch_var = data_of(statistics.var);
       for (int64_t c = 0; c < sizes.sets; ++c) {
-        if (mean.given) store(mean.array, c, (1 - momentum) * load(mean.array, c) + momentum * batch_mean[c]);
-        if (var.given) store(var.array, c, (1 - momentum) * load(var.array, c) + momentum * (batch_var[c] * unbiased));
+        if (mean.given) store(mean.array, c, mix(momentum, load(mean.array, c), batch_mean[c]));
+        if (var.given) store(var.array, c, mix(momentum, load(var.array, c), batch_var[c] * unbiased));
       }
     }
   }
@@ -459,6 +476,7 @@ py::object batch_norm_forward(py::handle x_object, py::handle weight_object, py:
   cache.batch_var = training ? statistics.var : py::object(py::none());
   cache.eps = eps;
   cache.count = sizes.per_set;
+  cache.remember(x);
   cache.training = training;
   for (const py::object& array : {cache.mean, cache.rstd, cache.batch_var}) {
     if (!array.is_none()) make_read_only(py::reinterpret_borrow<py::array>(array));
@@ -519,12 +537,22 @@ py::object run_backward(const NormCache& cache, const Array& x, const Array& dy,
   return py::make_tuple(dweight, dbias);
 }
 
-// An array's shape can be changed in place (`x.shape = ...`) after the forward has counted its sets.
+// Are the arrays of the cache still those that the forward saw, as far as memory safety can tell? A shape or dtype can
+// be changed in place, and so can an array's length.
 bool still_fits(const NormCache& cache) {
   const Array x(cache.x);
-  if (!x.is_float() || x.rank() <= cache.spec.axis) return false;
-  const Sizes sizes = sizes_of(cache.spec, x);
-  if (sizes.sets != py::array(cache.rstd).size() || sizes.per_set != cache.count) return false;
+  if (!x.is_float() || x.dtype() != cache.dtype || x.rank() != static_cast<int>(cache.shape.size())) return false;
+  for (int axis = 0; axis < x.rank(); ++axis) {
+    if (x.size(axis) != cache.shape[axis]) return false;
+  }
+  const int64_t sets = sizes_of(cache.spec, x).sets;
+  for (const py::object& statistic : {cache.mean, cache.rstd, py::object(cache.mean_lo)}) {
+    if (!statistic || statistic.is_none()) continue;
+    const Array a(statistic);
+    if (a.dtype() != Dtype::float64 || a.rank() != 1 || (a.size(0) != sets && !statistic.is(cache.mean_lo)))
+      return false;
+    if (statistic.is(cache.mean_lo) && a.size(0) != 0 && a.size(0) != sets) return false;
+  }
   for (const py::object& param : {cache.weight, cache.bias}) {
     if (!param.is_none() && !is_param(cache.spec, x, Array(param))) return false;
   }
@@ -638,8 +666,10 @@ void bind_cache(py::module_& m) {
   const auto number_or_none = [](bool given, int64_t value) {
     return given ? py::object(py::int_(value)) : py::none();
   };
-  py::class_<NormCache>(m, "NormCache", kCacheDoc)
-      .def_property_readonly("function", [](const NormCache& c) { return std::string(name_of(c.spec.kind)); })
+  py::class_<NormCache> cache(m, "NormCache", kCacheDoc);
+  // Only a forward makes one: `NormCache.__new__(NormCache)` would be an object without a C++ part.
+  reinterpret_cast<PyTypeObject*>(cache.ptr())->tp_new = nullptr;
+  cache.def_property_readonly("function", [](const NormCache& c) { return std::string(name_of(c.spec.kind)); })
       .def_readonly("x", &NormCache::x)
       .def_readonly("weight", &NormCache::weight)
       .def_readonly("bias", &NormCache::bias)

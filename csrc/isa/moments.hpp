@@ -185,7 +185,6 @@ inline Statistic statistic_of(const Moments& moments, double eps, double scale) 
   s.mean = moments.mean;
   s.mean_lo = moments.mean_lo;
   s.rstd = reciprocal_std(moments.m2, moments.count, eps * scale * scale);
-  if (s.rstd == 0 && eps > 0 && moments.m2.value() == 0) s.rstd = 1 / std::sqrt(eps) / scale;  // scaled, eps was lost
   s.scale = scale;
   drop_negligible(s);
   return s;

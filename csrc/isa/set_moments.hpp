@@ -81,6 +81,11 @@ inline Statistic set_statistic(const Plan& plan, int64_t set, const NormArgs<T>&
       scale = better;
       moments = set_moments<T>(plan, set, args.centred, scale);
     }
+    if (moments.m2.value() == 0) {  // constant: x - mean is 0 without a scale, under which a small eps would vanish
+      moments.mean /= scale;
+      moments.mean_lo /= scale;
+      scale = 1;
+    }
   }
   return statistic_of(moments, args.eps, scale);
 }

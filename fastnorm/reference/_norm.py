@@ -614,8 +614,10 @@ def _exact_batch_norm_forward(
         if running.shape != sets.parameter_shape:
             raise ValueError(f"{name} has shape {running.shape}, expected {sets.parameter_shape}")
         rate = WIDE(0 if momentum is None or sets.count == 0 else momentum)
-        kept = (1 - rate) * running.astype(WIDE)
-        update = np.where(rate > 0, rate * new, 0)
+        kept: Array = np.where(
+            rate < 1, (1 - rate) * running.astype(WIDE), 0
+        )  # a weight of 0 leaves no trace, of Inf neither
+        update: Array = np.where(rate > 0, rate * new, 0)
         unit = max(u, _unit(running.dtype))
         exact[name] = Exact(kept + update, np.abs(kept) + rate * scale, unit, units)
     return exact
