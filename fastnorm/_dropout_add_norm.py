@@ -96,7 +96,7 @@ def _forward(
         dropout(x, p, rng=stream, out=s)
     if residual is not None:
         with np.errstate(all="ignore"):
-            s = np.add(residual, s)  # laid out as residual + dropout(x) is: sums over samples follow the memory order
+            np.add(residual, s, out=s)
 
     if not cached:
         y = (
