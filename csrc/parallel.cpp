@@ -6,7 +6,6 @@
 #include <condition_variable>
 #include <cstdlib>
 #include <mutex>
-#include <system_error>
 #include <thread>
 
 #if defined(__unix__) || defined(__APPLE__)
@@ -74,23 +73,43 @@ class Pool {
 
  private:
   void grow(int helpers) {
-    while (size_ < helpers) {
+    if (size_ >= helpers) return;
 #ifdef FASTNORM_HAS_FORK
-      // Signals are for the application's own threads.
-      sigset_t all, before;
-      sigfillset(&all);
-      pthread_sigmask(SIG_SETMASK, &all, &before);
+    // Signals are for the application's own threads.
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    while (size_ < helpers && start_thread()) ++size_;
+    pthread_sigmask(SIG_SETMASK, &before, nullptr);
+#else
+    while (size_ < helpers && start_thread()) ++size_;
 #endif
-      try {
-        std::thread([this] { serve(); }).detach();
-        ++size_;
-      } catch (const std::system_error&) {
-        helpers = size_;  // no more threads to be had: go on with those there are
-      }
+  }
+
+  // False if there are no more threads to be had: the pool goes on with those there are.
+  bool start_thread() {
 #ifdef FASTNORM_HAS_FORK
-      pthread_sigmask(SIG_SETMASK, &before, nullptr);
-#endif
+    // A stack of known size: some systems give a thread 128 KB, which the kernels' blocks would nearly fill.
+    pthread_attr_t attributes;
+    if (pthread_attr_init(&attributes) != 0) return false;
+    pthread_attr_setstacksize(&attributes, 1 << 20);
+    pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
+    pthread_t thread;
+    const auto serve = [](void* pool) -> void* {
+      static_cast<Pool*>(pool)->serve();
+      return nullptr;
+    };
+    const bool started = pthread_create(&thread, &attributes, serve, this) == 0;
+    pthread_attr_destroy(&attributes);
+    return started;
+#else
+    try {
+      std::thread([this] { serve(); }).detach();
+      return true;
+    } catch (...) {
+      return false;
     }
+#endif
   }
 
   void work(const Job& job) {
@@ -140,16 +159,16 @@ std::atomic<int> limit{0};
 Pool& the_pool() {
   Pool* found = pool.load(std::memory_order_acquire);
   if (found) return *found;
+#ifdef FASTNORM_HAS_FORK
+  // A child has none of the threads; it makes a pool of its own when it needs one, and never looks at this one again.
+  static const int registered = pthread_atfork(nullptr, nullptr, [] { pool.store(nullptr); });
+  (void)registered;
+#endif
   Pool* made = new Pool;
   if (!pool.compare_exchange_strong(found, made)) {
     delete made;  // another thread was first; this one has no threads yet
     return *found;
   }
-#ifdef FASTNORM_HAS_FORK
-  // A child has none of the threads; it makes a pool of its own when it needs one, and never looks at this one again.
-  static std::atomic<bool> registered{false};
-  if (!registered.exchange(true)) pthread_atfork(nullptr, nullptr, [] { pool.store(nullptr); });
-#endif
   return *made;
 }
 

@@ -9,6 +9,13 @@ namespace {
 // Position of an axis in memory: broadcast axes (stride 0) count as outermost.
 int64_t nearness(int64_t stride) { return stride == 0 ? INT64_MAX : std::llabs(stride); }
 
+// Axes of size 1 take part, so that a slice of one sample or channel is read like the whole; among equal strides they
+// lose.
+bool nearer(const PlanInput& input, int axis, int other) {
+  const int64_t mine = nearness(input.x.stride[axis]), theirs = nearness(input.x.stride[other]);
+  return mine < theirs || (mine == theirs && input.size[axis] > input.size[other]);
+}
+
 struct Axes {
   int count = 0;
   int axis[kMaxRank];
@@ -75,7 +82,7 @@ Plan make_plan(const PlanInput& input) {
       param_c_stride[axis] = param_total;
       param_total *= size;
     }
-    if (size > 1 && (nearest < 0 || nearness(input.x.stride[axis]) < nearness(input.x.stride[nearest]))) nearest = axis;
+    if (nearest < 0 || nearer(input, axis, nearest)) nearest = axis;
   }
   // A SET axis that owns parameters is always outside the PARAM axes: its weights lie param_total apart.
   for (int axis = input.rank - 1; axis >= 0; --axis) {

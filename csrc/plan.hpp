@@ -87,12 +87,13 @@ struct Blocks {
   }
 };
 
-constexpr int64_t kBlock = 2048;    // elements: a block of doubles is 16 KB, so its second reading comes from L1
+// A block of doubles is 8 KB: its second reading comes from the nearest cache, and a thread's stack holds several.
+constexpr int64_t kBlock = 1024;
 constexpr int64_t kShortRun = 512;  // shorter runs share a block
-constexpr int64_t kChunkBlocks =
-    32;  // blocks whose moments are merged before chunks are: also the unit of work inside a set
-constexpr int64_t kColumnTile = 64;   // columns worked on together
-constexpr int64_t kColumnRows = 128;  // rows of a column block
+// Blocks in a chunk, which is what one thread takes of a set.
+constexpr int64_t kChunkBlocks = 64;
+constexpr int64_t kColumnTile = 64;  // columns worked on together
+constexpr int64_t kColumnRows = 64;  // rows of a column block
 
 struct Plan {
   Family family = Family::row;
@@ -115,6 +116,10 @@ struct Plan {
 
   int64_t set_size() const { return segments * elements; }
   int64_t all_sets() const { return sets * columns; }
+  // Does x's memory walk the parameters in their C order?
+  bool params_in_order() const {
+    return param_order.rank == 0 || (param_order.rank == 1 && param_order.stride[0] == 1);
+  }
 };
 
 enum class Role : uint8_t { set, param, reduce };

@@ -21,7 +21,7 @@ def _sum(terms: list[Any]) -> Any:
     return np.where(np.isfinite(errors), total + errors, total)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Moments:
     """Moments of one or many sets of values.
 

@@ -57,6 +57,50 @@ def test_same_bits_at_every_thread_count_in_other_layouts(name: str, layout: str
                 assert digest(call) == expected, (options, threads)
 
 
+@pytest.mark.parametrize("threads", [2, 3, 7])
+def test_same_parameter_gradients_where_they_cancel(threads: int) -> None:
+    """Channels last, sets of several work units, and terms that cancel over the batch: any other order shows."""
+    rng = np.random.default_rng(3)
+    x = rng.standard_normal((4, 80, 80, 64))
+    dy = rng.standard_normal((2, 80, 80, 64))
+    dy = np.concatenate([dy, -dy])
+    _, cache = fn.group_norm_forward(x, 1, np.ones(64), np.ones(64), channel_axis=-1)
+    with fn.num_threads(1):
+        expected = fn.group_norm_backward(dy, cache)
+    with fn.num_threads(threads):
+        for got, wanted in zip(fn.group_norm_backward(dy, cache), expected, strict=True):
+            np.testing.assert_array_equal(got, wanted, strict=True)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 3, 1), (3, 2, 1, 0), (1, 2, 3, 0), (2, 0, 3, 1)])
+def test_a_slice_has_the_bits_it_has_in_the_whole(order: tuple[int, ...]) -> None:
+    """Whichever axis is nearest in memory: `order` lists the axes from the farthest to the nearest."""
+    base = np.random.default_rng(4).standard_normal(tuple((5, 6, 7, 9)[axis] for axis in order))
+    x = base.transpose(np.argsort(order))
+    y = fn.instance_norm(x)
+    for n in range(5):
+        np.testing.assert_array_equal(fn.instance_norm(x[n : n + 1]), y[n : n + 1])
+        np.testing.assert_array_equal(fn.instance_norm(x[n : n + 1, 2:3]), y[n : n + 1, 2:3])
+
+
+def test_a_thread_with_a_small_stack() -> None:
+    code = """
+    import threading
+    import numpy as np, fastnorm as fn
+    def work():
+        for x in (np.ones((40, 3000)), np.ones((4, 8, 50, 50)), np.ones((500, 200))[::2, ::2], np.ones((6, 9, 9, 8))):
+            c = fn.layer_norm_forward(x)[1]; fn.layer_norm_backward(x, c)
+            c = fn.batch_norm_forward(x, channel_axis=-1)[1]; fn.batch_norm_backward(x[::1, ::1], c)
+            c = fn.group_norm_forward(x, 2, channel_axis=-1)[1]; fn.group_norm_backward(x, c)
+        print("done")
+    threading.stack_size(192 << 10)
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    """
+    assert output_of(code) == "done"
+
+
 def rows_alone(name: str, shape: tuple[int, ...], count: int) -> None:
     """y and dx of the first `count` samples, computed without the others, have the bits that they have among them."""
     call = OPERATIONS[f"{name}_forward"].make(fn, shape)

@@ -220,8 +220,7 @@ class Params {
   Params(const Optional& param, const Plan& plan) {
     if (!param.given) return;
     const Array& a = param.array;
-    const bool in_order = plan.param_order.rank == 0 || (plan.param_order.rank == 1 && plan.param_order.stride[0] == 1);
-    if (in_order && a.c_contiguous() && a.aligned()) {
+    if (plan.params_in_order() && a.c_contiguous() && a.aligned()) {
       values_ = reinterpret_cast<const T*>(a.data());
       return;
     }
@@ -291,6 +290,26 @@ struct Statistics {
   }
 };
 
+py::object make_cache(const Spec& spec, py::handle x, py::handle weight, py::handle bias, double eps, int64_t count,
+                      const Statistics& statistics, bool training = true) {
+  NormCache cache{spec};
+  cache.x = py::reinterpret_borrow<py::object>(x);
+  cache.weight = py::reinterpret_borrow<py::object>(weight);
+  cache.bias = py::reinterpret_borrow<py::object>(bias);
+  cache.mean = statistics.mean;
+  cache.rstd = statistics.rstd;
+  cache.mean_lo = statistics.mean_lo ? py::array(statistics.mean_lo) : py::array();
+  cache.batch_var = training ? statistics.var : py::object(py::none());
+  cache.eps = eps;
+  cache.count = count;
+  cache.training = training;
+  cache.remember(Array(x));
+  for (const py::object& array : {cache.mean, cache.rstd, cache.batch_var}) {
+    if (!array.is_none()) make_read_only(py::reinterpret_borrow<py::array>(array));
+  }
+  return py::cast(std::move(cache));
+}
+
 enum class Pass { forward, apply };
 
 template <class T>
@@ -300,7 +319,6 @@ void run_forward(const Spec& spec, Pass pass, const Array& x, const Array& y, co
   place(spec, x, in.x);
   place(spec, y, in.y);
   const int64_t total = x.count();
-  ReleaseForLargeWork release(total);
   Plan plan = make_plan(in);
   plan.threads = threads_for(total);
   const Params<T> weights(weight, plan), biases(bias, plan);
@@ -314,6 +332,7 @@ void run_forward(const Spec& spec, Pass pass, const Array& x, const Array& y, co
   args.var = data_of(statistics.var);
   args.rstd = data_of(statistics.rstd);
   const NormKernels<T>& kernel = norm_kernels<T>();
+  const ReleaseForLargeWork release(total);
   if (!(pass == Pass::forward ? kernel.forward : kernel.apply)(plan, args)) throw std::bad_alloc();
 }
 
@@ -363,21 +382,7 @@ py::object forward(Kind kind, bool want_cache, py::handle x_object, py::handle w
   if (sizes.total > 0) run_forward(*spec, Pass::forward, x, Array(y), weight, bias, eps, statistics);
   if (!want_cache) return y;
 
-  NormCache cache{*spec};
-  cache.x = py::reinterpret_borrow<py::object>(x_object);
-  cache.weight = py::reinterpret_borrow<py::object>(weight_object);
-  cache.bias = py::reinterpret_borrow<py::object>(bias_object);
-  cache.mean = statistics.mean;
-  cache.rstd = statistics.rstd;
-  cache.mean_lo = statistics.mean_lo ? py::array(statistics.mean_lo) : py::array();
-  cache.batch_var = py::none();
-  cache.eps = eps;
-  cache.count = sizes.per_set;
-  cache.remember(x);
-  for (const py::object& array : {cache.mean, cache.rstd}) {
-    if (!array.is_none()) make_read_only(py::reinterpret_borrow<py::array>(array));
-  }
-  return py::make_tuple(y, py::cast(std::move(cache)));
+  return py::make_tuple(y, make_cache(*spec, x_object, weight_object, bias_object, eps, sizes.per_set, statistics));
 }
 
 // rstd of given variances; false where one of them is negative.
@@ -466,22 +471,8 @@ py::object batch_norm_forward(py::handle x_object, py::handle weight_object, py:
     }
   }
 
-  NormCache cache{*spec};
-  cache.x = py::reinterpret_borrow<py::object>(x_object);
-  cache.weight = py::reinterpret_borrow<py::object>(weight_object);
-  cache.bias = py::reinterpret_borrow<py::object>(bias_object);
-  cache.mean = statistics.mean;
-  cache.rstd = statistics.rstd;
-  cache.mean_lo = statistics.mean_lo ? py::array(statistics.mean_lo) : py::array();
-  cache.batch_var = training ? statistics.var : py::object(py::none());
-  cache.eps = eps;
-  cache.count = sizes.per_set;
-  cache.remember(x);
-  cache.training = training;
-  for (const py::object& array : {cache.mean, cache.rstd, cache.batch_var}) {
-    if (!array.is_none()) make_read_only(py::reinterpret_borrow<py::array>(array));
-  }
-  return py::make_tuple(y, py::cast(std::move(cache)));
+  return py::make_tuple(
+      y, make_cache(*spec, x_object, weight_object, bias_object, eps, sizes.per_set, statistics, training));
 }
 
 template <class T>
@@ -509,27 +500,26 @@ py::object run_backward(const NormCache& cache, const Array& x, const Array& dy,
   place(spec, dy, in.dy);
   place(spec, dx, in.dx);
   std::vector<T> dweight_walk, dbias_walk;
-  Plan plan;
+  Plan plan = make_plan(in);
+  plan.threads = threads_for(x.count());
+  const bool in_order = plan.params_in_order();
+  if (!in_order) {
+    dweight_walk.resize(dweight_to ? plan.params : 0);
+    dbias_walk.resize(dbias_to ? plan.params : 0);
+  }
+  const Params<T> weights(weight, plan);
+  NormArgs<T> args;
+  args.weight = weights.get();
+  args.eps = cache.eps;
+  args.centred = spec.kind != Kind::rms;
+  args.constant_stats = !cache.training;
+  args.mean = data_of(cache.mean);
+  args.mean_lo = cache.mean_lo.size() > 0 ? data_of(cache.mean_lo) : nullptr;
+  args.rstd = data_of(cache.rstd);
+  args.dweight = in_order || !dweight_to ? dweight_to : dweight_walk.data();
+  args.dbias = in_order || !dbias_to ? dbias_to : dbias_walk.data();
   {
-    ReleaseForLargeWork release(x.count());
-    plan = make_plan(in);
-    plan.threads = threads_for(x.count());
-    const bool in_order = plan.param_order.rank == 0 || (plan.param_order.rank == 1 && plan.param_order.stride[0] == 1);
-    if (!in_order) {
-      dweight_walk.resize(dweight_to ? plan.params : 0);
-      dbias_walk.resize(dbias_to ? plan.params : 0);
-    }
-    const Params<T> weights(weight, plan);
-    NormArgs<T> args;
-    args.weight = weights.get();
-    args.eps = cache.eps;
-    args.centred = spec.kind != Kind::rms;
-    args.constant_stats = !cache.training;
-    args.mean = data_of(cache.mean);
-    args.mean_lo = cache.mean_lo.size() > 0 ? data_of(cache.mean_lo) : nullptr;
-    args.rstd = data_of(cache.rstd);
-    args.dweight = in_order || !dweight_to ? dweight_to : dweight_walk.data();
-    args.dbias = in_order || !dbias_to ? dbias_to : dbias_walk.data();
+    const ReleaseForLargeWork release(x.count());
     if (!norm_kernels<T>().backward(plan, args)) throw std::bad_alloc();
   }
   if (!dweight_walk.empty()) dweight = in_c_order(std::move(dweight_walk), py::array(dweight), plan);

@@ -49,15 +49,15 @@ inline void channel_unit_gradient(const Plan& plan, const NormArgs<T>& args, int
   });
 }
 
-// Parameter gradients from per-segment sums, merged over the sets that share a parameter, in set order.
-// sums[i] belongs to parameter param(i).
-template <class T, class Param>
-inline bool reduce_parameter_gradients(const Plan& plan, const NormArgs<T>& args, const SegmentSums* sums,
-                                       int64_t count, const Param& param) {
+// Parameter gradients from per-segment sums, merged over the sets that share a parameter, in set order. The i-th of
+// `count` sums is sums(i) and belongs to parameter param(i).
+template <class T, class Sums, class Param>
+inline bool reduce_parameter_gradients(const Plan& plan, const NormArgs<T>& args, int64_t count, const Sums& sums,
+                                       const Param& param) {
   if (!args.dweight && !args.dbias) return true;
   const Workspace<SegmentSums> totals(plan.params);
   if (!totals) return false;
-  for (int64_t i = 0; i < count; ++i) totals[param(i)].add(sums[i]);
+  for (int64_t i = 0; i < count; ++i) totals[param(i)].add(sums(i));
   for (int64_t p = 0; p < plan.params; ++p) {
     if (args.dweight) args.dweight[p] = static_cast<T>(totals[p].dy_xhat.value());
     if (args.dbias) args.dbias[p] = static_cast<T>(totals[p].dy.value());
@@ -103,8 +103,9 @@ bool channel_backward(const Plan& plan, const NormArgs<T>& args) {
       gradient(set, 0, units);
     });
   }
-  return reduce_parameter_gradients(plan, args, sums.data(), plan.sets * segments,
-                                    [&](int64_t i) { return plan.set_param.offset(i / segments) + i % segments; });
+  return reduce_parameter_gradients(
+      plan, args, plan.sets * segments, [&](int64_t i) { return sums[i]; },
+      [&](int64_t i) { return plan.set_param.offset(i / segments) + i % segments; });
 }
 
 }  // namespace

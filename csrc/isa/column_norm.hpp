@@ -417,18 +417,13 @@ bool column_backward(const Plan& plan, const NormArgs<T>& args) {
       gradient(i / chunks, i % chunks, given_tile_statistics(plan, args, tile_at(plan, i / chunks)));
     });
   }
-  const Workspace<SegmentSums> sums(plan.all_sets());
-  if (!sums) return false;
   const auto tile_of = [&](int64_t i) {
-    return tile_at(plan, i / plan.columns * tiles_per_set(plan) + i % plan.columns / kColumnTile);
+    return i / plan.columns * tiles_per_set(plan) + i % plan.columns / kColumnTile;
   };
-  for (int64_t i = 0; i < plan.all_sets(); ++i) {
-    const int64_t tile = i / plan.columns * tiles_per_set(plan) + i % plan.columns / kColumnTile;
-    sums[i] = partial[tile * chunks * kColumnTile + i % plan.columns % kColumnTile];
-  }
-  return reduce_parameter_gradients(plan, args, sums.data(), plan.all_sets(), [&](int64_t i) {
-    return param_of(plan, tile_of(i), i % plan.columns % kColumnTile);
-  });
+  const auto column_of = [&](int64_t i) { return i % plan.columns % kColumnTile; };
+  return reduce_parameter_gradients(
+      plan, args, plan.all_sets(), [&](int64_t i) { return partial[tile_of(i) * chunks * kColumnTile + column_of(i)]; },
+      [&](int64_t i) { return param_of(plan, tile_at(plan, tile_of(i)), column_of(i)); });
 }
 
 }  // namespace

@@ -61,11 +61,15 @@ inline void row_unit_gradient(const Plan& plan, const NormArgs<T>& args, int64_t
 template <class T>
 bool row_backward(const Plan& plan, const NormArgs<T>& args) {
   const int64_t units = units_per_set(plan), params = plan.params;
-  const int64_t per_group = kSetsPerGroup<T> * (params / plan.params_per_set);
-  const int64_t groups = (plan.sets + per_group - 1) / per_group;
-  const bool split = plan.threads > 1 && groups < 2 * plan.threads && units > 1;
   const bool want_params = args.dweight || args.dbias;
-  const Workspace<double> partial(want_params ? groups * 4 * params : 0);
+  // Where the parameters repeat along a set, a group is one sample: it has additions enough.
+  const bool repeats = plan.elements > plan.params_per_set;
+  const int64_t per_group = (repeats ? 1 : kSetsPerGroup<T>)*(params / plan.params_per_set);
+  const int64_t rows = repeats ? 4 : 2;  // of numbers per group: sums, and what they have lost to rounding
+  const int64_t groups = (plan.sets + per_group - 1) / per_group;
+  // Units of a set may go to different threads only if they share no parameters: a sum's order is fixed.
+  const bool split = plan.threads > 1 && groups < 2 * plan.threads && units > 1 && !(repeats && want_params);
+  const Workspace<double> partial(want_params ? groups * rows * params : 0);
   const Workspace<SegmentSums> sums(split ? plan.sets * units : 0);
   if (!partial || !sums) return false;
 
@@ -74,7 +78,7 @@ bool row_backward(const Plan& plan, const NormArgs<T>& args) {
   const auto gradient = [&](int64_t set, int64_t first_unit, int64_t end_unit, const SegmentSums& total,
                             const Statistic& s) {
     const double a = args.centred ? total.dy.value() / count : 0, b = total.dy_xhat.value() / count;
-    double* totals = want_params ? &partial[set / per_group * 4 * params + plan.set_param.offset(set)] : nullptr;
+    double* totals = want_params ? &partial[set / per_group * rows * params + plan.set_param.offset(set)] : nullptr;
     for (int64_t unit = first_unit; unit < end_unit; ++unit) row_unit_gradient(plan, args, set, unit, s, a, b, totals);
   };
 
@@ -85,8 +89,7 @@ bool row_backward(const Plan& plan, const NormArgs<T>& args) {
     for (int64_t set = 0; set < plan.sets; ++set) {
       for (int64_t unit = 1; unit < units; ++unit) sums[set * units].add(sums[set * units + unit]);
     }
-    const bool repeats = plan.elements > plan.params_per_set;  // units of a set then share parameters
-    parallel_for(repeats && want_params ? 1 : plan.threads, units, [&](int64_t unit) {
+    parallel_for(plan.threads, units, [&](int64_t unit) {
       for (int64_t set = 0; set < plan.sets; ++set) gradient(set, unit, unit + 1, sums[set * units], statistic(set));
     });
   } else {
@@ -107,9 +110,9 @@ bool row_backward(const Plan& plan, const NormArgs<T>& args) {
       for (int64_t p = strip * kStrip; p < params && p < (strip + 1) * kStrip; ++p) {
         Sum dweight, dbias;
         for (int64_t group = 0; group < groups; ++group) {
-          const double* totals = &partial[group * 4 * params + p];
-          dweight.add({totals[0], totals[2 * params]});
-          dbias.add({totals[params], totals[3 * params]});
+          const double* totals = &partial[group * rows * params + p];
+          dweight.add({totals[0], repeats ? totals[2 * params] : 0});
+          dbias.add({totals[params], repeats ? totals[3 * params] : 0});
         }
         if (args.dweight) args.dweight[p] = static_cast<T>(dweight.value());
         if (args.dbias) args.dbias[p] = static_cast<T>(dbias.value());

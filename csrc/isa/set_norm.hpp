@@ -1,6 +1,6 @@
-// Statistics and forward of the two families whose sets lie along memory: Family::channel (one weight per segment) and
-// Family::row (a weight per element). A set is cut into units, segments x chunks of kChunkBlocks blocks; its moments
-// are the units' moments merged in order, whoever computed them, so the bits do not depend on threads.
+// Forward of the two families whose sets lie along memory: Family::channel (one weight per segment) and Family::row (a
+// weight per element). A set is cut into units, segments x chunks of kChunkBlocks blocks, which threads may share; what
+// they compute is merged in an order of its own (set_moments.hpp), so the bits do not depend on threads.
 #pragma once
 
 #include "isa/segment.hpp"

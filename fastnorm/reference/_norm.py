@@ -614,12 +614,11 @@ def _exact_batch_norm_forward(
         if running.shape != sets.parameter_shape:
             raise ValueError(f"{name} has shape {running.shape}, expected {sets.parameter_shape}")
         rate = WIDE(0 if momentum is None or sets.count == 0 else momentum)
-        kept: Array = np.where(
-            rate < 1, (1 - rate) * running.astype(WIDE), 0
-        )  # a weight of 0 leaves no trace, of Inf neither
-        update: Array = np.where(rate > 0, rate * new, 0)
+        # A weight of 0 leaves no trace of what it weighs, of Inf neither.
+        old = (1 - rate) * running.astype(WIDE) if rate < 1 else np.zeros(running.shape, WIDE)
+        update = rate * new if rate > 0 else np.zeros(running.shape, WIDE)
         unit = max(u, _unit(running.dtype))
-        exact[name] = Exact(kept + update, np.abs(kept) + rate * scale, unit, units)
+        exact[name] = Exact(old + update, np.abs(old) + rate * scale, unit, units)
     return exact
 
 
