@@ -27,12 +27,28 @@ inline void for_pieces(char* base, const Walk& walk, int64_t start, int64_t n, c
     return;
   }
   const int inner = walk.rank - 1;
-  const int64_t size = walk.size[inner], stride = walk.stride[inner];
-  for (int64_t done = 0; done < n;) {
-    const int64_t room = size - (start + done) % size;
+  // An odometer: dividing once for the first piece, counting for the others.
+  int64_t index[kMaxRank];
+  char* piece = base;
+  for (int axis = inner; axis >= 0; --axis) {
+    index[axis] = start % walk.size[axis];
+    start /= walk.size[axis];
+    piece += index[axis] * walk.stride[axis];
+  }
+  for (int64_t done = 0;;) {
+    const int64_t room = walk.size[inner] - index[inner];
     const int64_t count = n - done < room ? n - done : room;
-    visit(base + walk.offset(start + done), stride, done, count);
+    visit(piece, walk.stride[inner], done, count);
     done += count;
+    if (done >= n) return;
+    piece -= index[inner] * walk.stride[inner];
+    index[inner] = 0;
+    for (int axis = inner - 1; axis >= 0; --axis) {
+      piece += walk.stride[axis];
+      if (++index[axis] < walk.size[axis]) break;
+      piece -= walk.size[axis] * walk.stride[axis];
+      index[axis] = 0;
+    }
   }
 }
 
