@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import _check, _core, _philox, _slow_path
+from . import _check, _core, _philox, _slow_path, _verify
 from ._dropout import DropoutCache, dropout, dropout_backward, dropout_forward
 from ._layer_norm import layer_norm, layer_norm_backward, layer_norm_forward
 from ._philox import Philox, Rng
@@ -66,7 +66,8 @@ def _forward(
     out: Any,
     *,
     cached: bool,
-) -> tuple[Array, Array, DropoutAddNormCache | None]:
+) -> Any:
+    """Every check, then `_step`, compared with the reference while verification is on."""
     x = _check.array("x", x)
     _check.rank("x", x, 1)
     if residual is not None:
@@ -84,9 +85,34 @@ def _forward(
         )
     others = {"residual": residual, "weight": weight, "bias": bias}
     _check.output(out, x, in_place=None if cached else "x", others=others)
-    s = np.empty_like(x, order="K", subok=False)
 
     stream = None if rng is None else Philox(*_philox.take(rng))
+    if not _verify.active():
+        return _step(norm, x, residual, weight, bias, p, stream, axis, eps, out, cached)
+    # The reference draws from a copy of the stream, which is this call's own: the caller's has moved on once.
+    return _verify.run(
+        f"dropout_add_{norm}" + "_forward" * cached,
+        lambda: _step(norm, x, residual, weight, bias, p, stream, axis, eps, out, cached),
+        (x, residual, weight) if norm == "rms_norm" else (x, residual, weight, bias),
+        {"p": p, "rng": stream, "axis": axis, "eps": eps, "out": out},
+    )
+
+
+def _step(
+    norm: str,
+    x: Array,
+    residual: Array | None,
+    weight: Array | None,
+    bias: Array | None,
+    p: float,
+    stream: Philox | None,
+    axis: int,
+    eps: float,
+    out: Any,
+    cached: bool,
+) -> tuple[Array, Array] | tuple[tuple[Array, Array], DropoutAddNormCache]:
+    """The public function's result, of arguments that are checked."""
+    s = np.empty_like(x, order="K", subok=False)
     dropped: DropoutCache | None = None
     if p == 0.0 or stream is None:
         np.copyto(s, x)
@@ -104,14 +130,14 @@ def _forward(
             if norm == "rms_norm"
             else layer_norm(s, weight, bias, axis=axis, eps=eps, out=out)
         )
-        return y if out is None else out, s, None
+        return y if out is None else out, s
     y, norm_cache = (
         rms_norm_forward(s, weight, axis=axis, eps=eps, out=out)
         if norm == "rms_norm"
         else layer_norm_forward(s, weight, bias, axis=axis, eps=eps, out=out)
     )
     cache = DropoutAddNormCache(f"dropout_add_{norm}", norm_cache, dropped, residual is not None)
-    return y if out is None else out, s, cache
+    return (y if out is None else out, s), cache
 
 
 def _backward(norm: str, dy: Any, cache: Any, ds: Any) -> DropoutAddNormGrads:
@@ -120,7 +146,13 @@ def _backward(norm: str, dy: Any, cache: Any, ds: Any) -> DropoutAddNormGrads:
     dy = _check.same("dy", dy, cache.s.shape, cache.s.dtype, of="the forward's x")
     if ds is not None:
         ds = _check.same("ds", ds, cache.s.shape, cache.s.dtype, of="the forward's s")
+    if not _verify.active():
+        return _gradients(norm, dy, cache, ds)
+    return _verify.run(f"{function}_backward", lambda: _gradients(norm, dy, cache, ds), (dy, cache), {"ds": ds})
 
+
+def _gradients(norm: str, dy: Array, cache: DropoutAddNormCache, ds: Array | None) -> DropoutAddNormGrads:
+    """The backward's result, of arguments that are checked."""
     gradient = rms_norm_backward if norm == "rms_norm" else layer_norm_backward
     total, dweight, dbias = gradient(dy, cache.norm)
     if ds is not None:
@@ -176,8 +208,10 @@ def dropout_add_layer_norm(
     The bits are those of the separate calls. The pre-norm step is drawn in Vaswani et al., "Attention is all you need",
     NeurIPS 2017, with the residual inside the norm.
     """
-    y, s, _ = _forward("layer_norm", x, residual, weight, bias, p, rng, axis, eps, out, cached=False)
-    return y, s
+    result: tuple[Array, Array] = _forward(
+        "layer_norm", x, residual, weight, bias, p, rng, axis, eps, out, cached=False
+    )
+    return result
 
 
 def dropout_add_layer_norm_forward(
@@ -212,9 +246,10 @@ def dropout_add_layer_norm_forward(
     TypeError, ValueError
         As `dropout_add_layer_norm`; `out` shares memory with x.
     """
-    y, s, cache = _forward("layer_norm", x, residual, weight, bias, p, rng, axis, eps, out, cached=True)
-    assert cache is not None
-    return (y, s), cache
+    result: tuple[tuple[Array, Array], DropoutAddNormCache] = _forward(
+        "layer_norm", x, residual, weight, bias, p, rng, axis, eps, out, cached=True
+    )
+    return result
 
 
 def dropout_add_layer_norm_backward(dy: Any, cache: DropoutAddNormCache, *, ds: Any = None) -> DropoutAddNormGrads:
@@ -273,8 +308,8 @@ def dropout_add_rms_norm(
     TypeError, ValueError
         As `dropout_add_layer_norm`.
     """
-    y, s, _ = _forward("rms_norm", x, residual, weight, None, p, rng, axis, eps, out, cached=False)
-    return y, s
+    result: tuple[Array, Array] = _forward("rms_norm", x, residual, weight, None, p, rng, axis, eps, out, cached=False)
+    return result
 
 
 def dropout_add_rms_norm_forward(
@@ -308,9 +343,10 @@ def dropout_add_rms_norm_forward(
     TypeError, ValueError
         As `dropout_add_rms_norm`; `out` shares memory with x.
     """
-    y, s, cache = _forward("rms_norm", x, residual, weight, None, p, rng, axis, eps, out, cached=True)
-    assert cache is not None
-    return (y, s), cache
+    result: tuple[tuple[Array, Array], DropoutAddNormCache] = _forward(
+        "rms_norm", x, residual, weight, None, p, rng, axis, eps, out, cached=True
+    )
+    return result
 
 
 def dropout_add_rms_norm_backward(dy: Any, cache: DropoutAddNormCache, *, ds: Any = None) -> DropoutAddNormGrads:

@@ -82,6 +82,15 @@ if hasattr(os, "register_at_fork"):
 _entered: list[list[str]] = []  # one [mode] for each `with` that is open, the last entered last
 
 
+class _Inside(threading.local):
+    """Is this thread inside the kernel of a call that is being compared? Its parts are compared as a part of it."""
+
+    kernel = False
+
+
+_inside = _Inside()
+
+
 def _enter(mode: str) -> list[str]:
     token = [mode]
     with _lock:
@@ -150,8 +159,8 @@ def _enter_from_environment(environment: Mapping[str, str]) -> None:
 
 
 def active() -> bool:
-    """Is any thread inside `verify`, or FASTNORM_VERIFY set?"""
-    return bool(_entered)
+    """Is any thread inside `verify`, or FASTNORM_VERIFY set? Not so within a call that is being compared."""
+    return bool(_entered) and not _inside.kernel
 
 
 def run(function: str, kernel: Callable[[], R], args: tuple[Any, ...], kwargs: dict[str, Any]) -> R:
@@ -159,12 +168,17 @@ def run(function: str, kernel: Callable[[], R], args: tuple[Any, ...], kwargs: d
 
     ``args`` and ``kwargs`` are those of the public function, checked and converted. The reference runs first and writes
     to nothing, so ``out=x``, ``out=dy`` and running statistics need no copies; a generator is copied, so that the call
-    advances it once.
+    advances it once. Where ``kernel`` makes further calls, they are not compared on their own: that would cost the
+    references twice, and an error would name a function that the caller never called.
     """
     if not active():
         return kernel()
     expected = _expected(function, args, kwargs)
-    result = kernel()
+    _inside.kernel = True
+    try:
+        result = kernel()
+    finally:
+        _inside.kernel = False
     got = _outputs(function, result)
     got |= {name: kwargs[name] for name in ("running_mean", "running_var") if kwargs.get(name) is not None}
     misses = [miss for name in got if (miss := _compare(function, name, got[name], expected.get(name)))]
@@ -192,14 +206,17 @@ def _to_the_last_bit(a: Array) -> Exact:
 
 
 def _outputs(function: str, result: Any) -> dict[str, Array | None]:
-    """Every array of a result by name: y or dx, the gradients of a norm, the statistics of a cache."""
+    """Every array of a result by name: y or dx, the s of a residual step, gradients, the statistics of a cache."""
+    result = getattr(result, "norm", result)  # the cache of a residual step holds the norm's
     if isinstance(result, np.ndarray | np.generic):
         return {"dx" if function.endswith("_backward") else "y": np.asarray(result)}
     if isinstance(result, tuple):
         if function.endswith("_backward"):
-            return dict(zip(NormGrads._fields, result, strict=True))
-        y, cache = result
-        return {"y": y, **_outputs(function, cache)}
+            return dict(zip(getattr(result, "_fields", NormGrads._fields), result, strict=True))
+        first, second = result
+        if isinstance(second, np.ndarray):
+            return {"y": first, "s": second}
+        return {**_outputs(function, first), **_outputs(function, second)}
     names = ("count", "mean", "m2") if hasattr(result, "m2") else ("mean", "rstd", "batch_var")
     found = {name: getattr(result, name, None) for name in names}
     return {name: np.asarray(a) for name, a in found.items() if a is not None}

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 import fastnorm as fn
-from fastnorm import _core, _verify, reference
-from operations import LAYOUTS, OPERATIONS
+from fastnorm import _core, _dropout_add_norm, _verify, reference
+from operations import LAYOUTS, OPERATIONS, results
 from subprocess_python import output_of, run_python
 
-NORMS = [name for name in OPERATIONS if "norm" in name and "dropout" not in name]
+NORMS = [name for name in OPERATIONS if "norm" in name]
+RESIDUAL_STEPS = [name for name in NORMS if name.startswith("dropout_add")]
 UNITS = {np.float32: 2.0**-24, np.float64: 2.0**-53}
 
 
@@ -63,14 +65,9 @@ def damaged(name: str, output: str, dtype: Any, damage: Callable[[np.ndarray], N
 
     def kernel() -> Any:
         result = call()
-        for part in result if isinstance(result, tuple) else (result,):
-            owner = {**call.arguments, "y": part, "dx": part, **getattr(part, "__dict__", {})}
-            if output in ("dx", "dweight", "dbias"):
-                owner = result._asdict()
-            if isinstance(owner.get(output), np.ndarray) and owner[output].ndim:
-                damage(owner[output])
-                return result
-        raise AssertionError(f"{name} has no {output}")
+        arrays = call.arguments | results(result)
+        damage(arrays["y1" if output == "s" else output])
+        return result
 
     with fn.verify(), pytest.raises(fn.VerificationError) as caught:
         _verify.run(name, kernel, (), call.arguments)
@@ -81,11 +78,13 @@ OUTPUTS = [
     *((name, "dx" if name.endswith("_backward") else "y") for name in NORMS if name != "moments"),
     *((name, output) for name in NORMS if name.endswith("_backward") for output in ("dweight", "dbias")),
     *((name, output) for name in NORMS if name.endswith("_forward") for output in ("mean", "rstd")),
+    *((name, "dresidual" if name.endswith("_backward") else "s") for name in RESIDUAL_STEPS),
     ("batch_norm_forward", "batch_var"),
     ("batch_norm_forward", "running_mean"),
     ("batch_norm_forward", "running_var"),
 ]
-OUTPUTS = [pair for pair in OUTPUTS if pair not in {("rms_norm_backward", "dbias"), ("rms_norm_forward", "mean")}]
+NOT_THERE = {("rms_norm_backward", "dbias"), ("rms_norm_forward", "mean")}
+OUTPUTS = [(name, output) for name, output in OUTPUTS if (name.removeprefix("dropout_add_"), output) not in NOT_THERE]
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -95,8 +94,67 @@ def test_every_output_is_compared(name: str, output: str, dtype: Any) -> None:
         a.flat[-1] += 200 * UNITS[dtype] * max(1.0, abs(a.flat[-1]))
 
     error = damaged(name, output, dtype, damage)
-    assert [miss.output for miss in error.misses] == [output]
+    assert [(miss.function, miss.output) for miss in error.misses] == [(name, output)]
     assert error.misses[0].error > error.misses[0].bound
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_every_call_is_compared_once_under_its_own_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A function that is made of others is compared as a whole; its parts are not compared again."""
+    call = OPERATIONS[name].make(fn, (3, 6, 5), np.float32)
+    expected, compared = _verify._expected, []
+
+    def record(function: str, args: Any, kwargs: Any) -> Any:
+        compared.append(function)
+        return expected(function, args, kwargs)
+
+    monkeypatch.setattr(_verify, "_expected", record)
+    with fn.verify():
+        call.run()
+        call.run()
+    assert compared == [name, name]
+
+
+@pytest.mark.parametrize("name", RESIDUAL_STEPS)
+def test_a_wrong_sum_names_the_residual_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of parts that are all right by themselves."""
+    call = OPERATIONS[name].make(fn, (3, 6, 5), np.float32)
+    wrong = SimpleNamespace(**{**vars(np), "add": np.subtract})
+    monkeypatch.setattr(_dropout_add_norm, "np", wrong)
+    with fn.verify(), pytest.raises(fn.VerificationError) as caught:
+        call()
+    assert {miss.function for miss in caught.value.misses} == {name}
+    wanted = {"dx", "dresidual"} if name.endswith("_backward") else {"y", "s"}
+    assert wanted <= {miss.output for miss in caught.value.misses}
+    call_alone = OPERATIONS["layer_norm"].make(fn, (3, 6, 5), np.float32)
+    with fn.verify(), pytest.raises(fn.VerificationError):  # after an error, calls are compared as before
+        _verify.run("layer_norm", lambda: -call_alone(), (), call_alone.arguments)
+
+
+@pytest.mark.parametrize("name", [name for name in RESIDUAL_STEPS if not name.endswith("_backward")])
+def test_a_residual_step_advances_its_stream_once(name: str) -> None:
+    call = OPERATIONS[name].make(fn, (3, 6, 5), np.float32)
+    streams = [fn.Philox(3, 4), fn.Philox(3, 4), np.random.default_rng(3), np.random.default_rng(3)]
+    for plain, verified in (streams[:2], streams[2:]):
+        want = call.run(rng=plain)
+        with fn.verify():
+            got = call.run(rng=verified)
+        for key in want:
+            np.testing.assert_array_equal(got[key], want[key])
+    assert streams[0] == streams[1] == fn.Philox(3, 5)
+    assert streams[2].random() == streams[3].random()
+
+
+def test_residual_gradients_that_overflow_or_vanish_are_right() -> None:
+    """The kernels round between the norm, the sum and the mask; that is no miss, and dropped elements are 0."""
+    x, slope = np.random.default_rng(8).normal(size=(2, 40, 50)).astype(np.float32)
+    x *= np.float32(0.1)  # gradients are some ten times dy
+    _, cache = fn.dropout_add_rms_norm_forward(x, x, p=0.99, rng=1)
+    with fn.verify():
+        for size in (1e-44, 1e-40, 1e37, 3e37, np.inf):
+            for ds in (None, np.float32(-3e38) * np.sign(slope)):
+                grads = fn.dropout_add_rms_norm_backward(np.float32(size) * slope, cache, ds=ds)
+                assert np.count_nonzero(grads.dx == 0) > x.size // 2
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

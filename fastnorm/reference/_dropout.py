@@ -1,8 +1,8 @@
 """Dropout, DropConnect and gaussian noise from docs/dropout.md, in plain NumPy; the generator is written out below.
 
 Promises the masks, and the results of masking, bit for bit; the noise from Box and Muller's formula in longdouble,
-rounded once. ``EXACT`` gives the noise before rounding with the error allowed. Refuses to be fast: it holds every draw
-in memory.
+rounded once. ``EXACT`` gives the noise and the residual step before rounding with the error allowed. Refuses to be
+fast: it holds every draw in memory.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -402,4 +403,45 @@ def dropout_add_rms_norm_backward(dy: Array, cache: Any, *, ds: Array | None = N
     return _residual_backward("dropout_add_rms_norm", dy, cache, ds)
 
 
-EXACT: dict[str, Callable[..., dict[str, Exact]]] = {"gaussian_noise": _exact_gaussian_noise}
+def _exact_residual(
+    norm: str, x: Array, residual: Array | None = None, *parameters: Any, p: float = 0.0, rng: Rng | None = None,
+    **named: Any,
+) -> dict[str, Exact]:  # fmt: skip
+    """s to the last bit, and of this s what the norm's contract says of y and the statistics."""
+    s, _ = _sum(x, residual, p, rng)
+    exact = _norm.EXACT[norm](s, *parameters, **named)
+    return {"y": exact.pop("y"), "s": Exact(s.astype(WIDE), np.zeros(s.shape, WIDE), 0.0, 0.0), **exact}
+
+
+@_norm._quiet
+def _exact_residual_backward(norm: str, dy: Array, cache: Any, *, ds: Array | None = None) -> dict[str, Exact | None]:
+    """What the norm's contract says of its gradient, with ds as one more term, also holds behind the mask."""
+    cache = _of(cache, f"dropout_add_{norm}")
+    exact = _norm.EXACT[f"{norm}_backward"](dy, cache.norm)
+    total, scale = exact["dx"].value, exact["dx"].scale
+    # Two roundings come before the mask multiplies, which can make much of what they lose: below the smallest normal
+    # number that is more than u of the value, and what overflows then stays infinite, whatever ds is.
+    scale = scale + np.finfo(dy.dtype).smallest_normal.astype(WIDE)
+    rounded = total.astype(dy.dtype)
+    total = np.where(np.isfinite(rounded), total, rounded)
+    if ds is not None:
+        total, scale = total + ds, scale + np.abs(ds)
+    both = exact["dx"]._replace(value=total, scale=scale)
+    dx = both
+    if cache.dropout is not None:
+        factor = dropout_backward(np.ones_like(dy), cache.dropout)
+        # Not products with 0: dropped elements are 0 where the gradient is infinite, too.
+        value, scale = (np.where(factor > 0, a * factor, WIDE(0)) for a in (total, scale))
+        dx = both._replace(value=value, scale=scale)
+    return {**exact, "dx": dx, "dresidual": both if cache.has_residual else None}
+
+
+EXACT: dict[str, Callable[..., dict[str, Any]]] = {
+    "gaussian_noise": _exact_gaussian_noise,
+    "dropout_add_layer_norm": partial(_exact_residual, "layer_norm"),
+    "dropout_add_layer_norm_forward": partial(_exact_residual, "layer_norm"),
+    "dropout_add_layer_norm_backward": partial(_exact_residual_backward, "layer_norm"),
+    "dropout_add_rms_norm": partial(_exact_residual, "rms_norm"),
+    "dropout_add_rms_norm_forward": partial(_exact_residual, "rms_norm"),
+    "dropout_add_rms_norm_backward": partial(_exact_residual_backward, "rms_norm"),
+}
