@@ -616,9 +616,9 @@ def _exact_batch_norm_forward(
         rate = WIDE(0 if momentum is None or sets.count == 0 else momentum)
         # A weight of 0 leaves no trace of what it weighs, of Inf neither.
         old = (1 - rate) * running.astype(WIDE) if rate < 1 else np.zeros(running.shape, WIDE)
-        update = rate * new if rate > 0 else np.zeros(running.shape, WIDE)
+        update, update_scale = (rate * new, rate * scale) if rate > 0 else np.zeros((2, *running.shape), WIDE)
         unit = max(u, _unit(running.dtype))
-        exact[name] = Exact(old + update, np.abs(old) + rate * scale, unit, units)
+        exact[name] = Exact(old + update, np.abs(old) + update_scale, unit, units)
     return exact
 
 
