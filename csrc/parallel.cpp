@@ -19,6 +19,7 @@
 #endif
 #if defined(__linux__)
 #include <sched.h>
+#include <unistd.h>
 #endif
 
 namespace fastnorm {
@@ -46,6 +47,28 @@ inline void pause() {
   __builtin_ia32_pause();
 #elif defined(__aarch64__)
   asm volatile("yield");
+#endif
+}
+
+// The CPU this thread is on; -1 where it cannot be told.
+int current_cpu() {
+#if defined(__linux__)
+  return sched_getcpu();
+#else
+  return -1;
+#endif
+}
+
+// Lets this thread, a helper, run on any CPU of the process but `cpu`, if there is another. Where all CPUs are busy,
+// the system may wake a helper on its caller's own, in whose place it would then work.
+void keep_off(int cpu) {
+#if defined(__linux__)
+  cpu_set_t set;
+  if (cpu >= CPU_SETSIZE || sched_getaffinity(getpid(), sizeof set, &set) != 0) return;
+  CPU_CLR(cpu, &set);
+  if (CPU_COUNT(&set) > 0) sched_setaffinity(0, sizeof set, &set);
+#else
+  (void)cpu;
 #endif
 }
 
@@ -99,6 +122,7 @@ class Pool {
       shares_[i].end = begin += share + (i < longer);
     }
     job_ = job;
+    caller_cpu_.store(current_cpu(), std::memory_order_relaxed);
     state_.store(0, std::memory_order_release);  // open
     generation_.fetch_add(1);
 
@@ -205,6 +229,8 @@ class Pool {
         self.asleep.store(false);
       }
       seen = generation_.load();
+      const int cpu = current_cpu();
+      if (cpu >= 0 && cpu == caller_cpu_.load(std::memory_order_relaxed)) keep_off(cpu);
       if (!enter()) continue;
       const Job job = job_;
       if (self.index < job.shares) {
@@ -275,6 +301,7 @@ class Pool {
   std::atomic<bool> busy_{false};  // held by the thread whose job this is, for what is not atomic here
   std::atomic<uint32_t> state_{kClosed};
   std::atomic<uint64_t> generation_{0};
+  std::atomic<int> caller_cpu_{-1};
   Job job_;
   std::unique_ptr<Share[]> shares_;
   std::vector<std::unique_ptr<Helper>> helpers_;
