@@ -1,9 +1,9 @@
 """Single calls beside processes that never rest: median, 99th percentile, worst, and the share of calls over 1 ms.
 
-Shows what the operating system's scheduler does to a call, and what a second thread adds to it: nothing to a small call,
-which stays on its thread, and little to a larger one, which does not wait for a thread that has not begun. Every process
-that shares a core loses it for some milliseconds now and then, whatever it does: the row "no call" is a loop of some
-microseconds that only computes. Draws no conclusion and asserts nothing.
+Shows what the operating system's scheduler does to a call, and what a second thread adds to it: nothing to a small
+call, which stays on its thread, and little to a larger one, which does not wait for a thread that has not begun. Every
+process that shares a core loses it for some milliseconds now and then, whatever it does: the row "no call" is a loop
+of some microseconds that only computes. Draws no conclusion and asserts nothing.
 
     python bench/busy_neighbour.py [--seconds 2] [--neighbours N]
 """
