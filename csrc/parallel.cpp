@@ -36,11 +36,11 @@ constexpr int64_t kPiecesPerShare = 8;
 constexpr Duration kWatch = std::chrono::microseconds(50);
 // To wake a thread costs the caller 5 to 10 us, and in a virtual machine up to 50: this much work makes it worth it.
 constexpr Duration kWorthWaking = std::chrono::microseconds(60);
-// A caller that waits this long for a thread that took a piece has met one that another process keeps from running.
+// A caller that waits this long, and twice as long as it worked, for a thread that took a piece has met one that
+// another process keeps from running.
 constexpr Duration kStalled = std::chrono::microseconds(200);
 // After that it works alone for so many times as long as it waited.
 constexpr int kAloneAfterStall = 16;
-constexpr int kSpins = 200;
 
 inline void pause() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -141,31 +141,29 @@ class Pool {
       woken = true;
     }
     work(job, 0);
-    const Clock::time_point end = close();
+    const Clock::time_point end = close(start);
     if (!woken) alone_ += end - start;
     last_end_ = end;
     return true;
   }
 
-  // Nobody enters any more; waits for those who are inside. The time when the caller had nothing left to do.
-  Clock::time_point close() {
+  // Nobody enters any more; waits for those who are inside.
+  Clock::time_point close(Clock::time_point start) {
     state_.fetch_or(kClosed);
     const Clock::time_point idle = Clock::now();
-    for (int spins = 0; state_.load(std::memory_order_acquire) & kInside; ++spins) {
-      if (spins < kSpins) {
-        pause();
-        continue;
-      }
-      {
+    Clock::time_point now = idle;
+    while (state_.load(std::memory_order_acquire) & kInside) {
+      if (now - idle < kWatch) {
+        for (int i = 0; i < 32 && state_.load(std::memory_order_relaxed) & kInside; ++i) pause();
+      } else {
         std::unique_lock<std::mutex> lock(done_mutex_);
         state_.fetch_or(kWaiting);
         done_.wait(lock, [this] { return (state_.load() & kInside) == 0; });
       }
-      const Clock::time_point now = Clock::now();
-      if (now - idle > kStalled) alone_until_ = now + kAloneAfterStall * (now - idle);
-      return now;
+      now = Clock::now();
     }
-    return idle;
+    if (now - idle > kStalled && now - idle > 2 * (idle - start)) alone_until_ = now + kAloneAfterStall * (now - idle);
+    return now;
   }
 
   // Is the job still open? Then this helper is inside until it leaves.
