@@ -114,37 +114,51 @@ class Pool {
     if (helpers > size_) helpers = size_;
     if (helpers < 1) return false;
     job.shares = helpers + 1;
-    const int64_t share = count / job.shares, longer = count % job.shares;
+    const int64_t begin = helpers_[0]->asleep.load() ? begin_alone(start, count, job) : 0;
+    if (begin == count) return true;
+    open(begin, count, job);
+    wake(0);
+    work(job, 0);
+    last_end_ = close(start);
+    alone_ = Duration::zero();
+    return true;
+  }
+
+  // While the helper sleeps: the first pieces, each as long as all before it, show how long the whole will take.
+  // Returns where a helper is to join, which may be the end.
+  int64_t begin_alone(Clock::time_point start, int64_t count, const Job& job) {
+    const Duration before = start - last_end_ > kWatch ? Duration::zero() : alone_;
+    const int64_t pieces = kPiecesPerShare * job.shares;
+    int64_t done = 0, length = count > pieces ? count / pieces : 1;
+    for (;;) {
+      const int64_t end = length < count - done ? done + length : count;
+      job.call(job.context, done, end);
+      done = end;
+      const Clock::time_point now = Clock::now();
+      if (done == count) {
+        last_end_ = now;
+        alone_ = before + (now - start);
+        return count;
+      }
+      const double share = static_cast<double>(count) / static_cast<double>(done);
+      const Duration whole = before + std::chrono::duration_cast<Duration>((now - start) * share);
+      if (whole >= kWorthWaking) return done;
+      length = 4 * whole < kWorthWaking ? count : done;
+    }
+  }
+
+  // Cuts [begin, count) into shares and lets helpers in.
+  void open(int64_t begin, int64_t count, Job& job) {
+    const int64_t share = (count - begin) / job.shares, longer = (count - begin) % job.shares;
     job.piece = share > kPiecesPerShare ? share / kPiecesPerShare : 1;
-    int64_t begin = 0;
     for (int i = 0; i < job.shares; ++i) {
       shares_[i].next.store(begin, std::memory_order_relaxed);
       shares_[i].end = begin += share + (i < longer);
     }
     job_ = job;
     caller_cpu_.store(current_cpu(), std::memory_order_relaxed);
-    state_.store(0, std::memory_order_release);  // open
+    state_.store(0, std::memory_order_release);
     generation_.fetch_add(1);
-
-    // While the helper sleeps, the first pieces show how long the whole will take: 1, 2, 4, ... of them.
-    if (start - last_end_ > kWatch) alone_ = Duration::zero();
-    int64_t finished = 0, look = job.piece;
-    bool woken = !helpers_[0]->asleep.load();
-    if (woken) alone_ = Duration::zero();
-    while (!woken && take(job, shares_[0], &finished)) {
-      if (finished < look) continue;
-      look = 2 * finished;
-      const Duration spent = Clock::now() - start;
-      const double left = static_cast<double>(count - finished) / static_cast<double>(finished);
-      if (alone_ + spent + std::chrono::duration_cast<Duration>(spent * left) < kWorthWaking) continue;
-      wake(0);
-      woken = true;
-    }
-    work(job, 0);
-    const Clock::time_point end = close(start);
-    if (!woken) alone_ += end - start;
-    last_end_ = end;
-    return true;
   }
 
   // Nobody enters any more; waits for those who are inside.
@@ -183,21 +197,19 @@ class Pool {
     done_.notify_one();
   }
 
-  bool take(const Job& job, Share& share, int64_t* finished) {
+  bool take(const Job& job, Share& share) {
     if (share.next.load(std::memory_order_relaxed) >= share.end) return false;
     const int64_t begin = share.next.fetch_add(job.piece, std::memory_order_relaxed);
     if (begin >= share.end) return false;
     const int64_t end = begin + job.piece < share.end ? begin + job.piece : share.end;
     job.call(job.context, begin, end);
-    *finished += end - begin;
     return true;
   }
 
   void work(const Job& job, int own) {
-    int64_t finished = 0;
     for (int i = 0; i < job.shares; ++i) {
       Share& share = shares_[(own + i) % job.shares];
-      while (take(job, share, &finished)) {
+      while (take(job, share)) {
       }
     }
   }
