@@ -1,6 +1,8 @@
 // Asks the compiler's runtime; on other machines than x86-64 there is the baseline alone.
 #include "cpu_features.hpp"
 
+#include <unistd.h>
+
 #include <cstring>
 
 namespace fastnorm {
@@ -18,6 +20,17 @@ bool cpu_supports(const char* level) {
   }
 #endif
   return false;
+}
+
+bool exceeds_cache(int64_t bytes) {
+  static const int64_t cache = [] {
+#if defined(_SC_LEVEL3_CACHE_SIZE)
+    const long size = sysconf(_SC_LEVEL3_CACHE_SIZE);
+    if (size > 0) return static_cast<int64_t>(size);
+#endif
+    return int64_t{32} << 20;
+  }();
+  return bytes > cache / 2;
 }
 
 }  // namespace fastnorm

@@ -1,8 +1,14 @@
-// What this CPU and its operating system can run, by the names of the instruction-set levels.
+// What this CPU and its operating system can run, by the names of the instruction-set levels, and what its cache holds.
 #pragma once
+
+#include <cstdint>
 
 namespace fastnorm {
 
 bool cpu_supports(const char* level);
+
+// Do the arrays of a call, `bytes` together, take more than half of the last-level cache? Then a result is better
+// written past it: it would push out its own beginning and what the call has still to read.
+bool exceeds_cache(int64_t bytes);
 
 }  // namespace fastnorm

@@ -13,6 +13,7 @@ struct NormArgs {
   const T* bias = nullptr;    // (params), nullptr: 0
   double eps = 0;
   bool centred = true;          // false: RMS norm, mean taken as 0
+  bool past_cache = false;      // the result is written past the caches: it would only push out what is still needed
   bool constant_stats = false;  // backward through given statistics (batch norm in evaluation mode)
   double* mean = nullptr;       // (sets); mean + mean_lo is the mean to twice the precision of float64
   double* mean_lo = nullptr;

@@ -1,6 +1,7 @@
 // Backward of the norms: reads the cache, takes the gradients' arrays from NumPy, runs the kernel.
 #include <new>
 
+#include "cpu_features.hpp"
 #include "interpreter.hpp"
 #include "kernel_table.hpp"
 #include "norm_cache.hpp"
@@ -55,7 +56,7 @@ py::object make_grads(py::object dx, py::object dweight, py::object dbias) {
 
 template <class T>
 py::object run(const NormCache& cache, const Array& x, const Array& dy, py::object dx, const Optional& weight,
-               const Optional& bias) {
+               const Optional& bias, bool reused) {
   const Spec& spec = cache.spec;
   ParamGradient<T> dweight(weight), dbias(bias);
   const int64_t total = x.count();
@@ -77,6 +78,7 @@ py::object run(const NormCache& cache, const Array& x, const Array& dy, py::obje
   args.eps = cache.eps;
   args.centred = spec.kind != Kind::rms;
   args.constant_stats = !cache.training;
+  args.past_cache = reused && exceeds_cache(3 * total * x.itemsize());
   args.mean = cache.mean;
   args.mean_lo = cache.mean_lo;
   args.rstd = cache.rstd;
@@ -105,7 +107,8 @@ py::object backward(Kind kind, py::handle dy_object, py::handle cache_object, py
   if (!out.is_none() && !accepts_out(dy, out, InPlace::allowed, checked, {&x_given, &weight})) return py::none();
 
   py::object dx = out.is_none() ? new_like(x) : py::reinterpret_borrow<py::object>(out);
-  return (x.dtype() == Dtype::float32 ? run<float> : run<double>)(*cache, x, dy, std::move(dx), weight, bias);
+  return (x.dtype() == Dtype::float32 ? run<float> : run<double>)(*cache, x, dy, std::move(dx), weight, bias,
+                                                                  !out.is_none());
 }
 
 void bind_backward(py::module_& m) {

@@ -2,6 +2,7 @@
 #include <cmath>
 #include <new>
 
+#include "cpu_features.hpp"
 #include "interpreter.hpp"
 #include "kernel_table.hpp"
 #include "norm_cache.hpp"
@@ -16,7 +17,7 @@ enum class Pass { forward, apply };
 
 template <class T>
 void run(const Settings& settings, Pass pass, const Array& x, const Array& y, const Optional& weight,
-         const Optional& bias, const Statistics& statistics, int64_t total) {
+         const Optional& bias, const Statistics& statistics, int64_t total, bool reused) {
   const Spec& spec = settings.spec;
   PlanInput in;
   describe(spec, x, in);
@@ -30,6 +31,7 @@ void run(const Settings& settings, Pass pass, const Array& x, const Array& y, co
   args.bias = biases.get();
   args.eps = settings.eps;
   args.centred = spec.kind != Kind::rms;
+  args.past_cache = reused && exceeds_cache(2 * total * x.itemsize());
   args.mean = statistics.mean;
   args.mean_lo = statistics.mean_lo;
   args.var = statistics.var;
@@ -40,9 +42,10 @@ void run(const Settings& settings, Pass pass, const Array& x, const Array& y, co
 }
 
 void run(const Settings& settings, Pass pass, const Array& x, const Array& y, const Optional& weight,
-         const Optional& bias, const Statistics& statistics, int64_t total) {
+         const Optional& bias, const Statistics& statistics, int64_t total, bool reused) {
   if (total == 0) return;
-  (x.dtype() == Dtype::float32 ? run<float> : run<double>)(settings, pass, x, y, weight, bias, statistics, total);
+  (x.dtype() == Dtype::float32 ? run<float> : run<double>)(settings, pass, x, y, weight, bias, statistics, total,
+                                                           reused);
 }
 
 py::object result_for(const Array& x, py::handle out) {
@@ -116,7 +119,7 @@ py::object forward(Kind kind, bool want_cache, const ForwardCall& call, bool che
   py::object y = result_for(x, call.out);
   Statistics statistics;
   if (want_cache) statistics.allocate(kind, sizes.sets, x.dtype() == Dtype::float64, false, sizes.total == 0);
-  run(settings, Pass::forward, x, Array(y), weight, bias, statistics, sizes.total);
+  run(settings, Pass::forward, x, Array(y), weight, bias, statistics, sizes.total, !out_object.is_none());
   if (!want_cache) return y;
   settings.count = sizes.per_set;
   return pair(y, make_cache(settings, x, call.weight, call.bias, statistics, sizes.sets));
@@ -145,7 +148,7 @@ py::object batch_norm(const BatchNormCall& call, bool checked) {
   statistics.rstd = statistics.mean + channels;
   if (!given_statistics(mean.array, var.array, settings.eps, statistics)) return py::none();
   py::object y = result_for(x, call.out);
-  run(settings, Pass::apply, x, Array(y), weight, bias, statistics, x.count());
+  run(settings, Pass::apply, x, Array(y), weight, bias, statistics, x.count(), !out_object.is_none());
   return y;
 }
 
@@ -174,7 +177,8 @@ py::object batch_norm_forward(const BatchNormCall& call, py::handle momentum_obj
   statistics.allocate(Kind::batch, sizes.sets, training && x.dtype() == Dtype::float64, training, sizes.total == 0);
   if (!training && !given_statistics(mean.array, var.array, settings.eps, statistics)) return py::none();
   py::object y = result_for(x, call.out);
-  run(settings, training ? Pass::forward : Pass::apply, x, Array(y), weight, bias, statistics, sizes.total);
+  run(settings, training ? Pass::forward : Pass::apply, x, Array(y), weight, bias, statistics, sizes.total,
+      !out_object.is_none());
   settings.count = sizes.per_set;
   settings.training = training;
   py::object result = pair(y, make_cache(settings, x, call.weight, call.bias, statistics, sizes.sets));

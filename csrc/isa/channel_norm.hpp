@@ -25,6 +25,7 @@ FASTNORM_LOOPS inline SegmentSums unit_sums(const Plan& plan, int64_t run, int64
   const Operands<2, false> operands{{&plan.x, &plan.dy}, nullptr};
   const Centre<T, double> centre(s);
   const Pack<double> rstd(s.rstd);
+  const int64_t x_ahead = reading_ahead<T>(plan, plan.x, run), dy_ahead = reading_ahead<T>(plan, plan.dy, run);
   SegmentSums total;
   PackPair lanes{0.0, 0.0};
   PairTree tree;
@@ -39,6 +40,8 @@ FASTNORM_LOOPS inline SegmentSums unit_sums(const Plan& plan, int64_t run, int64
       PackPair inner = lanes;
       Size inner_size = size;
       for_packs(n, [&](auto at) {
+        prefetch(x + at.start, x_ahead);
+        prefetch(dy + at.start, dy_ahead);
         inner += terms(at);
         inner_size.add(at, dy);
       });
@@ -79,7 +82,10 @@ FASTNORM_LOOPS inline void channel_unit_gradient(const Plan& plan, const NormArg
   visit_unit<T>(plan, operands, run, set, unit, [&](const T* const* in, T* dx, int64_t, int64_t n) {
     const T *x = in[0], *dy = in[1];
     if (args.constant_stats) return input_gradient_constant(dy, dx, n, s, Same<double>(weight));
-    const auto along = [&](const auto& gradient) { for_packs(n, [&](auto at) { at.store(dx, gradient(at, x, dy)); }); };
+    const auto along = [&](const auto& gradient) {
+      with_store(args.past_cache, dx,
+                 [&](auto out) { for_packs(n, [&](auto at) { out.store(at, dx, gradient(at, x, dy)); }); });
+    };
     if constexpr (!kMayOverflow<T>) {
       if (means.in_float) return along(InputGradient<T, T, Same<T>>(s, means.a, means.b, Same<T>(weight)));
     }
@@ -143,10 +149,10 @@ bool channel_backward(const Plan& plan, const NormArgs<T>& args) {
     parallel_for(plan.threads, plan.sets * units,
                  [&](int64_t i) { partial[i] = measure(i / units, i % units, statistic(i / units)); });
     for (int64_t i = 0; i < plan.sets * units; ++i) sums[i / chunks].add(partial[i]);
-    parallel_for(plan.threads, plan.sets * units,
-                 [&](int64_t i) { gradient(i / units, i % units, i % units + 1, statistic(i / units)); });
+    for_results(plan, args, plan.sets * units,
+                [&](int64_t i) { gradient(i / units, i % units, i % units + 1, statistic(i / units)); });
   } else {
-    for_set_groups<T>(plan, [&](int64_t begin, int64_t end) {
+    for_set_groups(plan, args, [&](int64_t begin, int64_t end) {
       for (int64_t set = begin; set < end; ++set) {
         const Statistic s = statistic(set);
         for (int64_t unit = 0; unit < units; ++unit) sums[set * segments + unit / chunks].add(measure(set, unit, s));

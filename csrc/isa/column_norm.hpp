@@ -134,6 +134,7 @@ class Columns {
       const int64_t index = backwards ? count - 1 - i : i;
       const int64_t column = index % tiles_ * kColumnTile;
       piece(index / tiles_, column, columns_ - column < kColumnTile ? columns_ - column : kColumnTile);
+      if (args_.past_cache) finish_stores();
     });
   }
 
@@ -426,6 +427,7 @@ inline Pack<T> mend(At at, Pack<T> pack, const T* plain, int64_t width, const Va
 
 template <class T>
 inline void normalise_outer(const Columns<T>& columns, int64_t outer, const ColumnSpace<T>& space) {
+  const NormArgs<T>& args = columns.args();
   const Plan& plan = columns.plan();
   const int64_t per_set = plan.columns_per_set;
   columns.for_pieces_of(true, [&](int64_t chunk, int64_t column, int64_t width) FASTNORM_LOOPS {
@@ -450,7 +452,7 @@ inline void normalise_outer(const Columns<T>& columns, int64_t outer, const Colu
               return normalised(columns, outer, space.statistics[c / per_set], c, from[at.start + lane]);
             });
           }
-          at.store(y.row(row), result);
+          with_store(args.past_cache, y.row(row), [&](auto out) { out.store(at, y.row(row), result); });
         };
         if (count == kSlab) {
           FASTNORM_UNROLL
@@ -628,7 +630,7 @@ inline void gradient_outer(const Columns<T>& columns, int64_t outer, const Colum
                                     space.mean_g_xhat[set], values[at.start + lane]);
             });
           }
-          at.store(dx.row(row), result);
+          with_store(args.past_cache, dx.row(row), [&](auto out) { out.store(at, dx.row(row), result); });
         };
         if (count == kSlab) {
           FASTNORM_UNROLL

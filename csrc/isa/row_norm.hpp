@@ -51,7 +51,7 @@ FASTNORM_LOOPS inline void add_parameter_gradients(const T* x, const T* dy, int6
 // The sums of kRows sets of float32 data and their part of the parameters' gradients, in one reading.
 template <int kRows, class Weight>
 FASTNORM_LOOPS inline void sum_rows(const float* const* x, const float* const* dy, int64_t n, const Statistic* s,
-                                    Weight weight, const ParameterSums* params, SegmentSums* totals) {
+                                    Weight weight, const ParameterSums* params, SegmentSums* totals, int64_t distance) {
   PackPair lanes[kRows];
   Size size[kRows];
   Pack<double> mean[kRows], rstd[kRows];
@@ -61,6 +61,8 @@ FASTNORM_LOOPS inline void sum_rows(const float* const* x, const float* const* d
     rstd[r] = Pack<double>(s[r].rstd);
   }
   const auto add = [&](auto at, int r, PackPair& gradient) {
+    prefetch(x[r] + at.start, distance);
+    prefetch(dy[r] + at.start, distance);
     const Pack<double> g = at.template load<double>(dy[r]);
     const Pack<double> g_xhat = g * ((at.template load<double>(x[r]) - mean[r]) * rstd[r]);
     lanes[r] += PackPair{times(at, g, weight), times(at, g_xhat, weight)};
@@ -153,7 +155,7 @@ class RowBackward {
     const T* weight = args_.weight ? args_.weight + plan_.set_param.offset(set) : nullptr;
     const Operands<2, true> operands{{&plan_.x, &plan_.dy}, &plan_.dx};
     visit_unit<T>(plan_, operands, run_, set, unit, [&](const T* const* in, T* dx, int64_t first, int64_t n) {
-      with_weight(weight, first, [&](auto w) { write(in[0], in[1], dx, n, s, means, w); });
+      with_weight(weight, first, [&](auto w) { write(in[0], in[1], dx, n, s, means, w, args_.past_cache); });
     });
   }
 
@@ -165,8 +167,11 @@ class RowBackward {
 
   template <class Weight>
   FASTNORM_LOOPS static void write(const T* x, const T* dy, T* dx, int64_t n, const Statistic& s,
-                                   const GradientMeans& means, Weight weight) {
-    const auto along = [&](const auto& gradient) { for_packs(n, [&](auto at) { at.store(dx, gradient(at, x, dy)); }); };
+                                   const GradientMeans& means, Weight weight, bool past_cache) {
+    const auto along = [&](const auto& gradient) {
+      with_store(past_cache, dx,
+                 [&](auto out) { for_packs(n, [&](auto at) { out.store(at, dx, gradient(at, x, dy)); }); });
+    };
     if constexpr (!kMayOverflow<T>) {
       if (means.in_float) return along(InputGradient<T, T, Weight>(s, means.a, means.b, weight));
     }
@@ -188,10 +193,10 @@ class RowBackward {
     ParameterSums to{};
     if (params) to = params->from(param);
     with_weight(weight, 0, [&](auto w) {
-      sum_rows<kRows>(x, dy, plan_.elements, s, w, params ? &to : nullptr, totals);
+      sum_rows<kRows>(x, dy, plan_.elements, s, w, params ? &to : nullptr, totals, distance_);
       for (int r = 0; r < kRows; ++r) {
         T* dx = Line<float>(plan_.dx, set + r, 0, run_).at(0, 0);
-        write(x[r], dy[r], dx, plan_.elements, s[r], means_of(s[r], totals[r]), w);
+        write(x[r], dy[r], dx, plan_.elements, s[r], means_of(s[r], totals[r]), w, args_.past_cache);
       }
     });
   }
@@ -199,6 +204,7 @@ class RowBackward {
   const Plan& plan_;
   const NormArgs<T>& args_;
   const int64_t run_, units_;
+  const int64_t distance_ = reading_ahead<T>(plan_, plan_.x, run_);
   const bool together_;
   bool plain_weights_ = true;
 };
@@ -231,7 +237,7 @@ bool row_backward(const Plan& plan, const NormArgs<T>& args) {
       for (int64_t unit = 0; unit < units; ++unit) total.add(sums[set * units + unit]);
       sums[set * units] = total;
     }
-    parallel_for(plan.threads, units, [&](int64_t unit) {
+    for_results(plan, args, units, [&](int64_t unit) {
       for (int64_t set = 0; set < plan.sets; ++set) {
         const Statistic s = backward.statistic(set);
         if (want_params) backward.parameters(set, unit, s, group_params(set / per_group));
@@ -239,7 +245,7 @@ bool row_backward(const Plan& plan, const NormArgs<T>& args) {
       }
     });
   } else {
-    parallel_for(plan.threads, groups, [&](int64_t group) {
+    for_results(plan, args, groups, [&](int64_t group) {
       const ParameterSums to = want_params ? group_params(group) : ParameterSums{};
       const int64_t end = (group + 1) * per_group;
       backward.sets(group * per_group, end < plan.sets ? end : plan.sets, want_params ? &to : nullptr);

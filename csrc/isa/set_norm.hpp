@@ -17,7 +17,7 @@ namespace {
 constexpr int64_t kSmallSet = kBlock * kChunkBlocks;
 // Sets up to this size are measured while the one before is normalised: arithmetic of the one hides memory of the
 // other.
-constexpr int64_t kPairedBytes = 64 << 10;
+constexpr int64_t kPairedBytes = 512 << 10;
 // Values of the sets of a batch: as many as leave room in the nearest cache for the next batch and for the results.
 constexpr int64_t kBatchElements = 2048;
 // Bytes of sets that a thread takes at a time.
@@ -66,7 +66,10 @@ FASTNORM_LOOPS inline void normalise_unit(const Plan& plan, const NormArgs<T>& a
   const Operands<1, true> operands{{&plan.x}, &plan.y};
   visit_unit<T>(plan, operands, run, set, unit, [&](const T* const* in, T* y, int64_t first, int64_t n) {
     const T* x = in[0];
-    const auto along = [&](const auto& normalise) { for_packs(n, [&](auto at) { at.store(y, normalise(at, x)); }); };
+    const auto along = [&](const auto& normalise) {
+      with_store(args.past_cache, y,
+                 [&](auto out) { for_packs(n, [&](auto at) { out.store(at, y, normalise(at, x)); }); });
+    };
     if (!in_float(plan, args, s, param)) {
       with_normalise<T, double>(plan, args, s, param, first, along);
       return;
@@ -83,11 +86,15 @@ FASTNORM_LOOPS inline PlainTotals plain_unit(const Plan& plan, int64_t run, int6
   PlainSums sums;
   int64_t packs = 0;
   const Operands<1, false> operands{{&plan.x}, nullptr};
+  const int64_t distance = reading_ahead<float>(plan, plan.x, run);
   for (int64_t u = unit; u < unit + units; ++u) {
     visit_unit<float>(plan, operands, run, set, u, [&](const float* const* in, float*, int64_t, int64_t n) {
       const float* x = in[0];
       PlainSums inner = sums;
-      for_packs(n, [&](auto at) { inner.add(at, x); });
+      for_packs(n, [&](auto at) {
+        prefetch(x + at.start, distance);
+        inner.add(at, x);
+      });
       sums = inner;
       packs += (n + kPack - 1) / kPack;
     });
@@ -97,10 +104,27 @@ FASTNORM_LOOPS inline PlainTotals plain_unit(const Plan& plan, int64_t run, int6
   return totals;
 }
 
+// The same for a set that lies in x as one run.
+FASTNORM_LOOPS inline PlainTotals plain_run(const Plan& plan, int64_t set) {
+  const float* x = reinterpret_cast<const float*>(plan.x.data + plan.x.set.offset(set));
+  const int64_t distance = reading_ahead<float>(plan, plan.x, plan.whole.count);
+  PlainSums sums;
+  for_packs(plan.whole.count, [&](auto at) {
+    prefetch(x + at.start, distance);
+    sums.add(at, x);
+  });
+  PlainTotals totals;
+  totals.add(sums, (plan.whole.count + kPack - 1) / kPack);
+  return totals;
+}
+
 // Totals of one of the measured_units of a set.
 inline PlainTotals plain_totals(const Plan& plan, int64_t run, int64_t set, int64_t index) {
-  return measured_units(plan) == 1 ? plain_unit(plan, run, set, 0, units_per_set(plan))
-                                   : plain_unit(plan, run, set, index, 1);
+  if (measured_units(plan) > 1) return plain_unit(plan, run, set, index, 1);
+  if (plan.segments > 1 && contiguous<float>(plan.whole, plan.x.aligned, 0, plan.whole.count)) {
+    return plain_run(plan, set);
+  }
+  return plain_unit(plan, run, set, 0, units_per_set(plan));
 }
 
 // The statistic of a set, stored; the long way (set_moments.hpp) where the short one will not do.
@@ -134,7 +158,9 @@ inline Statistic measure_set(const Plan& plan, const NormArgs<T>& args, int64_t 
 
 // ---- forward
 
-// Sets whose statistics are computed together, one per lane: divisions and roots cost no more for sixteen than for one.
+// Sets whose statistics are computed together, one per lane: divisions and roots cost no more for eight than for one.
+constexpr int64_t kStatisticLanes = 8;
+
 struct Batch {
   int64_t first, count;
   double sum[kPack], squares[kPack], additions[kPack];
@@ -150,24 +176,24 @@ struct Batch {
 
 // What statistic_of and store_statistic do, for all lanes.
 inline void finish_batch(const Plan& plan, const NormArgs<float>& args, Batch& batch) {
-  double mean[kPack], var[kPack], rstd[kPack];
-  bool good[kPack];
+  double mean[kPack], var[kPack], rstd[kPack], excess[kPack];
   const double count = static_cast<double>(plan.set_size()), eps = args.eps;
-  for (int64_t lane = batch.count; lane < kPack; ++lane) batch.put(lane, PlainTotals{});
-  const bool centred = args.centred;
+  const double margin = args.centred ? kPlainMargin : HUGE_VAL, centred = args.centred ? 1 : 0;
+  for (int64_t lane = batch.count; lane % kStatisticLanes != 0; ++lane) batch.put(lane, PlainTotals{});
+  for (int64_t lanes = 0; lanes < batch.count; lanes += kStatisticLanes) {
 #pragma omp simd
-  for (int lane = 0; lane < kPack; ++lane) {
-    mean[lane] = centred ? batch.sum[lane] / count : 0;
-    const double m2 = batch.squares[lane] - batch.sum[lane] * mean[lane];
-    var[lane] = m2 / count;
-    rstd[lane] = 1 / std::sqrt(var[lane] + eps);
-    good[lane] = centred ? m2 * kPlainMargin > batch.squares[lane] * (batch.additions[lane] + kPack)
-                         : batch.squares[lane] > 0 && batch.squares[lane] < HUGE_VAL;
+    for (int64_t lane = lanes; lane < lanes + kStatisticLanes; ++lane) {
+      mean[lane] = centred * (batch.sum[lane] / count);
+      const double m2 = batch.squares[lane] - batch.sum[lane] * mean[lane];
+      var[lane] = m2 / count;
+      rstd[lane] = 1 / std::sqrt(var[lane] + eps);
+      excess[lane] = m2 * margin - batch.squares[lane] * (batch.additions[lane] + kPack);
+    }
   }
   for (int64_t lane = 0; lane < batch.count; ++lane) {
     const int64_t set = batch.first + lane;
     Statistic& s = batch.statistic[lane];
-    if (good[lane]) {
+    if (excess[lane] > 0 && batch.squares[lane] < HUGE_VAL) {  // as moments_of has it, but for sets of zeros
       s = Statistic{mean[lane], 0, rstd[lane], 1};
       const int64_t stat = plan.set_stat.offset(set);
       if (args.mean) args.mean[stat] = s.mean;
@@ -176,71 +202,134 @@ inline void finish_batch(const Plan& plan, const NormArgs<float>& args, Batch& b
     } else {
       s = finish_plain(plan, args, set, {batch.sum[lane], batch.squares[lane], batch.additions[lane]});
     }
-    batch.in_float[lane] = fits(s);
-    if (plan.family == Family::channel) {
-      for (int64_t segment = 0; segment < plan.segments; ++segment) {
-        batch.in_float[lane] = batch.in_float[lane] && in_float(plan, args, s, plan.set_param.offset(set) + segment);
-      }
+    batch.in_float[lane] = fits(s) && (plan.segments > 1 || in_float(plan, args, s, plan.set_param.offset(set)));
+  }
+}
+
+// call(make), make(s, param) giving what normalises a set of one segment whose first parameter is `param`.
+template <class Call>
+inline void with_maker(const Plan& plan, const NormArgs<float>& args, const Call& call) {
+  const float *weight = args.weight, *bias = args.bias;
+  const auto by_row = [&](auto weight_from, auto bias_from) {
+    call([=](const Statistic& s, int64_t param) {
+      const auto w = weight_from(param);
+      const auto b = bias_from(param);
+      return Normalise<float, float, decltype(w), decltype(b)>(s, s.rstd, w, b);
+    });
+  };
+  const auto none = [](int64_t) { return None{}; };
+  const auto weights = [=](int64_t param) { return Each<float>{weight + param}; };
+  const auto biases = [=](int64_t param) { return Each<float>{bias + param}; };
+  if (plan.family == Family::channel) {
+    call([=](const Statistic& s, int64_t param) {
+      const double factor = weight ? s.rstd * static_cast<double>(weight[param]) : s.rstd;
+      const Same<float> b(bias ? static_cast<double>(bias[param]) : 0);
+      return Normalise<float, float, None, Same<float>>(s, factor, None{}, b);
+    });
+  } else if (weight && bias) {
+    by_row(weights, biases);
+  } else if (weight) {
+    by_row(weights, none);
+  } else if (bias) {
+    by_row(none, biases);
+  } else {
+    by_row(none, none);
+  }
+}
+
+// Normalises the sets of one batch and measures those of the next in the same loops: arithmetic of the one hides
+// memory of the other.
+template <class Make>
+FASTNORM_LOOPS inline void normalise_and_measure(const Plan& plan, const NormArgs<float>& args, int64_t run,
+                                                 const Batch& now, Batch& next, const Make& make) {
+  const int64_t lines = plan.elements / run, packs = lines * ((run + kPack - 1) / kPack);
+  const int64_t distance = reading_ahead<float>(plan, plan.x, run);
+  for (int64_t lane = 0; lane < now.count; ++lane) {
+    const int64_t set = now.first + lane, other = next.first + lane;
+    const Statistic& s = now.statistic[lane];
+    if (!now.in_float[lane] || lane >= next.count) {
+      for (int64_t unit = 0; unit < units_per_set(plan); ++unit) normalise_unit(plan, args, run, set, unit, s);
+      if (lane < next.count) next.put(lane, plain_totals(plan, run, other, 0));
+      continue;
+    }
+    const Line<float> from(plan.x, set, 0, run), to(plan.y, set, 0, run), ahead(plan.x, other, 0, run);
+    const auto normalise = make(s, plan.set_param.offset(set));
+    PlainSums sums;
+    for (int64_t line = 0; line < lines; ++line) {
+      const float *x = from.at(line, 0), *coming = ahead.at(line, 0);
+      float* y = to.at(line, 0);
+      with_store(args.past_cache, y, [&](auto out) {
+        PlainSums inner = sums;
+        for_packs(run, [&](auto at) {
+          prefetch(coming + at.start, distance);
+          inner.add(at, coming);
+          out.store(at, y, normalise(at, x));
+        });
+        sums = inner;
+      });
+    }
+    PlainTotals totals;
+    totals.add(sums, packs);
+    next.put(lane, totals);
+  }
+}
+
+// The same for sets of several segments (group norm), which are measured as one run where x has them so.
+FASTNORM_LOOPS inline void normalise_segments(const Plan& plan, const NormArgs<float>& args, int64_t run, int64_t set,
+                                              const Statistic& s) {
+  const Centre<float, float> centre(s);
+  const int64_t lines = plan.elements / run, param = plan.set_param.offset(set), units = chunks_per_segment(plan);
+  for (int64_t segment = 0; segment < plan.segments; ++segment) {
+    const double factor = args.weight ? s.rstd * static_cast<double>(args.weight[param + segment]) : s.rstd;
+    if (!moderate(factor)) {
+      for (int64_t unit = 0; unit < units; ++unit) normalise_unit(plan, args, run, set, segment * units + unit, s);
+      continue;
+    }
+    const Pack<float> scale(static_cast<float>(factor)), bias(args.bias ? args.bias[param + segment] : 0.0f);
+    const Line<float> from(plan.x, set, segment, run), to(plan.y, set, segment, run);
+    for (int64_t line = 0; line < lines; ++line) {
+      const float* x = from.at(line, 0);
+      float* y = to.at(line, 0);
+      with_store(args.past_cache, y,
+                 [&](auto out) { for_packs(run, [&](auto at) { out.store(at, y, centre(at, x) * scale + bias); }); });
     }
   }
 }
 
-// Normalises a set and measures another in the same loops: arithmetic of the one hides memory of the other.
-FASTNORM_LOOPS inline PlainTotals normalise_and_measure(const Plan& plan, const NormArgs<float>& args, int64_t run,
-                                                        int64_t set, const Statistic& s, int64_t other) {
-  PlainSums sums;
-  int64_t packs = 0;
-  for (int64_t segment = 0; segment < plan.segments; ++segment) {
-    const int64_t param = plan.set_param.offset(set) + segment;
-    const Line<float> from(plan.x, set, segment, run), to(plan.y, set, segment, run),
-        ahead(plan.x, other, segment, run);
-    for_runs({0, plan.elements}, run, run, [&](int64_t line, int64_t, int64_t first, int64_t n) {
-      const float *x = from.at(line, 0), *next = ahead.at(line, 0);
-      float* y = to.at(line, 0);
-      with_normalise<float, float>(plan, args, s, param, first, [&](const auto& normalise) {
-        PlainSums inner = sums;
-        for_packs(n, [&](auto at) {
-          inner.add(at, next);
-          at.store(y, normalise(at, x));
-        });
-        sums = inner;
-      });
-      packs += (n + kPack - 1) / kPack;
-    });
-  }
-  PlainTotals totals;
-  totals.add(sums, packs);
-  return totals;
-}
-
 // Forward of sets [begin, end), batch by batch, each measured while the one before is normalised.
 inline void forward_batches(const Plan& plan, const NormArgs<float>& args, int64_t run, int64_t begin, int64_t end) {
-  const int64_t units = units_per_set(plan), fitting = kBatchElements / plan.set_size();
+  const int64_t fitting = kBatchElements / plan.set_size();
   const int64_t size = fitting < 1 ? 1 : fitting > kPack ? kPack : fitting;
   Batch batches[2];
   const auto start = [&](Batch& batch, int64_t first) {
     batch.first = first;
     batch.count = end - first < size ? end - first : size;
   };
-  Batch* now = &batches[0];
-  Batch* next = &batches[1];
+  Batch *now = &batches[0], *next = &batches[1];
   start(*now, begin);
   for (int64_t lane = 0; lane < now->count; ++lane) now->put(lane, plain_totals(plan, run, begin + lane, 0));
-  for (int64_t first = begin; first < end; first += size) {
-    finish_batch(plan, args, *now);
-    start(*next, first + size < end ? first + size : end);
-    for (int64_t lane = 0; lane < now->count; ++lane) {
-      const int64_t set = first + lane, other = next->first + lane;
-      const Statistic& s = now->statistic[lane];
-      if (lane < next->count && now->in_float[lane]) {
-        next->put(lane, normalise_and_measure(plan, args, run, set, s, other));
-        continue;
+  with_maker(plan, args, [&](const auto& make) {
+    for (int64_t first = begin; first < end; first += size) {
+      finish_batch(plan, args, *now);
+      start(*next, first + size < end ? first + size : end);
+      if (plan.segments == 1) {
+        normalise_and_measure(plan, args, run, *now, *next, make);
+      } else {
+        for (int64_t lane = 0; lane < next->count; ++lane)
+          next->put(lane, plain_totals(plan, run, next->first + lane, 0));
+        for (int64_t lane = 0; lane < now->count; ++lane) {
+          if (now->in_float[lane]) {
+            normalise_segments(plan, args, run, first + lane, now->statistic[lane]);
+            continue;
+          }
+          for (int64_t unit = 0; unit < units_per_set(plan); ++unit) {
+            normalise_unit(plan, args, run, first + lane, unit, now->statistic[lane]);
+          }
+        }
       }
-      for (int64_t unit = 0; unit < units; ++unit) normalise_unit(plan, args, run, set, unit, s);
-      if (lane < next->count) next->put(lane, plain_totals(plan, run, other, 0));
+      std::swap(now, next);
     }
-    std::swap(now, next);
-  }
+  });
 }
 
 // Forward of sets [begin, end).
@@ -263,11 +352,20 @@ inline int64_t sets_per_group(const Plan& plan) {
   return bytes < kGroupBytes ? kGroupBytes / bytes : 1;
 }
 
+// body(i) in parallel, for loops that write results.
+template <class T, class Body>
+inline void for_results(const Plan& plan, const NormArgs<T>& args, int64_t count, const Body& body) {
+  parallel_for(plan.threads, count, [&](int64_t i) {
+    body(i);
+    if (args.past_cache) finish_stores();
+  });
+}
+
 // call(begin, end) over groups of the plan's sets, in parallel.
 template <class T, class Call>
-inline void for_set_groups(const Plan& plan, const Call& call) {
+inline void for_set_groups(const Plan& plan, const NormArgs<T>& args, const Call& call) {
   const int64_t size = plan.threads > 1 ? sets_per_group<T>(plan) : plan.sets;
-  parallel_for(plan.threads, (plan.sets + size - 1) / size, [&](int64_t group) {
+  for_results(plan, args, (plan.sets + size - 1) / size, [&](int64_t group) {
     const int64_t end = (group + 1) * size;
     call(group * size, end < plan.sets ? end : plan.sets);
   });
@@ -305,21 +403,21 @@ template <class T>
 bool set_forward(const Plan& plan, const NormArgs<T>& args) {
   const int64_t run = shared_run<T>(plan, {&plan.x, &plan.y}), units = units_per_set(plan);
   if (!split_sets(plan)) {
-    for_set_groups<T>(plan, [&](int64_t begin, int64_t end) { forward_sets(plan, args, run, begin, end); });
+    for_set_groups(plan, args, [&](int64_t begin, int64_t end) { forward_sets(plan, args, run, begin, end); });
     return true;
   }
   const Workspace<Statistic> statistics(plan.sets);
   if (!statistics) return false;
   if (!measure_split(plan, args, run, [&](int64_t set, const Statistic& s) { statistics[set] = s; })) return false;
-  parallel_for(plan.threads, plan.sets * units,
-               [&](int64_t i) { normalise_unit(plan, args, run, i / units, i % units, statistics[i / units]); });
+  for_results(plan, args, plan.sets * units,
+              [&](int64_t i) { normalise_unit(plan, args, run, i / units, i % units, statistics[i / units]); });
   return true;
 }
 
 template <class T>
 bool set_apply(const Plan& plan, const NormArgs<T>& args) {
   const int64_t run = shared_run<T>(plan, {&plan.x, &plan.y}), units = units_per_set(plan);
-  parallel_for(plan.threads, plan.sets * units, [&](int64_t i) {
+  for_results(plan, args, plan.sets * units, [&](int64_t i) {
     normalise_unit(plan, args, run, i / units, i % units, given_statistic(args, plan.set_stat.offset(i / units)));
   });
   return true;

@@ -267,6 +267,41 @@ struct Partial {
   }
 };
 
+// Asks for what a first reading will want soon, `distance` bytes ahead.
+template <class T>
+FASTNORM_INLINE void prefetch(const T* p, int64_t distance) {
+  const char* ahead = reinterpret_cast<const char*>(p) + distance;
+  for (int line = 0; line < kPack * static_cast<int>(sizeof(T)); line += 64) __builtin_prefetch(ahead + line);
+}
+
+// How results are stored: into the cache, or past it (whole packs at multiples of the vector's size).
+struct IntoCache {
+  template <class At, class C, class T>
+  FASTNORM_INLINE static void store(At at, T* p, const Pack<C>& pack) {
+    at.store(p, pack);
+  }
+};
+struct PastCache {
+  template <class C>
+  FASTNORM_INLINE static void store(Whole at, C* p, const Pack<C>& pack) {
+    at.store_past(p, pack);
+  }
+  template <class At, class C, class T>
+  FASTNORM_INLINE static void store(At at, T* p, const Pack<C>& pack) {
+    at.store(p, pack);
+  }
+};
+
+// call(IntoCache or PastCache) for a run of results at p.
+template <class Call>
+FASTNORM_INLINE void with_store(bool past_cache, const void* p, const Call& call) {
+  if (past_cache && reinterpret_cast<uintptr_t>(p) % kVectorBytes == 0) {
+    call(PastCache{});
+  } else {
+    call(IntoCache{});
+  }
+}
+
 // body(place) along a run of n values.
 template <class Body>
 FASTNORM_INLINE void for_packs(int64_t n, const Body& body) {
