@@ -18,7 +18,7 @@ _prange: Any = _numba.prange
 
 
 # x may come with several of its rows side by side (`channels` then repeat), which makes the inner loop long enough.
-# Four rows at a time: the sums of all channels are loaded and stored once for four values of x.
+# Several rows at a time: the sums of all channels are loaded and stored once for all of them.
 
 
 def column_norm(y: Any, mean: Any, rstd: Any, x: Any, weight: Any, bias: Any, eps: Any, parts: Any) -> None:
@@ -34,12 +34,13 @@ def column_norm(y: Any, mean: Any, rstd: Any, x: Any, weight: Any, bias: Any, ep
         for j in range(wide):
             parts[piece, 0, j] = zero
             parts[piece, 1, j] = zero
-        while i + 3 < last:
+        while i + 7 < last:
             for j in range(wide):
                 a, b, c, d = x[i, j], x[i + 1, j], x[i + 2, j], x[i + 3, j]
-                parts[piece, 0, j] += (a + b) + (c + d)
-                parts[piece, 1, j] += (a * a + b * b) + (c * c + d * d)
-            i += 4
+                e, f, g, h = x[i + 4, j], x[i + 5, j], x[i + 6, j], x[i + 7, j]
+                parts[piece, 0, j] += ((a + b) + (c + d)) + ((e + f) + (g + h))
+                parts[piece, 1, j] += ((a * a + b * b) + (c * c + d * d)) + ((e * e + f * f) + (g * g + h * h))
+            i += 8
         while i < last:
             for j in range(wide):
                 parts[piece, 0, j] += x[i, j]
