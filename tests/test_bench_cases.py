@@ -118,9 +118,10 @@ def test_run_table_json_and_comparison(tmp_path: Path, capsys: pytest.CaptureFix
     assert "layer_norm-8x64" in shown
     assert "numpy" in shown
     content = json.loads(file.read_text("utf-8"))
-    assert content["threads"] == 1
+    assert {entry["threads"] for entry in content["results"]} == {1}
     assert content["environment"]["numpy"] == np.__version__
-    assert {entry["contender"] for entry in content["results"]} == {"copy", "fastnorm", "fastnorm out=", "numpy"}
+    found = {entry["contender"] for entry in content["results"] if not entry["contender"].startswith("ceiling: ")}
+    assert found == {"fastnorm", "fastnorm out=", "numpy"}
     assert all(0 < entry["seconds"] <= entry["median"] for entry in content["results"])
 
     for entry in content["results"]:
@@ -129,7 +130,7 @@ def test_run_table_json_and_comparison(tmp_path: Path, capsys: pytest.CaptureFix
     slower.write_text(json.dumps(content), "utf-8")
     assert main(["bench", "--plain", "--compare", str(file), str(slower)]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("layer_norm-8x64")]
-    assert len(rows) == 4
+    assert len(rows) == sum(entry["case"] == "layer_norm-8x64" for entry in content["results"]) >= 4
     assert all(row[-2:] == ["2.000", "1.000"] for row in rows)
 
 

@@ -58,9 +58,7 @@ def plane_apply(y: Any, x: Any, mean: Any, var: Any, weight: Any, bias: Any, eps
             y[n, c, s] = x[n, c, s] * scale + shift
 
 
-def plane_norm_backward(
-    dx: Any, dweight: Any, dbias: Any, dy: Any, x: Any, weight: Any, mean: Any, rstd: Any
-) -> None:
+def plane_norm_backward(dx: Any, dweight: Any, dbias: Any, dy: Any, x: Any, weight: Any, mean: Any, rstd: Any) -> None:
     batch, channels, spatial = x.shape
     count = x.dtype.type(batch * spatial)
     for c in _prange(channels):
@@ -106,7 +104,10 @@ def short_plane_norm(
             second[j] = zero
         for n in range(0, batch - 3, 4):
             row0, row1, row2, row3 = (
-                source[n, low:high], source[n + 1, low:high], source[n + 2, low:high], source[n + 3, low:high]
+                source[n, low:high],
+                source[n + 1, low:high],
+                source[n + 2, low:high],
+                source[n + 3, low:high],
             )
             for j in range(wide):
                 a, b, c, d = row0[j], row1[j], row2[j], row3[j]
@@ -252,9 +253,7 @@ def group_norm_short(
 # A thread owns whole groups of channels, so that the parameters' gradients need no merge.
 
 
-def group_norm_backward(
-    dx: Any, dweight: Any, dbias: Any, dy: Any, x: Any, weight: Any, mean: Any, rstd: Any
-) -> None:
+def group_norm_backward(dx: Any, dweight: Any, dbias: Any, dy: Any, x: Any, weight: Any, mean: Any, rstd: Any) -> None:
     batch, groups, channels, spatial = x.shape
     zero = x.dtype.type(0)
     count = x.dtype.type(channels * spatial)

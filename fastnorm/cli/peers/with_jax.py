@@ -1,11 +1,12 @@
 """JAX on the CPU: the formulas in jax.numpy, compiled by jax.jit; gradients by jax.vjp after the forward has run.
 
-The thread count is XLA's own: one thread can only be asked for before JAX starts, through XLA_FLAGS.
+The number of threads can only be asked for before JAX starts: XLA's pool takes it from NPROC.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
@@ -17,8 +18,8 @@ _EPS = 1e-5
 
 
 def _start(threads: int) -> tuple[Any, Any]:
-    if threads == 1:
-        os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1")
+    if "jax" not in sys.modules:
+        os.environ.setdefault("NPROC", str(threads))
     jax = import_module("jax")
     jax.config.update("jax_enable_x64", True)
     return jax, import_module("jax.numpy")

@@ -6,15 +6,15 @@ One thread gets the plain form; the parallel one costs microseconds a call befor
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from importlib import import_module
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 
 from fastnorm.cli.calls import Array, Arrays, Options, stem_of
-from fastnorm.cli.peers import numba_columns, numba_planes, numba_rows
+from fastnorm.cli.peers import numba_columns, numba_planes, numba_rows, numba_streams
 
 _numba: Any = import_module("numba")
 _EPS = 1e-5
@@ -24,9 +24,15 @@ _SHORT, _RUN = 100, 1024
 Call = Callable[[], Any]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _compiled(module: ModuleType, name: str, parallel: bool) -> Any:
     return _numba.njit(fastmath=True, error_model="numpy", parallel=parallel)(getattr(module, name))
+
+
+def streams(threads: int) -> SimpleNamespace:
+    """The copies of numba_streams, to be run on this many threads."""
+    _numba.set_num_threads(min(threads, _numba.config.NUMBA_NUM_THREADS))
+    return numba_streams.compiled(threads > 1)
 
 
 def prepare(function: str, a: Arrays, options: Options, threads: int) -> Call | None:
@@ -105,13 +111,15 @@ def _batch(function: str, a: Arrays, threads: int) -> Call | None:
         return None
     channels, eps = a.x.shape[1], a.x.dtype.type(_EPS)
     y = np.empty_like(a.x)
-    stem, module, workspace = "plane", numba_planes, ()
+    stem = "plane"
+    module: ModuleType = numba_planes
+    workspace: tuple[Any, ...] = ()
     if _channels_innermost(a.x):
         wide = channels * _rows_side_by_side(a.x.size // channels, channels)
-        x, dy, to = (np.moveaxis(v, 1, -1).reshape(-1, wide) for v in (a.x, a.dy, y))
+        x, dy, to = [np.moveaxis(v, 1, -1).reshape(-1, wide) for v in (a.x, a.dy, y)]
         stem, module, workspace = "column", numba_columns, (np.empty((threads, 3, wide), x.dtype),)
     else:
-        x, dy, to = (v.reshape(*v.shape[:2], -1) for v in (a.x, a.dy, y))
+        x, dy, to = [v.reshape(*v.shape[:2], -1) for v in (a.x, a.dy, y)]
     if function == "batch_norm":
         kernel = _compiled(module, f"{stem}_apply", threads > 1)
         return _calling(kernel, (to, x, a.mean, a.var, a.weight, a.bias, eps, *workspace), y)
@@ -147,7 +155,7 @@ def _groups(a: Arrays, groups: int, backward: bool, threads: int) -> Call | None
     weight, bias = a.weight.reshape(groups, each), a.bias.reshape(groups, each)
     y = np.empty_like(a.x)
     x, dy, to = view(a.x), view(a.dy), view(y)
-    workspace = (np.empty((batch, 6, groups, each), x.dtype),) if last else ()
+    workspace: tuple[Any, ...] = (np.empty((batch, 6, groups, each), x.dtype),) if last else ()
     name = "group_norm" + "_last" * last + "_backward" * backward
     kernel = _compiled(numba_columns if last else numba_planes, name, threads > 1)
     if not backward and not last and x.shape[3] <= _SHORT // 4:

@@ -77,9 +77,7 @@ def _native_backward(function: str, t: dict[str, Any], options: Options) -> Call
         return lambda: _aten.native_layer_norm_backward(dy, x, shape, mean, rstd, weight, bias, wanted)
     if function == "batch_norm_backward":
         _, mean, rstd = _torch.native_batch_norm(x, weight, bias, None, None, True, 0.1, _EPS)
-        return lambda: _aten.native_batch_norm_backward(
-            dy, x, weight, None, None, mean, rstd, True, _EPS, wanted
-        )
+        return lambda: _aten.native_batch_norm_backward(dy, x, weight, None, None, mean, rstd, True, _EPS, wanted)
     if function == "group_norm_backward":
         sizes = (x.shape[0], x.shape[1], x[0, 0].numel(), int(options["num_groups"]))
         _, mean, rstd = _torch.native_group_norm(x, weight, bias, *sizes, _EPS)
