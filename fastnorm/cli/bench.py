@@ -68,7 +68,7 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
         return 0
     require_plots(options.plot)
     require_writable("--json", options.json)
-    names = _peer_names(options.peers)
+    names = peers.chosen(options.peers)
     counts = _thread_counts(options.threads)
     command = "python -m fastnorm bench " + shlex.join(_arguments(options, options.threads))
     if len(counts) == 1:
@@ -88,19 +88,6 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
     if options.plot:
         screen.line("pictures: " + ", ".join(map(str, pictures.draw(results, Path(options.plot)))))
     return 0
-
-
-def _peer_names(wanted: str | None) -> list[str]:
-    found = peers.installed()
-    if wanted is None:
-        return list(found)
-    names = [name for name in wanted.split(",") if name]
-    for name in names:
-        if name not in peers.NAMES:
-            raise UsageError(f"--peers {name}: unknown; there are {', '.join(peers.NAMES)}")
-        if name not in found:
-            raise UsageError(f"--peers {name}: not installed here")
-    return names
 
 
 def _thread_counts(wanted: str | None) -> list[int]:

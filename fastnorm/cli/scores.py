@@ -127,8 +127,8 @@ def _times(ratio: float | None) -> str:
 
 def legend() -> list[str]:
     return [
-        "time, median: fastest and median round of fastnorm, with out= where the operation has it. GB/s: arrays",
-        "that have to be moved once, over the time. ceiling: the fastest copy (backward: sum of two arrays) of the same",
+        "time, median: fastest and median round of fastnorm, with out= where there is one. GB/s: the arrays",
+        "that have to be moved once, over the time. ceiling: the fastest copy (backward: sum of two arrays) of that",
         "memory, in the same rounds; share: fastnorm's part of it. fresh: without out=. Other columns: their time over",
         "fastnorm's; 2.00x: twice the time; *: the best peer of the row.",
     ]

@@ -116,10 +116,11 @@ def _batch(function: str, a: Arrays, threads: int) -> Call | None:
     workspace: tuple[Any, ...] = ()
     if _channels_innermost(a.x):
         wide = channels * _rows_side_by_side(a.x.size // channels, channels)
-        x, dy, to = [np.moveaxis(v, 1, -1).reshape(-1, wide) for v in (a.x, a.dy, y)]
-        stem, module, workspace = "column", numba_columns, (np.empty((threads, 3, wide), x.dtype),)
+        views: list[Array] = [np.moveaxis(v, 1, -1).reshape(-1, wide) for v in (a.x, a.dy, y)]
+        stem, module, workspace = "column", numba_columns, (np.empty((threads, 3, wide), y.dtype),)
     else:
-        x, dy, to = [v.reshape(*v.shape[:2], -1) for v in (a.x, a.dy, y)]
+        views = [v.reshape(*v.shape[:2], -1) for v in (a.x, a.dy, y)]
+    x, dy, to = views
     if function == "batch_norm":
         kernel = _compiled(module, f"{stem}_apply", threads > 1)
         return _calling(kernel, (to, x, a.mean, a.var, a.weight, a.bias, eps, *workspace), y)
