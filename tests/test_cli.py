@@ -59,7 +59,7 @@ def test_help_names_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert stopped.value.code == 0
     shown = capsys.readouterr().out
-    assert all(command in shown for command in ("info", "check", "demo", "bench"))
+    assert all(command in shown for command in ("info", "check", "demo", "bench", "accuracy"))
 
 
 def test_check_walks_every_public_function() -> None:

@@ -26,7 +26,6 @@ from fastnorm.cli.screen import Screen
 
 _SECTION = "comparison"
 _CONTRACT = {"forward": 4.0, "gradients": 8.0}
-_SHOWN_NAMES = {"numpy": "NumPy", "torch": "PyTorch", "jax": "JAX", "onnxruntime": "ONNX Runtime", "numba": "numba"}
 
 Draw = Callable[[np.random.Generator, tuple[int, ...]], Array]
 
@@ -154,7 +153,8 @@ def judge(subject: Subject, data: str, names: list[str], *, quick: bool) -> Iter
         calls = {"fastnorm": bind(fastnorm, function, arrays, subject.options)}
         for name in names:
             # One thread: results of some peers depend on the count.
-            calls[name] = peers.load(name).prepare(function, arrays, subject.options, 1)
+            with np.errstate(all="ignore"):
+                calls[name] = peers.load(name).prepare(function, arrays, subject.options, 1)
         errors: dict[str, float | None] = {
             name: None if call is None else _worst(call, wanted) for name, call in calls.items()
         }
@@ -192,13 +192,13 @@ def shown(error: float | None) -> str:
 def _table(rows: list[Row], kind: str, names: list[str]) -> tuple[list[str], list[list[str]]]:
     group = [row for row in rows if row.kind == kind]
     present = [name for name in ("fastnorm", *names) if any(row.errors[name] is not None for row in group)]
-    header = ["operation", "input", *(_SHOWN_NAMES.get(name, name) for name in present)]
+    header = ["operation", "input", *(peers.TITLES.get(name, name) for name in present)]
     return header, [[row.operation, row.input, *(shown(row.errors[name]) for name in present)] for row in group]
 
 
 def _page(rows: list[Row], names: list[str], *, quick: bool) -> str:
     versions = peers.installed()
-    libraries = [f"fastnorm {fastnorm.__version__}", *(f"{_SHOWN_NAMES[name]} {versions[name]}" for name in names)]
+    libraries = [f"fastnorm {fastnorm.__version__}", *(f"{peers.TITLES[name]} {versions[name]}" for name in names)]
     command = "python -m fastnorm accuracy" + " --quick" * quick
     parts = [
         f"Made by `{command} --markdown docs/accuracy.md` with {', '.join(libraries)}; float32, weight 1, bias 0, one "

@@ -6,9 +6,11 @@ Both show float32 where it was measured, one panel for each thread count. Needs 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import log2
 from pathlib import Path
 from typing import Any
 
+from fastnorm.cli.peers import TITLES
 from fastnorm.cli.scores import Cell, Result, cells, counted
 from fastnorm.cli.screen import figure
 
@@ -37,6 +39,10 @@ def draw(results: Sequence[Result], file: Path) -> list[Path]:
     return names
 
 
+def _dots(axes: Any, spots: Sequence[tuple[float, float]], mark: str, label: str, colour: str, **style: Any) -> None:
+    axes.plot(*zip(*spots, strict=True), mark, color=colour, label=label, linestyle="none", **style)
+
+
 def _threads(shown: Sequence[Cell]) -> list[int]:
     return list(dict.fromkeys(cell.own.threads for cell in shown))
 
@@ -58,7 +64,9 @@ def _ratio(panels: dict[int, list[Cell]], dtype: str) -> Any:
             ratios = [(cell.ratio(name), row) for row, cell in enumerate(group)]
             found = [(min(ratio, _FARTHEST), row) for ratio, row in ratios if ratio is not None]
             if found:
-                axes.plot(*zip(*found, strict=True), mark, color=colour, markersize=3.5, label=name, linestyle="none")
+                axes.plot(
+                    *zip(*found, strict=True), mark, color=colour, markersize=3.5, label=TITLES[name], linestyle="none"
+                )
         axes.axvline(1, color=_OWN_COLOUR, linewidth=1.4)
         axes.set_xscale("log")
         axes.set_xlim(right=_FARTHEST * 1.15)
@@ -75,6 +83,16 @@ def _ratio(panels: dict[int, list[Cell]], dtype: str) -> Any:
     return picture
 
 
+def _envelope(group: Sequence[Cell]) -> list[tuple[int, float]]:
+    """The best ceiling of each half octave of working sets, where cases lie close together, by size."""
+    best: dict[int, tuple[int, float]] = {}
+    for cell in group:
+        if cell.ceiling is not None:
+            place = round(2 * log2(cell.own.bytes))
+            best[place] = max(best.get(place, (0, 0.0)), (cell.own.bytes, cell.ceiling.rate), key=lambda spot: spot[1])
+    return sorted(best.values())
+
+
 def _roofline(panels: dict[int, list[Cell]], dtype: str) -> Any:
     picture = figure(5.2 * len(panels), 4.2)
     all_axes = picture.subplots(1, len(panels), squeeze=False, sharey=True)[0]
@@ -82,28 +100,25 @@ def _roofline(panels: dict[int, list[Cell]], dtype: str) -> Any:
         norms = [
             cell for cell in group if "_norm" in cell.own.operation and not cell.own.operation.startswith("dropout")
         ]
+        norms = norms or group
         _panel(axes, f"{counted(threads, 'thread')}, {dtype}")
-        copies: dict[int, float] = {}
-        for cell in norms:
-            if cell.ceiling is not None:
-                copies[cell.own.bytes] = max(copies.get(cell.own.bytes, 0), cell.ceiling.rate)
-        axes.plot(
-            *zip(*sorted(copies.items()), strict=True), color="black", linewidth=1.2, label="copy, sum of two arrays"
-        )
+        copies = _envelope(norms)
+        axes.plot(*zip(*copies, strict=True), color="black", linewidth=1.2, label="copy, sum of two arrays")
         best = [(cell.own.bytes, cell.best_peer.rate) for cell in norms if cell.best_peer is not None]
         if best:
-            axes.plot(*zip(*best, strict=True), "x", color="#999999", markersize=4, label="best peer", linestyle="none")
-        for backward, mark, label in ((False, "o", "fastnorm, forward"), (True, "s", "fastnorm, backward")):
+            _dots(axes, best, "x", "best peer", "#999999", markersize=4)
+        for backward, mark, label, fill in (
+            (False, "o", "fastnorm, forward", _OWN_COLOUR),
+            (True, "s", "fastnorm, backward", "none"),
+        ):
             spots = [(c.own.bytes, c.own.rate) for c in norms if c.own.operation.endswith("_backward") == backward]
             if spots:
-                fill = _OWN_COLOUR if not backward else "none"
-                axes.plot(*zip(*spots, strict=True), mark, color=_OWN_COLOUR, markerfacecolor=fill, markersize=4.5,
-                          label=label, linestyle="none")  # fmt: skip
+                _dots(axes, spots, mark, label, _OWN_COLOUR, markerfacecolor=fill, markersize=4.5)
         axes.set_xscale("log", base=2)
-        ticks = [2**k for k in range(14, 30, 2) if copies and min(copies) / 2 <= 2**k <= max(copies) * 2]
+        ticks = [2**k for k in range(14, 30, 2) if copies[0][0] / 2 <= 2**k <= copies[-1][0] * 2]
         axes.set_xticks(ticks, [f"{t >> 20} MB" if t >= 1 << 20 else f"{t >> 10} KB" for t in ticks])
-        axes.set_ylim(bottom=0)
         axes.set_xlabel("working set (bytes moved)")
+    all_axes[0].set_ylim(0, 1.08 * max(c.ceiling.rate if c.ceiling else c.own.rate for g in panels.values() for c in g))
     all_axes[0].set_ylabel("GB/s")
     all_axes[0].legend(frameon=False, fontsize=8)
     return picture

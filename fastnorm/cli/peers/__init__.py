@@ -27,6 +27,14 @@ _PEERS = {
     "numba": ("with_numba", ("numba",)),
 }
 NAMES = tuple(_PEERS)
+# As the libraries write themselves, for pages and pictures.
+TITLES = {
+    "numpy": "NumPy",
+    "torch": "PyTorch",
+    "jax": "JAX",
+    "onnxruntime": "ONNX Runtime",
+    "numba": "numba",
+}
 
 
 def installed() -> dict[str, str]:
