@@ -119,7 +119,7 @@ def readme_section(content: dict[str, object], results: Sequence[Result], image:
         "what loops alone can do."
     )
     return "\n\n".join([
-        f"![{ALTERNATIVES[0]}]({(PAGE.parent / image.name).as_posix()})",
+        f"![Time of each library over fastnorm's]({(PAGE.parent / image.name).as_posix()})",
         textwrap.fill(lead, 120, break_on_hyphens=False),
         markdown.table(["case", "fastnorm", "GB/s", *(TITLES[name] for name in names)], rows),
         _bullets(scores.summary(results)),
@@ -135,12 +135,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         content, results = scores.read(options.run)
         images = pictures.draw(results, options.root / PAGE.with_suffix(".png"))
+        headlines = images[0].with_stem("performance-headlines")
+        pictures.draw_ratio(results, headlines, HEADLINES)
         markdown.replace_section(options.root / PAGE, "performance", performance_page(content, results, images))
-        markdown.replace_section(options.root / "README.md", "performance", readme_section(content, results, images[0]))
+        markdown.replace_section(options.root / "README.md", "performance", readme_section(content, results, headlines))
     except (UsageError, OSError, ValueError, KeyError, TypeError) as error:
         print(f"{parser.prog}: {options.run}: {error}", file=sys.stderr)
         return 2
-    print(f"written: {PAGE}, README.md, {', '.join(image.name for image in images)}")
+    print(f"written: {PAGE}, README.md, {', '.join(image.name for image in (*images, headlines))}")
     return 0
 
 

@@ -171,7 +171,7 @@ def test_the_pages_are_made_from_a_run(tmp_path: Path) -> None:
     assert "| layer_norm-512x768 | 100 us | 200 us | 20.0 | 50.0 | 40% | 2.00x | 3.00x | 1.50x\\* |" in page
     assert "| `layer_norm-512x768` | 100 us | 20 | 3.00x | **1.50x** |" in readme
     assert "1 thread of a processor" in " ".join(readme.split())
-    assert all((tmp_path / "docs" / f"performance-{kind}.png").is_file() for kind in ("ratio", "roofline"))
+    assert all((tmp_path / "docs" / f"performance-{kind}.png").is_file() for kind in ("ratio", "roofline", "headlines"))
 
 
 def test_a_run_that_is_none_is_told(tmp_path: Path) -> None:

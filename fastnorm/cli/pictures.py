@@ -28,23 +28,36 @@ _FARTHEST = 20.0  # ratios beyond are drawn here: what they say is "far behind"
 
 def draw(results: Sequence[Result], file: Path) -> list[Path]:
     """FILE.png gives FILE-ratio.png and FILE-roofline.png; returns their names."""
+    panels, dtype = _panels(results)
     names = [file.with_name(f"{file.stem}-{kind}{file.suffix}") for kind in ("ratio", "roofline")]
+    for name, picture in zip(names, (_ratio(panels, dtype), _roofline(panels, dtype)), strict=True):
+        _save(picture, name)
+    return names
+
+
+def draw_ratio(results: Sequence[Result], file: Path, cases: Sequence[str]) -> Path:
+    """The first picture for the cases of these names alone, where the run has them; returns `file`."""
+    panels, dtype = _panels([result for result in results if result.case in cases] or results)
+    _save(_ratio(panels, dtype), file)
+    return file
+
+
+def _save(picture: Any, file: Path) -> None:
+    # No date in the file: the same numbers give the same picture.
+    picture.savefig(file, dpi=90, metadata={"Date": None} if file.suffix == ".svg" else None)
+
+
+def _panels(results: Sequence[Result]) -> tuple[dict[int, list[Cell]], str]:
+    """The cells of each thread count, in float32 where the run has it, and the dtype."""
     every = cells(results)
     dtype = "float32" if any(cell.own.dtype == "float32" for cell in every) else every[0].own.dtype
     shown = [cell for cell in every if cell.own.dtype == dtype]
-    panels = {threads: [cell for cell in shown if cell.own.threads == threads] for threads in _threads(shown)}
-    for name, picture in zip(names, (_ratio(panels, dtype), _roofline(panels, dtype)), strict=True):
-        # No date and no random identifiers: the same numbers give the same file.
-        picture.savefig(name, dpi=110, metadata={"Date": None} if name.suffix == ".svg" else None)
-    return names
+    counts = dict.fromkeys(cell.own.threads for cell in shown)
+    return {threads: [cell for cell in shown if cell.own.threads == threads] for threads in counts}, dtype
 
 
 def _dots(axes: Any, spots: Sequence[tuple[float, float]], mark: str, label: str, colour: str, **style: Any) -> None:
     axes.plot(*zip(*spots, strict=True), mark, color=colour, label=label, linestyle="none", **style)
-
-
-def _threads(shown: Sequence[Cell]) -> list[int]:
-    return list(dict.fromkeys(cell.own.threads for cell in shown))
 
 
 def _panel(axes: Any, title: str) -> None:

@@ -148,7 +148,12 @@ def group_norm_last(y: Any, mean: Any, rstd: Any, x: Any, weight: Any, bias: Any
         squares = parts[n, 1].reshape(-1)
         source = x[n].reshape(spatial, groups * channels)
         target = y[n].reshape(spatial, groups * channels)
-        for s in range(spatial):
+        for s in range(0, spatial - 3, 4):
+            for j in range(groups * channels):
+                a, b, c, d = source[s, j], source[s + 1, j], source[s + 2, j], source[s + 3, j]
+                total[j] += (a + b) + (c + d)
+                squares[j] += (a * a + b * b) + (c * c + d * d)
+        for s in range(spatial - spatial % 4, spatial):
             for j in range(groups * channels):
                 total[j] += source[s, j]
                 squares[j] += source[s, j] * source[s, j]
@@ -189,7 +194,15 @@ def group_norm_last_backward(
         source = x[n].reshape(spatial, groups * channels)
         slope = dy[n].reshape(spatial, groups * channels)
         target = dx[n].reshape(spatial, groups * channels)
-        for s in range(spatial):
+        for s in range(0, spatial - 3, 4):
+            for j in range(groups * channels):
+                d0, d1, d2, d3 = slope[s, j], slope[s + 1, j], slope[s + 2, j], slope[s + 3, j]
+                m = centre[j]
+                sum_dy[j] += (d0 + d1) + (d2 + d3)
+                sum_dyx[j] += (d0 * (source[s, j] - m) + d1 * (source[s + 1, j] - m)) + (
+                    d2 * (source[s + 2, j] - m) + d3 * (source[s + 3, j] - m)
+                )
+        for s in range(spatial - spatial % 4, spatial):
             for j in range(groups * channels):
                 sum_dy[j] += slope[s, j]
                 sum_dyx[j] += slope[s, j] * (source[s, j] - centre[j])
