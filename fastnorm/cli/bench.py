@@ -28,6 +28,7 @@ from fastnorm.cli.calls import Arrays, bind, make_arrays
 from fastnorm.cli.cases import Case, select_cases
 from fastnorm.cli.ceilings import PREFIX, ceilings
 from fastnorm.cli.info import facts, machine
+from fastnorm.cli.peers.memory import keep_freed_memory
 from fastnorm.cli.scores import OWN, OWN_ONE, OWN_OUT, Result, counted
 from fastnorm.cli.screen import Screen, UsageError, require_plots, require_writable
 
@@ -204,6 +205,8 @@ def measure_all(
 ) -> list[Result]:
     # Before any peer starts its OpenMP: its idle threads shall not spin into the turn of the next contender.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    if {"torch", "jax"} & set(names):
+        keep_freed_memory()
     results: list[Result] = []
     with (
         ThreadPoolExecutor(threads) as pool,

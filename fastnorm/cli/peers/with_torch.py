@@ -1,14 +1,11 @@
 """PyTorch on the CPU: torch.nn.functional, and for the gradients the native operators that autograd itself calls.
 
 Arrays are shared, not copied; channels-last arrays stay channels-last. An operator without a native backward goes
-through autograd. PyTorch allocates every result, so the C library is told to keep freed memory: what its users get from
-tcmalloc or jemalloc. Without that, pages of large results are mapped anew in every call, at five times the price.
+through autograd. Every result is allocated anew: fast only where freed memory is kept, as memory.py sees to.
 """
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
@@ -23,21 +20,7 @@ _EPS = 1e-5
 Call = Callable[[], Any]
 
 
-def _keep_freed_memory() -> None:
-    """glibc's mallopt: no result gets pages of its own, and the heap does not shrink."""
-    if not sys.platform.startswith("linux"):
-        return
-    trim_threshold, mmap_max = -1, -4
-    try:
-        library = ctypes.CDLL(None)
-        library.mallopt(mmap_max, 0)
-        library.mallopt(trim_threshold, 2**31 - 1)
-    except (OSError, AttributeError):  # another C library: its own rules
-        return
-
-
 def prepare(function: str, arrays: Arrays, options: Options, threads: int) -> Call | None:
-    _keep_freed_memory()
     _torch.set_num_threads(threads)
     t = {name: _torch.from_numpy(value) for name, value in vars(arrays).items() if value is not None}
     operation = _native_backward(function, t, options)
