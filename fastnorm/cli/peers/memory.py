@@ -13,7 +13,7 @@ _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8  # glibc's malloc.h
 
 
 def keep_freed_memory() -> None:
-    """Results of any size come from one heap, and that does not shrink. Other C libraries than glibc keep their rules."""
+    """Results of any size come from one heap that does not shrink; C libraries other than glibc keep their rules."""
     if not sys.platform.startswith("linux"):
         return
     try:
