@@ -1,10 +1,11 @@
 // The C++ kernels under google-benchmark: every case of fastnorm/cli/cases.csv that has a kernel of its own, for each
-// dtype and each instruction-set level of this build that this CPU runs, and copies of several sizes beside them.
+// dtype and each instruction-set level of this build that this CPU runs, and copies and sums of several sizes beside.
 // Measures kernels alone: no Python, no allocation, results written to the same memory each time.
 //
 //   bench_kernels [--fastnorm_threads=N] [--benchmark_filter=layer_norm.*avx2] [--benchmark_out=FILE] ...
 #include <benchmark/benchmark.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
@@ -210,11 +211,17 @@ class Norm {
   std::vector<T> weight_, bias_, dweight_, dbias_;
 };
 
-// A plain name whose _forward runs the same kernel is left to that.
 bool is_norm(const std::string& operation) {
-  return operation == "moments" || operation == "batch_norm" ||
-         (!starts_with(operation, "dropout") &&
-          (ends_with(operation, "_norm_forward") || ends_with(operation, "_norm_backward")));
+  return operation == "moments" || (!starts_with(operation, "dropout") && operation.find("_norm") != std::string::npos);
+}
+
+// layer_norm_forward runs the kernel of layer_norm: where both have the same case, the plain name stands for it.
+// Batch norm's plain name is inference, which is another kernel.
+bool is_repeated(const Case& c, const std::vector<Case>& cases) {
+  const size_t suffix = c.name.find("_forward-");
+  if (suffix == std::string::npos || starts_with(c.operation, "batch")) return false;
+  const std::string plain = std::string(c.name).erase(suffix, std::strlen("_forward"));
+  return std::any_of(cases.begin(), cases.end(), [&](const Case& other) { return other.name == plain; });
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -312,6 +319,19 @@ void copy(benchmark::State& state, int64_t bytes) {
   report(state, bytes);
 }
 
+// What a backward could reach at most: two arrays read, one written.
+void add(benchmark::State& state, int64_t bytes) {
+  const int64_t count = bytes / 3 / static_cast<int64_t>(sizeof(float));
+  Buffer<float> a(count, 1), b(count, 2), sum(count, 3);
+  const float *const first = a.data(), *const second = b.data();
+  float* const to = sum.data();
+  for (auto _ : state) {
+    for (int64_t i = 0; i < count; ++i) to[i] = first[i] + second[i];
+    benchmark::ClobberMemory();
+  }
+  report(state, bytes);
+}
+
 template <class T>
 void register_case(const Case& c, const std::string& dtype, const char* level) {
   const std::string name = c.name + "/" + dtype + "/" + level;
@@ -358,8 +378,13 @@ int main(int argc, char** argv) {
                                  [=](benchmark::State& state) { copy(state, bytes); })
         ->UseRealTime()
         ->Unit(benchmark::kMicrosecond);
+    benchmark::RegisterBenchmark(("add/" + std::to_string(kilobytes) + "_KB").c_str(),
+                                 [=](benchmark::State& state) { add(state, bytes); })
+        ->UseRealTime()
+        ->Unit(benchmark::kMicrosecond);
   }
   for (const Case& c : cases) {
+    if (is_repeated(c, cases)) continue;
     for (const std::string& dtype : c.dtypes) {
       for (int i = 0; compiled_level(i) != nullptr; ++i) {
         if (!cpu_supports(compiled_level(i))) continue;

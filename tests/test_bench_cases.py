@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import fastnorm
-from fastnorm.cli import bench, main, peers
+from fastnorm.cli import bench, main, peers, scores
 from fastnorm.cli.calls import FUNCTIONS, make_arrays
 from fastnorm.cli.cases import Case, load_cases, select_cases
 from fastnorm.cli.screen import UsageError
@@ -76,11 +76,20 @@ def arrays_in(value: object) -> list[np.ndarray]:
     return [np.asarray(value)] if hasattr(value, "shape") else []
 
 
+# Both layouts, planes long and short for the numba kernels, batches that are no multiple of the rows taken at once.
+PLANES = (((6, 16, 5, 3), "C"), ((7, 16, 11, 13), "C"), ((7, 16, 5, 3), "channels_last"))
+PEER_CASES = [
+    *((operation, shape_of(operation), "C") for operation in FUNCTIONS),
+    *((op, shape, layout) for op in FUNCTIONS if len(shape_of(op)) == 4 for shape, layout in PLANES),
+    *((op, (11, 30), "C") for op in ("batch_norm", "batch_norm_forward", "batch_norm_backward")),
+]
+
+
 @pytest.mark.parametrize("peer", peers.installed())
-@pytest.mark.parametrize("operation", FUNCTIONS)
-def test_peers_do_the_same_work(peer: str, operation: str) -> None:
+@pytest.mark.parametrize(("operation", "shape", "layout"), dict.fromkeys(PEER_CASES))
+def test_peers_do_the_same_work(peer: str, operation: str, shape: tuple[int, ...], layout: str) -> None:
     """A peer that computes something else would make the comparison worthless: its numbers must agree."""
-    case = small(operation, shape_of(operation))
+    case = small(operation, shape, layout)
     arrays = bench.arrays_of(case)
     call = peers.load(peer).prepare(operation, arrays, case.options, 1)
     if call is None:
@@ -118,9 +127,10 @@ def test_run_table_json_and_comparison(tmp_path: Path, capsys: pytest.CaptureFix
     assert "layer_norm-8x64" in shown
     assert "numpy" in shown
     content = json.loads(file.read_text("utf-8"))
-    assert content["threads"] == 1
+    assert {entry["threads"] for entry in content["results"]} == {1}
     assert content["environment"]["numpy"] == np.__version__
-    assert {entry["contender"] for entry in content["results"]} == {"copy", "fastnorm", "fastnorm out=", "numpy"}
+    found = {entry["contender"] for entry in content["results"] if not entry["contender"].startswith("ceiling: ")}
+    assert found == {"fastnorm", "fastnorm out=", "numpy"}
     assert all(0 < entry["seconds"] <= entry["median"] for entry in content["results"])
 
     for entry in content["results"]:
@@ -129,7 +139,7 @@ def test_run_table_json_and_comparison(tmp_path: Path, capsys: pytest.CaptureFix
     slower.write_text(json.dumps(content), "utf-8")
     assert main(["bench", "--plain", "--compare", str(file), str(slower)]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("layer_norm-8x64")]
-    assert len(rows) == 4
+    assert len(rows) == sum(entry["case"] == "layer_norm-8x64" for entry in content["results"]) >= 4
     assert all(row[-2:] == ["2.000", "1.000"] for row in rows)
 
 
@@ -152,6 +162,7 @@ def test_comparison_of_google_benchmark_files(tmp_path: Path, capsys: pytest.Cap
     [
         (["--cases", "no_such_norm"], "no case matches"),
         (["--threads", "0"], "--threads must be 1 or more"),
+        (["--threads", "1,many"], "--threads 1,many: expected numbers"),
         (["--peers", "cupy"], "--peers cupy: unknown"),
         (["--compare", "missing.json", "missing.json"], "missing.json"),
         (["--json", "no/such/folder/run.json"], "no folder"),
@@ -160,6 +171,32 @@ def test_comparison_of_google_benchmark_files(tmp_path: Path, capsys: pytest.Cap
 def test_wrong_use_is_told(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--plain", *arguments]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_several_thread_counts_in_one_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "run.json"
+    arguments = ["bench", "--plain", "--cases", "layer_norm-64x256", "--seconds", "0", "--peers", "numpy"]
+    assert main([*arguments, "--threads", "1,2", "--json", str(file)]) == 0
+    shown = capfd.readouterr().out
+    assert "1 thread, fastest round" in shown
+    assert "2 threads, fastest round" in shown
+    assert shown.count("geometric mean against the best peer") == 2
+    content, results = scores.read(file)
+    assert content["environment"]["threads"].startswith("1, 2 of ")
+    assert [r.threads for r in results if r.contender == scores.OWN_OUT] == [1, 2]
+    assert [r.threads for r in results if r.contender == scores.OWN_ONE] == [2]
+
+
+def test_the_numba_kernels_agree_on_two_threads() -> None:
+    """The parallel form is another program: work in pieces, partial sums for each."""
+    pytest.importorskip("numba")
+    for operation in ("layer_norm_backward", "batch_norm_forward"):
+        shape, layout = ((7, 16), "C") if operation.startswith("layer") else ((5, 16, 3, 3), "channels_last")
+        case = small(operation, shape, layout)
+        arrays = bench.arrays_of(case)
+        call = peers.load("numba").prepare(operation, arrays, case.options, 2)
+        ours = bench.own_calls(case, arrays)["fastnorm"]()
+        np.testing.assert_allclose(call()[0].reshape(shape), ours[0] if isinstance(ours, tuple) else ours, atol=1e-9)
 
 
 def test_bench_leaves_the_thread_count_alone() -> None:

@@ -14,6 +14,7 @@ import fastnorm
 from fastnorm import _core, reference
 from fastnorm.cli import check, main, screen
 from fastnorm.cli.calls import FUNCTIONS
+from fastnorm.cli.info import machine
 from operations import OPERATIONS
 from subprocess_python import output_of, run_python
 
@@ -29,6 +30,13 @@ def test_info_tells_what_is_in_use(capsys: pytest.CaptureFixture[str]) -> None:
     assert facts["instruction sets usable"] == ", ".join(_core.isa_levels())
     assert facts["threads"].startswith("2 of ")
     assert facts["verification"].split()[0] in ("on", "off")
+
+
+def test_the_machine_is_described() -> None:
+    found = machine()
+    assert found["CPU"]
+    assert found["system"]
+    assert all(isinstance(value, str) and value for value in found.values())
 
 
 def test_info_as_a_program_follows_the_environment() -> None:
@@ -59,7 +67,7 @@ def test_help_names_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert stopped.value.code == 0
     shown = capsys.readouterr().out
-    assert all(command in shown for command in ("info", "check", "demo", "bench"))
+    assert all(command in shown for command in ("info", "check", "demo", "bench", "accuracy"))
 
 
 def test_check_walks_every_public_function() -> None:

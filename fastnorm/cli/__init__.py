@@ -1,4 +1,4 @@
-"""The command line: `python -m fastnorm info | check | demo | bench`.
+"""The command line: `python -m fastnorm info | check | demo | bench | accuracy`.
 
 Reads the arguments and hands them to one module per command: add_arguments(parser), run(options, screen) -> status.
 Needs numpy alone; tables, progress bars and pictures get better with `pip install 'fastnorm[cli]'`.
@@ -19,6 +19,7 @@ _COMMANDS = {
     "check": "every function against fastnorm.reference; exit status 1 on any miss",
     "demo": "train a small network on real digits, with the kernels and with the references",
     "bench": "the kernels beside NumPy and the installed peers, in one interleaved run",
+    "accuracy": "worst errors of fastnorm and of the installed peers on hard inputs",
 }
 
 

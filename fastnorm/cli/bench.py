@@ -1,21 +1,21 @@
 """`python -m fastnorm bench`: the kernels beside NumPy and whichever peer is installed, in one interleaved run.
 
-For each case all contenders take turns, round after round, so that a machine that slows down slows them all; reported
-are the fastest and the median round. A copy of the same number of bytes takes part: its rate is what the memory (or the
-cache that the case fits in) gave at that moment. Refuses to compare what does not do the same work: a peer without the
-operation leaves a gap.
+For each case all contenders take turns, round after round, so that a machine that slows down slows them all. Copies of
+the same memory take part and give the ceiling. Several thread counts run one after the other, each in a process of its
+own, because some peers take their thread count at start only. Refuses to compare what does not do the same work: a
+peer without the operation leaves a gap.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import statistics
-import time
+import shlex
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,47 +23,34 @@ from typing import Any
 import numpy as np
 
 import fastnorm
-from fastnorm.cli import peers
+from fastnorm.cli import compare, measuring, peers, pictures, scores
 from fastnorm.cli.calls import Arrays, bind, make_arrays
 from fastnorm.cli.cases import Case, select_cases
-from fastnorm.cli.info import facts
-from fastnorm.cli.screen import Screen, UsageError, figure, require_plots, require_writable
-
-# A sample lasts at least this long: the clock and the loop around the call are then below 1 %.
-_SAMPLE_SECONDS = 200e-6
-_MIN_ROUNDS, _MAX_ROUNDS = 5, 200
-_COPY, _OWN, _OWN_OUT = "copy", "fastnorm", "fastnorm out="
+from fastnorm.cli.ceilings import PREFIX, ceilings
+from fastnorm.cli.info import facts, machine
+from fastnorm.cli.peers.memory import keep_freed_memory
+from fastnorm.cli.scores import OWN, OWN_ONE, OWN_OUT, Result, counted
+from fastnorm.cli.screen import Screen, UsageError, require_plots, require_writable
 
 Call = Callable[[], Any]
-
-
-@dataclass(frozen=True)
-class Result:
-    """One contender on one case; seconds are per call."""
-
-    case: str
-    dtype: str
-    contender: str
-    seconds: float
-    median: float
-    rounds: int
-    bytes: int
-
-    @property
-    def rate(self) -> float:
-        """GB/s, counting the arrays that the operation has to move once."""
-        return self.bytes / self.seconds / 1e9
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cases", default="*", metavar="PATTERNS", help="e.g. 'layer_norm*,dropout-8x64'")
     parser.add_argument("--dtypes", default="float32", help="float32, float64 or both with a comma (default: float32)")
-    parser.add_argument("--threads", type=int, default=None, help="for every contender (default: what fastnorm uses)")
+    parser.add_argument(
+        "--threads", default=None, help="for every contender, e.g. 1 or 1,2 (default: what fastnorm uses)"
+    )
     parser.add_argument("--seconds", type=float, default=1.0, help="time for the rounds of one case (default: 1)")
     parser.add_argument("--peers", default=None, help=f"default: every installed one of {','.join(peers.NAMES)}")
     parser.add_argument("--list", action="store_true", help="name the cases and stop")
     parser.add_argument("--json", metavar="FILE", help="write every number to FILE")
-    parser.add_argument("--plot", metavar="FILE", help="draw GB/s against the measured memory rate (.png, .svg, .pdf)")
+    parser.add_argument(
+        "--plot", metavar="FILE",
+        help="draw two pictures beside each other's name: FILE.png gives FILE-ratio.png, the time of the peers over "
+        "fastnorm's, and FILE-roofline.png, GB/s against the size of the working set (.png, .svg, .pdf)",
+    )  # fmt: skip
+    parser.add_argument("--part", action="store_true", help=argparse.SUPPRESS)  # one of several counts of a run
     parser.add_argument(
         "--compare", nargs=2, metavar=("BEFORE", "AFTER"),
         help="compare two files written by --json, or by bench_kernels --benchmark_out=FILE, and measure nothing",
@@ -72,8 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, screen: Screen) -> int:
     if options.compare:
-        before, after = (_load(Path(file)) for file in options.compare)
-        _compare(before, after, screen)
+        before, after = (compare.load(Path(file)) for file in options.compare)
+        compare.show(before, after, screen)
         return 0
     cases = select_cases(options.cases, options.dtypes)
     if options.list:
@@ -82,36 +69,62 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
         return 0
     require_plots(options.plot)
     require_writable("--json", options.json)
-    names = _peer_names(options.peers)
-    threads = fastnorm.get_num_threads() if options.threads is None else options.threads
-    if threads < 1:
-        raise UsageError(f"--threads must be 1 or more, not {threads}")
-    with fastnorm.num_threads(threads):
-        results = measure_all(cases, names, threads, options.seconds, screen)
-        found = peers.installed()
-        environment = facts() | {f"peer {name}": found[name] for name in names}
-    _show(results, [_COPY, _OWN, _OWN_OUT, *names], threads, screen)
+    names = peers.chosen(options.peers)
+    counts = _thread_counts(options.threads)
+    command = "python -m fastnorm bench " + shlex.join(_arguments(options, options.threads))
+    if len(counts) == 1:
+        with fastnorm.num_threads(counts[0]):
+            results = measure_all(cases, names, counts[0], options.seconds, screen)
+            environment = facts() | machine() | {f"peer {name}": peers.installed()[name] for name in names}
+        _show(results, screen)
+    else:
+        environment, results = _in_processes(counts, options)
+    if not options.part:
+        for line in ("", *scores.summary(results)):
+            screen.line(line)
     if options.json:
-        content = {"environment": environment, "threads": threads, "results": [asdict(result) for result in results]}
-        Path(options.json).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        screen.line(f"numbers: {options.json}")
+        scores.write(Path(options.json), environment, command.strip(), results)
+        if not options.part:
+            screen.line(f"numbers: {options.json}")
     if options.plot:
-        _plot(results, threads, options.plot)
-        screen.line(f"picture: {options.plot}")
+        screen.line("pictures: " + ", ".join(map(str, pictures.draw(results, Path(options.plot)))))
     return 0
 
 
-def _peer_names(wanted: str | None) -> list[str]:
-    found = peers.installed()
+def _thread_counts(wanted: str | None) -> list[int]:
     if wanted is None:
-        return list(found)
-    names = [name for name in wanted.split(",") if name]
-    for name in names:
-        if name not in peers.NAMES:
-            raise UsageError(f"--peers {name}: unknown; there are {', '.join(peers.NAMES)}")
-        if name not in found:
-            raise UsageError(f"--peers {name}: not installed here")
-    return names
+        return [fastnorm.get_num_threads()]
+    try:
+        counts = [int(word) for word in wanted.split(",")]
+    except ValueError:
+        raise UsageError(f"--threads {wanted}: expected numbers, separated by commas") from None
+    if min(counts) < 1:
+        raise UsageError(f"--threads must be 1 or more, not {min(counts)}")
+    return list(dict.fromkeys(counts))
+
+
+def _arguments(options: argparse.Namespace, threads: str | None) -> list[str]:
+    """The options that decide what is measured, as words of a command line."""
+    given = {"cases": options.cases, "dtypes": options.dtypes, "threads": threads, "peers": options.peers}
+    usual = {"cases": "*", "dtypes": "float32", "threads": None, "peers": None}
+    words = [word for name, value in given.items() if value != usual[name] for word in (f"--{name}", value)]
+    return words if options.seconds == 1.0 else [*words, "--seconds", f"{options.seconds:g}"]
+
+
+def _in_processes(counts: Sequence[int], options: argparse.Namespace) -> tuple[dict[str, str], list[Result]]:
+    """One process for each thread count, one after the other; what they measured, together."""
+    results: list[Result] = []
+    environment: dict[str, str] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for threads in counts:
+            file = Path(folder) / f"{threads}.json"
+            words = ["bench", *_arguments(options, str(threads)), "--part", "--json", str(file)]
+            words += ["--plain"] * options.plain
+            subprocess.run([sys.executable, "-m", "fastnorm", *words], check=True)
+            content, measured = scores.read(file)
+            environment = content["environment"]
+            results += measured
+    return environment | {"threads": f"{', '.join(map(str, counts))} of {os.cpu_count()} CPUs"}, results
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -128,51 +141,40 @@ def arrays_of(case: Case) -> Arrays:
     return arrays.laid_out(channels_last) if case.layout == "channels_last" else arrays
 
 
-def own_calls(case: Case, arrays: Arrays) -> dict[str, Call]:
-    """fastnorm as it is called, and with a reused result where the operation has `out=`."""
+def own_calls(case: Case, arrays: Arrays, threads: int = 1) -> dict[str, Call]:
+    """fastnorm as it is called; with a reused result, where the operation has `out=`; the same on one thread."""
     call = bind(fastnorm, case.operation, arrays, case.options)
-    calls: dict[str, Call] = {_OWN: call}
+    calls: dict[str, Call] = {OWN: call}
     result = call()
     result = result[0] if isinstance(result, tuple) else result
-    if isinstance(result, np.ndarray) and not case.operation.startswith("dropout_add"):
-        out = np.empty_like(result)
-        try:
-            call(out=out)
-        except TypeError:  # no such argument: dropout_mask
-            return calls
-        calls[_OWN_OUT] = partial(call, out=out)
+    if not isinstance(result, np.ndarray) or case.operation.startswith("dropout_add"):
+        return calls
+    out = np.empty_like(result)
+    try:
+        call(out=out)
+    except TypeError:  # no such argument: dropout_mask
+        return calls
+    calls[OWN_OUT] = reusing = partial(call, out=out)
+    if threads > 1:
+
+        def alone() -> None:
+            with fastnorm.num_threads(1):
+                reusing()
+
+        calls[OWN_ONE] = alone
     return calls
 
 
-class _Copier:
-    """Copies half of the bytes that a case moves, so that reading and writing them moves as many as the case does."""
-
-    def __init__(self, size: int, threads: int, pool: ThreadPoolExecutor) -> None:
-        source = np.ones(max(size // 2, 64), np.uint8)
-        target = np.zeros_like(source)
-        self._whole = partial(np.copyto, target, source)
-        parts = zip(np.array_split(target, threads), np.array_split(source, threads), strict=True)
-        self._parts = [partial(np.copyto, to, of) for to, of in parts]
-        self._pool = pool
-
-    def split(self) -> None:
-        for done in [self._pool.submit(part) for part in self._parts]:
-            done.result()
-
-    def __call__(self) -> None:
-        self._whole()
-
-    def best(self) -> Call:
-        """In parts where that is faster (starting the threads has its price), else in one."""
-        if len(self._parts) == 1:
-            return self._whole
-        return min((self.__call__, self.split), key=lambda call: min(_time(call, 1) for _ in range(5)))
+def _ceiling_reads(case: Case) -> int:
+    """Whether a copy (1) or a sum of two arrays (2) moves memory as the case does."""
+    return 2 if len(case.moves) - case.moves.count("keep") > 2 else 1
 
 
 def contenders(case: Case, names: Iterable[str], threads: int, pool: ThreadPoolExecutor) -> dict[str, Call]:
     """Everything that takes part in a case, ready to be called."""
     arrays = arrays_of(case)
-    calls: dict[str, Call] = {_COPY: _Copier(case.bytes_moved, threads, pool).best(), **own_calls(case, arrays)}
+    calls = own_calls(case, arrays, threads)
+    calls |= ceilings([arrays.x, arrays.dy][: _ceiling_reads(case)], np.empty_like(arrays.x), threads, pool)
     for name in names:
         call = peers.load(name).prepare(case.operation, arrays, case.options, threads)
         if call is not None:
@@ -181,143 +183,48 @@ def contenders(case: Case, names: Iterable[str], threads: int, pool: ThreadPoolE
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Measuring
+# Measuring and showing
 
 
-def _time(call: Call, repeats: int) -> float:
-    start = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    return (time.perf_counter() - start) / repeats
-
-
-def measure(case: Case, calls: dict[str, Call], seconds: float) -> list[Result]:
-    """Let all contenders take turns for about `seconds`; each turn starts with a call that is not timed."""
-    repeats = {}
-    for name, call in calls.items():
-        call()  # compiles, faults pages in, starts threads
-        once = min(_time(call, 1) for _ in range(3))
-        repeats[name] = max(1, round(_SAMPLE_SECONDS / max(once, 1e-7)))
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    order = list(calls)
-    end = time.perf_counter() + seconds
-    rounds = 0
-    while rounds < _MIN_ROUNDS or (rounds < _MAX_ROUNDS and time.perf_counter() < end):
-        for name in order:
-            calls[name]()
-            samples[name].append(_time(calls[name], repeats[name]))
-        order.append(order.pop(0))  # nobody always follows the same neighbour
-        rounds += 1
+def measure(case: Case, calls: dict[str, Call], seconds: float, threads: int) -> list[Result]:
+    subject = OWN_OUT if OWN_OUT in calls else OWN
+    timings = measuring.take_turns(calls, seconds, subject=subject, pause=threads > 1)
+    given = case.elements * np.dtype(case.dtype).itemsize
+    own_bytes, copied = case.bytes_moved, given * (_ceiling_reads(case) + 1)
     return [
-        Result(case.name, case.dtype, name, min(times), statistics.median(times), rounds, case.bytes_moved)
-        for name, times in samples.items()
-    ]
+        Result(
+            case.name, case.operation, case.dtype, threads, name, *timing,
+            bytes=copied if name.startswith(PREFIX) else own_bytes, input_bytes=given,
+        )
+        for name, timing in timings.items()
+    ]  # fmt: skip
 
 
 def measure_all(
     cases: Sequence[Case], names: Sequence[str], threads: int, seconds: float, screen: Screen
 ) -> list[Result]:
+    # Before any peer starts its OpenMP: its idle threads shall not spin into the turn of the next contender.
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    if {"torch", "jax"} & set(names):
+        keep_freed_memory()
     results: list[Result] = []
-    with ThreadPoolExecutor(threads) as pool, screen.progress("bench", len(cases)) as advance:
+    with (
+        ThreadPoolExecutor(threads) as pool,
+        screen.progress(f"bench, {counted(threads, 'thread')}", len(cases)) as step,
+    ):
         for case in cases:
-            results += measure(case, contenders(case, names, threads, pool), seconds)
-            own = next(result for result in results[::-1] if result.contender == _OWN)
-            advance(f"{case.name} {case.dtype}: {own.rate:.1f} GB/s")
+            measured = measure(case, contenders(case, names, threads, pool), seconds, threads)
+            results += measured
+            own = scores.cells(measured)[0].own
+            step(f"{case.name} {case.dtype}: {own.rate:.1f} GB/s")
     return results
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Showing
-
-
-def duration(seconds: float) -> str:
-    """Seconds with three digits and a unit that fits."""
-    for unit, factor in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
-        if seconds >= factor:
-            return f"{seconds / factor:.3g} {unit}"
-    return f"{seconds / 1e-9:.3g} ns"
-
-
-def by_case(results: Iterable[Result]) -> dict[tuple[str, str], dict[str, Result]]:
-    grouped: dict[tuple[str, str], dict[str, Result]] = {}
-    for result in results:
-        grouped.setdefault((result.case, result.dtype), {})[result.contender] = result
-    return grouped
-
-
-def _show(results: list[Result], contenders: Sequence[str], threads: int, screen: Screen) -> None:
-    others = [name for name in contenders if name not in (_COPY, _OWN)]
-    header = ["case", "dtype", "fastnorm", "median", "GB/s", "copy", "share", *others]
-    rows = []
-    for (case, dtype), group in by_case(results).items():
-        own, copy = group[_OWN], group[_COPY]
-        rows.append([
-            case, dtype, duration(own.seconds), duration(own.median), f"{own.rate:.1f}", f"{copy.rate:.1f}",
-            f"{own.rate / copy.rate:.0%}",
-            *(f"{group[name].seconds / own.seconds:.2f}x" if name in group else "-" for name in others),
-        ])  # fmt: skip
-    screen.table(f"{threads} thread{'s'[: threads != 1]}, fastest round", header, rows, text_columns=2)
-    screen.line("GB/s: the arrays that have to be moved once, over the time; copy: a copy that moves as many bytes,")
-    screen.line("in the same run; share: fastnorm's GB/s over the copy's; 2.00x: that contender takes twice the time.")
-
-
-def _plot(results: list[Result], threads: int, file: str) -> None:
-    grouped = by_case(results)
-    names = [name for name in dict.fromkeys(result.contender for result in results) if name != _COPY]
-    height = 0.8 / len(names)
-    picture = figure(9, 1.2 + 0.16 * len(names) * len(grouped))
-    axes = picture.subplots()
-    for rank, name in enumerate(names):
-        spots = [(row, group[name].rate) for row, group in enumerate(grouped.values()) if name in group]
-        places = [row + (rank + 0.5) * height - 0.4 for row, _ in spots]
-        axes.barh(places, [rate for _, rate in spots], height, label=name)
-    for row, group in enumerate(grouped.values()):
-        label = "copy (memory rate)" if row == 0 else None
-        axes.plot([group[_COPY].rate] * 2, [row - 0.45, row + 0.45], color="black", label=label)
-    axes.set_yticks(range(len(grouped)), [f"{case} {dtype}" for case, dtype in grouped])
-    axes.set_ylim(len(grouped) - 0.5, -0.5)
-    axes.set_xlabel(f"GB/s, {threads} thread{'s'[: threads != 1]}, fastest round")
-    axes.legend()
-    picture.savefig(file, dpi=120)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Comparing two runs
-
-
-def _load(file: Path) -> dict[str, tuple[float, float]]:
-    """(fastest, median) seconds by name, from a file of `--json` or of google-benchmark."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        if "benchmarks" in content:
-            return _load_google(content["benchmarks"])
-        results = [Result(**entry) for entry in content["results"]]
-    except OSError as error:
-        raise UsageError(f"--compare {file}: {os.strerror(error.errno or 0)}") from None
-    except (ValueError, KeyError, TypeError):
-        raise UsageError(f"--compare {file}: written neither by bench --json nor by google-benchmark") from None
-    return {f"{r.case} {r.dtype} {r.contender}": (r.seconds, r.median) for r in results}
-
-
-def _load_google(entries: list[dict[str, Any]]) -> dict[str, tuple[float, float]]:
-    units = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0}
-    times: dict[str, list[float]] = {}
-    for entry in entries:
-        if entry.get("run_type", "iteration") == "iteration" and not entry.get("error_occurred"):
-            times.setdefault(entry["run_name"], []).append(entry["real_time"] * units[entry["time_unit"]])
-    return {name: (min(values), statistics.median(values)) for name, values in times.items()}
-
-
-def _compare(before: dict[str, tuple[float, float]], after: dict[str, tuple[float, float]], screen: Screen) -> None:
-    shared = [name for name in before if name in after]
-    if not shared:
-        raise UsageError("--compare: the two files have no case in common")
-    rows = [
-        [name, duration(before[name][0]), duration(after[name][0]), f"{after[name][0] / before[name][0]:.3f}",
-         f"{after[name][1] / before[name][1]:.3f}"]
-        for name in shared
-    ]  # fmt: skip
-    screen.table("After over before (below 1: faster)", ["case", "before", "after", "fastest", "median"], rows)
-    left_out = len(before) + len(after) - 2 * len(shared)
-    if left_out:
-        screen.line(f"{left_out} entries are in only one of the files")
+def _show(results: list[Result], screen: Screen) -> None:
+    for threads in dict.fromkeys(result.threads for result in results):
+        group = [cell for cell in scores.cells(results) if cell.own.threads == threads]
+        names = [name for name in peers.NAMES if any(name in cell.peers for cell in group)]
+        header, rows = scores.table(group, names)
+        screen.table(f"{counted(threads, 'thread')}, fastest round", header, rows, text_columns=2)
+    for line in scores.legend():
+        screen.line(line)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+from pathlib import Path
 
 import numpy as np
 
@@ -34,6 +35,29 @@ def facts() -> dict[str, str]:
         "threads": f"{fastnorm.get_num_threads()} of {os.cpu_count()} CPUs" + _chosen_by("FASTNORM_NUM_THREADS"),
         "verification": "off" if verify in ("", "0") else f"on (by FASTNORM_VERIFY={verify})",
     }
+
+
+def machine() -> dict[str, str]:
+    """What a published figure needs to say about the machine; `bench --json` records it. Empty where it is not told."""
+    found: dict[str, str] = {"system": f"{platform.system()} {platform.release()}"}
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        fields = dict(line.split(":", 1) for line in reversed(lines) if ":" in line)
+        names = {name.strip(): value.strip() for name, value in fields.items()}
+        found["CPU"] = f"{names['model name']} (family {names['cpu family']}, model {names['model']})"
+    except (OSError, KeyError, ValueError):
+        found["CPU"] = platform.processor() or platform.machine()
+    for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        level, kind, size = ((index / name).read_text("utf-8").strip() for name in ("level", "type", "size"))
+        if kind != "Instruction":
+            found[f"L{level} cache"] = size
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        found["memory"] = f"{memory / 2**30:.0f} GB"
+        found["load before"] = ", ".join(f"{load:.1f}" for load in os.getloadavg())
+    except (AttributeError, ValueError, OSError):
+        pass
+    return found
 
 
 def _chosen_by(variable: str) -> str:

@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from fastnorm.cli.calls import Arrays, Options
+from fastnorm.cli.screen import UsageError
 
 Prepare = Callable[[str, Arrays, Options, int], "Callable[[], Any] | None"]
 
@@ -26,6 +27,14 @@ _PEERS = {
     "numba": ("with_numba", ("numba",)),
 }
 NAMES = tuple(_PEERS)
+# As the libraries write themselves, for pages and pictures.
+TITLES = {
+    "numpy": "NumPy",
+    "torch": "PyTorch",
+    "jax": "JAX",
+    "onnxruntime": "ONNX Runtime",
+    "numba": "numba",
+}
 
 
 def installed() -> dict[str, str]:
@@ -39,6 +48,20 @@ def _version(distribution: str) -> str | None:
         return version(distribution)
     except PackageNotFoundError:
         return None
+
+
+def chosen(wanted: str | None) -> list[str]:
+    """The peers that `--peers` names, every installed one by default; raises UsageError for any other."""
+    found = installed()
+    if wanted is None:
+        return list(found)
+    names = [name for name in wanted.split(",") if name]
+    for name in names:
+        if name not in NAMES:
+            raise UsageError(f"--peers {name}: unknown; there are {', '.join(NAMES)}")
+        if name not in found:
+            raise UsageError(f"--peers {name}: not installed here")
+    return names
 
 
 def load(name: str) -> ModuleType:

@@ -1,11 +1,12 @@
 """JAX on the CPU: the formulas in jax.numpy, compiled by jax.jit; gradients by jax.vjp after the forward has run.
 
-The thread count is XLA's own: one thread can only be asked for before JAX starts, through XLA_FLAGS.
+The number of threads can only be asked for before JAX starts: XLA's pool takes it from NPROC.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
@@ -17,8 +18,8 @@ _EPS = 1e-5
 
 
 def _start(threads: int) -> tuple[Any, Any]:
-    if threads == 1:
-        os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1")
+    if "jax" not in sys.modules:
+        os.environ.setdefault("NPROC", str(threads))
     jax = import_module("jax")
     jax.config.update("jax_enable_x64", True)
     return jax, import_module("jax.numpy")
@@ -37,11 +38,21 @@ def prepare(function: str, arrays: Arrays, options: Options, threads: int) -> Ca
         names = [name for name in names if name not in ("mean", "var")]
     if function.endswith("_backward"):
         _, pull = jax.vjp(lambda *values: operation(dict(zip(names, values, strict=True))), *(t[n] for n in names))
-        gradients = jax.jit(lambda pullback, dy: pullback(dy))
-        return lambda: jax.block_until_ready(gradients(pull, t["dy"]))
-    compiled = jax.jit(operation)
-    given = {name: t[name] for name in names}
-    return lambda: jax.block_until_ready(compiled(given))
+        return _reusing(jax, lambda pullback, dy: pullback(dy), pull, t["dy"])
+    return _reusing(jax, operation, {name: t[name] for name in names})
+
+
+def _reusing(jax: Any, function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
+    """Each call gives its predecessor's result back to be overwritten, so that no call maps new pages."""
+    last = jax.block_until_ready(jax.jit(function)(*arguments))
+    compiled = jax.jit(lambda old, *given: function(*given), donate_argnums=0, keep_unused=True)
+
+    def call() -> Any:
+        nonlocal last
+        last = jax.block_until_ready(compiled(last, *arguments))
+        return last
+
+    return call
 
 
 def _operation(jax: Any, jnp: Any, function: str, options: Options) -> Callable[[dict[str, Any]], Any]:
