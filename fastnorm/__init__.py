@@ -50,13 +50,13 @@ if _TYPE_CHECKING:
     from . import nn, preprocessing, regularization
 else:
 
-    def __getattr__(name):
+    def __getattr__(name: str) -> object:
         """The modules for training are imported when they are first asked for: a program of functions never pays."""
         if name in ("nn", "preprocessing", "regularization"):
             return _import_module(f"{__name__}.{name}")
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
-    def __dir__():
+    def __dir__() -> list[str]:
         return sorted({*globals(), *__all__})
 
 

@@ -265,6 +265,7 @@ class _ChannelNorm(_Norm):
     """A norm whose parameters run along the channels; with running statistics where they are asked for."""
 
     _buffer_names = ("running_mean", "running_var", "num_batches_tracked")
+    _least_rank = 2
 
     def __init__(
         self,
@@ -294,6 +295,7 @@ class _ChannelNorm(_Norm):
     def _checked(self, x: Any) -> tuple[Array, int]:
         """x, and its channel axis; the functions check all but a number of channels that no array tells them."""
         x = _check.array("x", x)
+        _check.rank("x", x, self._least_rank)
         axis = _check.axis("channel_axis", self.channel_axis, x.ndim)
         if self.weight is None and x.shape[axis] != self.num_features:
             raise ValueError(
@@ -452,6 +454,8 @@ class InstanceNorm(_ChannelNorm):
     D. Ulyanov, A. Vedaldi and V. Lempitsky, "Instance Normalization", 2016, arXiv:1607.08022.
     """
 
+    _least_rank = 3
+
     def __init__(
         self,
         num_features: int,
@@ -469,7 +473,6 @@ class InstanceNorm(_ChannelNorm):
         """Normalise x of shape (N, C, ...), or with the channels on `channel_axis`; the mode decides with what."""
         x, axis = self._checked(x)
         if self.running_mean is not None and not self.training:
-            _check.rank("x", x, 3)
             return self._with_running_statistics(x)
         batch = self._statistics(x, axis) if self.running_mean is not None and x.size > 0 else None
         y, self._cache = instance_norm_forward(x, self.weight, self.bias, channel_axis=self.channel_axis, eps=self.eps)
@@ -479,7 +482,6 @@ class InstanceNorm(_ChannelNorm):
 
     def _statistics(self, x: Array, axis: int) -> tuple[Array, Array]:
         """The averages over the samples of each channel's mean and unbiased variance."""
-        _check.rank("x", x, 3)
         sample_axis = 1 if axis == 0 else 0
         m = moments(x, tuple(a for a in range(x.ndim) if a not in (axis, sample_axis)))
         if m.count < 2:
@@ -567,6 +569,7 @@ class GroupNorm(_Norm):
     def forward(self, x: Any) -> Array:
         """Normalise x of shape (N, C, ...), or with the channels on `channel_axis`."""
         x = _check.array("x", x)
+        _check.rank("x", x, 2)
         axis = _check.axis("channel_axis", self.channel_axis, x.ndim)
         if self.weight is None and x.shape[axis] != self.num_channels:
             raise ValueError(

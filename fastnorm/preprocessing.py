@@ -406,6 +406,7 @@ class StandardScaler(_Scaler):
     F. Pedregosa et al., "Scikit-learn: Machine Learning in Python", JMLR 12, 2011.
     """
 
+    _seen_: _Moments
     mean_: Array | None
     var_: Array | None
     scale_: Array | None
