@@ -1,9 +1,9 @@
 """Claim 1 [A]: batch normalization injects noise of mean 0 and variance O(1/m), into activations and into gradients.
 
-A batch of m samples of a population gives every one of them xhat = (x - mu_B) / sigma_B instead of (x - mu) / sigma, and
-in the backward (1 / sigma_B) (g - mean(g) - xhat mean(g xhat)) instead of the same with expectations. The difference is
-noise. Measured: one fixed sample in thousands of batches of x ~ N(0, 1), g = 0.5 + 0.8 x + N(0, 1), in float64; the
-slope of log variance against log m over m = 8 ... 4096 (exact for large m: -1).
+A batch of m samples of a population gives every one of them xhat = (x - mu_B) / sigma_B instead of (x - mu) / sigma,
+and in the backward (1 / sigma_B) (g - mean(g) - xhat mean(g xhat)) instead of the same with expectations. The
+difference is noise. Measured: one fixed sample in thousands of batches of x ~ N(0, 1), g = 0.5 + 0.8 x + N(0, 1), in
+float64; the slope of log variance against log m over m = 8 ... 4096 (exact for large m: -1).
 
 Agrees when both slopes over m >= 64 are within 0.02 + 3 standard errors of -1 (0.02 bounds what terms in 1/m^2 do to
 them), those over all m are within 0.1, and no mean is further from 0 than 2/m + 4 standard errors.
@@ -59,7 +59,7 @@ def measure(seed: int, size: claim.Size) -> claim.Finding:
     )
     return claim.Finding(
         f"slopes {slopes['activation']:.3f} (activations), {slopes['gradient']:.3f} (gradients) over m = 8 ... 4096; "
-        f"{late_slopes['activation']:.3f}, {late_slopes['gradient']:.3f} ± {error:.3f} from m = 64 on",
+        f"{late_slopes['activation']:.3f}, {late_slopes['gradient']:.3f} from m = 64 on (standard error {error:.3f})",
         agrees,
         {
             "slope, activations": slopes["activation"],

@@ -2,8 +2,8 @@
 
 Along the gradient g of a step, theta(a) = theta - a g for a from 1/4 to 4 times the learning rate (same batch):
 the range of the loss L(theta(a)), the range of the gradient's change ||grad(theta(a)) - g||, and the effective
-beta-smoothness max_a ||grad(theta(a)) - g|| / ||a g||. Internal covariate shift: the gradient of a middle layer's weight
-before (G) and after (G') the earlier layers alone have taken their step, ||G - G'|| / ||G||.
+beta-smoothness max_a ||grad(theta(a)) - g|| / ||a g||. Internal covariate shift: the gradient of a middle layer's
+weight before (G) and after (G') the earlier layers alone have taken their step, ||G - G'|| / ||G||.
 
 Measured on the digits with and without BN, a network of six hidden layers of 64 units, gradient descent at rate 0.1:
 medians over the steps of training, mean over seeds. Agrees when the three ranges are smaller with BN, and the shift is
@@ -101,7 +101,14 @@ def measure(seed: int, size: claim.Size) -> claim.Finding:
         larger = [name for name, s in zip(NAMES, smoother, strict=False) if not s]
         seen = "; ".join(
             ([f"not smaller with BN here: {', '.join(larger)}"] if larger else [])
-            + (["the shift is smaller with BN here"] if shift_smaller else [])
+            + (
+                [
+                    f"BN makes the shift smaller here as well: the middle layer's gradient changes by "
+                    f"{medians['with'][3]:.2f} of its size with BN and by {medians['without'][3]:.2f} without"
+                ]
+                if shift_smaller
+                else []
+            )
         )
     return claim.Finding(
         f"with / without BN: {', '.join(words)}",

@@ -52,8 +52,8 @@ def measure(seed: int, size: claim.Size) -> claim.Finding:
     }
     cells = {kind: int((g >= ENOUGH).sum()) for kind, g in grids.items()}
     return claim.Finding(
-        f"largest rate with 90 % held-out accuracy: {largest['with']:g} with BN, {largest['without']:g} without; cells of "
-        f"the grid with 90 %: {cells['with']} of {len(RATES) * len(SCALES)} with, {cells['without']} without",
+        f"largest rate with 90 % held-out accuracy: {largest['with']:g} with BN, {largest['without']:g} without; cells "
+        f"of the grid with 90 %: {cells['with']} of {len(RATES) * len(SCALES)} with, {cells['without']} without",
         largest["with"] > largest["without"] and cells["with"] > cells["without"],
         {f"largest rate, {k}": v for k, v in largest.items()} | {f"cells, {k}": float(v) for k, v in cells.items()},
         data=grids,

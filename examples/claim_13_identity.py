@@ -1,8 +1,8 @@
 """Claim 13 [A, B]: weight and bias (gamma and beta) can undo the normalization and so restore expressive power.
 
 With gamma = sqrt(var + eps) and beta = mean of the batch, y = xhat gamma + beta = x: whatever the layer could express
-without BN it can express with it. Measured: the largest |y - x| over random batches of all kinds of scale and offset, in
-units of round-off of the largest |x| of the channel (u = 2^-24 for float32, 2^-53 for float64), and in evaluation as
+without BN it can express with it. Measured: the largest |y - x| over random batches of all kinds of scale and offset,
+in units of round-off of the largest |x| of the channel (u = 2^-24 for float32, 2^-53 for float64), and in evaluation as
 well as in training.
 
 Agrees when it is at most 8 u.

@@ -56,9 +56,9 @@ def measure(seed: int, size: claim.Size) -> claim.Finding:
     agrees = regression > 1 and regression > classification
     words = [claim.spread(list(runs[rate][:, k])) for k in (0, 2) for rate in (0.0, 0.5)]
     return claim.Finding(
-        f"held-out loss without / with dropout: regression {words[2]} / {words[3]} (x {regression:.2f}), classification "
-        f"{words[0]} / {words[1]} (x {classification:.2f}); accuracy {claim.percent(list(runs[0.0][:, 1]))} / "
-        f"{claim.percent(list(runs[0.5][:, 1]))}",
+        f"held-out loss without / with dropout: regression {words[2]} / {words[3]} (x {regression:.2f}), "
+        f"classification {words[0]} / {words[1]} (x {classification:.2f}); "
+        f"accuracy {claim.percent(list(runs[0.0][:, 1]))} / {claim.percent(list(runs[0.5][:, 1]))}",
         bool(agrees),
         {
             "regression, factor": regression,
