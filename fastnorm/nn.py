@@ -406,8 +406,6 @@ class BatchNorm(_ChannelNorm):
     def backward(self, dy: Any) -> Array:
         return self._keep(batch_norm_backward(dy, self._saved()))
 
-    backward.__doc__ = Layer.backward.__doc__
-
 
 class InstanceNorm(_ChannelNorm):
     """Instance normalization of any rank from 3, as PyTorch's InstanceNorm1d, InstanceNorm2d and InstanceNorm3d.
@@ -508,8 +506,6 @@ class InstanceNorm(_ChannelNorm):
         found = (batch_norm_backward if cache.function == "batch_norm" else instance_norm_backward)(dy, cache)
         return self._keep(found)
 
-    backward.__doc__ = Layer.backward.__doc__
-
 
 class GroupNorm(_Norm):
     """Group normalization of any rank, as PyTorch's GroupNorm.
@@ -583,8 +579,6 @@ class GroupNorm(_Norm):
 
     def backward(self, dy: Any) -> Array:
         return self._keep(group_norm_backward(dy, self._saved()))
-
-    backward.__doc__ = Layer.backward.__doc__
 
     def _describe(self) -> str:
         return (
@@ -678,8 +672,6 @@ class LayerNorm(_RowNorm):
     def backward(self, dy: Any) -> Array:
         return self._keep(layer_norm_backward(dy, self._saved()))
 
-    backward.__doc__ = Layer.backward.__doc__
-
 
 class RMSNorm(_RowNorm):
     """Root-mean-square normalization over the last axes, as PyTorch's RMSNorm.
@@ -733,8 +725,6 @@ class RMSNorm(_RowNorm):
     def backward(self, dy: Any) -> Array:
         return self._keep(rms_norm_backward(dy, self._saved()))
 
-    backward.__doc__ = Layer.backward.__doc__
-
 
 def _stream(rng: Any) -> Philox | np.random.Generator:
     """Where a layer's masks come from, call after call: a seed starts a stream, others are used as they are."""
@@ -785,8 +775,6 @@ class Dropout(Layer):
     def backward(self, dy: Any) -> Array:
         return dropout_backward(dy, self._saved())
 
-    backward.__doc__ = Layer.backward.__doc__
-
     def _describe(self) -> str:
         return f"p={self.p:g}, rng={self.rng!r}" + (f", shared_axes={self.shared_axes}" if self.shared_axes else "")
 
@@ -828,8 +816,6 @@ class DropConnect(Layer):
 
     def backward(self, dy: Any) -> Array:
         return drop_connect_backward(dy, self._saved())
-
-    backward.__doc__ = Layer.backward.__doc__
 
     def _describe(self) -> str:
         return f"p={self.p:g}, rng={self.rng!r}"
