@@ -21,6 +21,7 @@ from fastnorm import nn
 
 CLAIM = claim.Claim(11, "D", "LN fits a classifier worse than BN when the norm of an example carries information")
 FACTORS = np.array([0.5, 1, 2, 4], np.float32)
+EARLY = 0.1
 NORMS = {"plain": None, "LN": nn.LayerNorm, "BN": nn.BatchNorm}
 
 
@@ -33,6 +34,11 @@ def losses(seed: int, norm: Any, epochs: int) -> Array:
     net = mlp([64, 128, 128, len(FACTORS)], rng, norm)
     found = fit(net, x, classes, Adam(net), rng, epochs=epochs)
     return np.reshape(found, (epochs, -1)).mean(axis=1)
+
+
+def epochs_until(curve: Array) -> str:
+    below = np.flatnonzero(curve < EARLY)
+    return str(1 + below[0]) if len(below) else f"more than {len(curve)}"
 
 
 def measure(seed: int, size: claim.Size) -> claim.Finding:
@@ -49,7 +55,8 @@ def measure(seed: int, size: claim.Size) -> claim.Finding:
         agrees,
         {f"final loss, {kind}": float(v.mean()) for kind, v in final.items()}
         | {"difference": float(difference.mean()), "standard error": error},
-        "" if agrees else f"LN minus BN is {difference.mean():.3g}, with a standard error of {error:.2g}",
+        f"LN minus BN is {difference.mean():.3g}, with a standard error of {error:.2g}; epochs until the loss is below "
+        f"{EARLY}: " + ", ".join(f"{kind} {epochs_until(each.mean(axis=0))}" for kind, each in curves.items()),
         data=curves,
     )
 

@@ -1,6 +1,6 @@
 """`python -m examples.run_all`: every claim of the notes measured, as a table, and on one page with every picture.
 
-The page is Markdown (with `--page FILE`, default claims-report/claims.md) and its pictures lie in a folder beside it;
+The page is Markdown (`--page FILE`, by default claims-report/claims.md) and its pictures lie in a folder beside it;
 docs/claims.md is such a page. What a claim is and when it counts as true stands in its script; this one only runs them.
 """
 
@@ -36,8 +36,12 @@ notes are named by letter: A, proofs on dropout and batch norm as regularisers; 
 arXiv:1805.11604; D, normalization and regularization; E, why dropout and batch norm together can hurt.
 
 This page is written by the run: `{command}`
-({versions}; {seconds:.0f} s on {cpus} CPUs). Another seed is `--seed 1`, a longer run `--full`.
+({versions}; {seconds:.0f} s on {cpus} CPUs).
+{shorter}
 """
+SHORTER = """Its last column is whether the claim agrees in the run that takes a minute or two, without `--full`,
+which has fewer seeds and trains for fewer epochs: where the two differ, the claim depends on that."""
+LONGER = "Another seed is `--seed 1`; `--full` has more seeds and trains for longer."
 
 
 def examples() -> list[ModuleType]:
@@ -56,6 +60,7 @@ def write_page(
     options: argparse.Namespace,
     seconds: float,
     pictures: dict[int, Path],
+    usual: dict[int, claim.Finding],
 ) -> None:
     """The table of all claims, then a section for each with its picture."""
     flags = "" if options.size == "usual" else f" --{options.size}"
@@ -65,25 +70,32 @@ def write_page(
         versions=f"fastnorm {fn.__version__}, NumPy {np.__version__}, Python {platform.python_version()}",
         seconds=seconds,
         cpus=os.cpu_count(),
+        shorter=SHORTER if usual else LONGER,
     )
-    rows = ["| | claim | notes | measured | agrees |", "|---|---|---|---|---|"]
+    extra = " shorter run |" if usual else ""
+    rows = [f"| | claim | notes | measured | agrees |{extra}", "|---|---|---|---|---|" + "---|" * bool(extra)]
     sections = []
     for module, finding, _ in found:
         c, script = module.CLAIM, Path(str(module.__file__))
         agrees = "yes" if finding.agrees else "**no**"
-        rows.append(f"| {c.number} | {cell(c.text)} | {c.notes} | {cell(finding.measured)} | {agrees} |")
+        row = f"| {c.number} | {cell(c.text)} | {c.notes} | {cell(finding.measured)} | {agrees} |"
+        rows.append(row + (f" {'yes' if usual[c.number].agrees else '**no**'} |" if usual else ""))
         link = Path(os.path.relpath(script, page.parent)).as_posix()
         section = [f"## {c.number}. {c.text[0].upper()}{c.text[1:]}\n"]
         section.append(f"Notes {c.notes}; [{script.name}]({link}) has the formula and the rule.\n")
         section.append(f"Measured: {finding.measured}. Agrees: **{'yes' if finding.agrees else 'no'}**.\n")
         if finding.seen:
             section.append(f"Seen: {finding.seen}.\n")
+        if usual:
+            there = usual[c.number]
+            section.append(f"In the shorter run: {there.measured}. Agrees: **{'yes' if there.agrees else 'no'}**.\n")
         if c.number in pictures:
             where = pictures[c.number].relative_to(page.parent).as_posix()
             section.append(f"![{cell(c.text)}]({where})\n")
         sections.append("\n".join(section))
-    held = sum(finding.agrees for _, finding, _ in found)
-    summary = f"{held} of {len(found)} agree.\n"
+    failed = [str(module.CLAIM.number) for module, finding, _ in found if not finding.agrees]
+    summary = f"{len(found) - len(failed)} of {len(found)} agree."
+    summary += f" Those that do not: {', '.join(failed)}.\n" if failed else "\n"
     page.write_text("\n".join([head, "\n".join(rows), "", summary, *sections]), encoding="utf-8")
 
 
@@ -99,7 +111,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not chosen or options.seed < 0:
         screen.error(f"no claim with a number of {options.only}" if not chosen else "--seed must be 0 or more")
         return 2
-    found, pictures = [], {}
+    found, pictures, usual = [], {}, {}
     folder = page.parent / page.stem
     (folder if optional("matplotlib") else page.parent).mkdir(parents=True, exist_ok=True)
     with screen.progress("claims", len(chosen)) as advance:
@@ -107,6 +119,8 @@ def main(arguments: list[str] | None = None) -> int:
             began = time.perf_counter()
             finding = module.measure(options.seed, options.size)
             found.append((module, finding, time.perf_counter() - began))
+            if options.size == "full":
+                usual[module.CLAIM.number] = module.measure(options.seed, "usual")
             if optional("matplotlib"):
                 pictures[module.CLAIM.number] = folder / f"{Path(str(module.__file__)).stem}.png"
                 claim.draw(module.CLAIM, finding, module.plot, str(pictures[module.CLAIM.number]))
@@ -122,7 +136,7 @@ def main(arguments: list[str] | None = None) -> int:
         for m, finding, took in found
     ]
     screen.table("The notes' claims", ["", "claim", "agrees", "seconds"], rows, text_columns=3)
-    write_page(page, found, options, seconds, pictures)
+    write_page(page, found, options, seconds, pictures, usual)
     screen.line(f"page: {page}" + ("" if pictures else " (no pictures: pip install '.[examples]')"))
     if options.json:
         numbers = {m.CLAIM.number: {"agrees": finding.agrees, **finding.numbers} for m, finding, _ in found}
