@@ -83,7 +83,7 @@ def measure(seed: int, size: claim.Size) -> claim.Finding:
         not failed,
         {f"held-out error, {kind}": float(r[:, 0].mean()) for kind, r in runs.items()}
         | {f"error under attack, {kind}": float(r[:, 1].mean()) for kind, r in runs.items()},
-        f"not lower here: {' and '.join(f'{k} ({-100 * lower[k].mean():+.1f} points)' for k in failed)}"
+        f"not lower here: {' and '.join(f'{k} ({0 - 100 * lower[k].mean():+.1f} points)' for k in failed)}"
         if failed
         else "",
         data=runs,
