@@ -53,13 +53,16 @@ void fill(Operand& to, const PlanInput& input, const PlanInput::Array& from, con
   to.aligned = bits % static_cast<uint64_t>(input.itemsize) == 0;
 }
 
-Blocks cut(int64_t elements, int64_t run) {
+}  // namespace
+
+Blocks cut_blocks(int64_t elements, int64_t run) {
   Blocks blocks;
   blocks.total = elements;
   if (run >= kShortRun) {
     blocks.run = run;
     blocks.per_run = (run + kBlock - 1) / kBlock;
-    blocks.length = (run + blocks.per_run - 1) / blocks.per_run;
+    // A multiple of what sums are made of, so that a cut run is added up like a whole one.
+    blocks.length = ((run + blocks.per_run - 1) / blocks.per_run + kSumLeaf - 1) / kSumLeaf * kSumLeaf;
   } else {
     blocks.run = blocks.length = kBlock / run * run;
   }
@@ -67,8 +70,6 @@ Blocks cut(int64_t elements, int64_t run) {
   blocks.count = runs * blocks.per_run;
   return blocks;
 }
-
-}  // namespace
 
 Plan make_plan(const PlanInput& input) {
   Plan plan;
@@ -96,17 +97,22 @@ Plan make_plan(const PlanInput& input) {
   plan.params_per_set = param_total;
 
   const Role near_role = nearest >= 0 ? input.role[nearest] : Role::reduce;
+  const bool reduces = has_axis(input, Role::reduce);
+  int column_axis = -1, columns_owner = -1;
   if (near_role == Role::set && param_total == 1 && input.centred) {
     plan.family = Family::column;
-  } else if (near_role == Role::param || (param_total > 1 && !has_axis(input, Role::reduce))) {
-    plan.family = Family::row;
+    column_axis = nearest;
+  } else if (near_role == Role::param && reduces) {
+    // Group norm, channels last: the channels are the columns, each group of them a set.
+    plan.family = Family::column;
+    column_axis = nearest;
+    columns_owner = nearest - 1;
   } else {
-    plan.family = Family::channel;
+    plan.family = near_role == Role::param || (param_total > 1 && !reduces) ? Family::row : Family::channel;
   }
-  const int column_axis = plan.family == Family::column ? nearest : -1;
 
   for (int axis = 0; axis < input.rank; ++axis) {
-    if (input.size[axis] == 1 || axis == column_axis) continue;
+    if (input.size[axis] == 1 || axis == column_axis || axis == columns_owner) continue;
     (input.role[axis] == Role::set ? set : input.role[axis] == Role::param ? param : reduce).push(axis);
   }
   set.sort_by(input.x.stride);
@@ -131,6 +137,13 @@ Plan make_plan(const PlanInput& input) {
     plan.column_stat = input.set_stride[column_axis];
     plan.column_param = owned_stride[column_axis];
   }
+  if (columns_owner >= 0) {
+    plan.param_order.push(plan.columns, 1);
+    plan.columns_per_set = plan.columns;
+    plan.columns *= input.size[columns_owner];
+    plan.column_stat = input.set_stride[columns_owner];
+    plan.column_param = 1;
+  }
   fill(plan.x, input, input.x, set, segment, element, column_axis);
   fill(plan.y, input, input.y, set, segment, element, column_axis);
   fill(plan.dy, input, input.dy, set, segment, element, column_axis);
@@ -142,8 +155,9 @@ Plan make_plan(const PlanInput& input) {
   for (int i = 0; i < segment.count; ++i) whole.push(segment.axis[i]);
   if (segment.count > 0) whole.sort_by(input.x.stride);
   for (int i = 0; i < whole.count; ++i) plan.whole.push(input.size[whole.axis[i]], input.x.stride[whole.axis[i]]);
-  plan.blocks = cut(plan.elements, plan.family == Family::row ? plan.params_per_set : plan.x.element.inner_size());
-  plan.whole_blocks = segment.count > 0 ? cut(plan.whole.count, plan.whole.inner_size()) : plan.blocks;
+  plan.blocks =
+      cut_blocks(plan.elements, plan.family == Family::row ? plan.params_per_set : plan.x.element.inner_size());
+  plan.whole_blocks = segment.count > 0 ? cut_blocks(plan.whole.count, plan.whole.inner_size()) : plan.blocks;
   return plan;
 }
 

@@ -65,8 +65,8 @@ struct Operand {
 // Which axis runs along memory, and therefore which kernel reads it well.
 enum class Family {
   channel,  // REDUCE runs along memory: a set is `segments` runs of `elements`, each with one weight
-  row,      // PARAM runs along memory: a set is one run of `elements`, the weights repeat every `params_per_set`
-  column,   // SET runs along memory: `columns` neighbouring sets are worked on together
+  row,      // PARAM runs along memory and there is no REDUCE axis: a set is one run of `elements`, a weight for each
+  column,   // neighbouring values have weights of their own, and REDUCE axes lie outside: `columns` worked on together
 };
 
 // The fixed cut of a segment's elements into blocks: it depends on x's shape and layout alone, never on threads.
@@ -89,16 +89,20 @@ struct Blocks {
 
 // A block of doubles is 8 KB: its second reading comes from the nearest cache, and a thread's stack holds several.
 constexpr int64_t kBlock = 1024;
+constexpr int64_t kSumLeaf = 128;   // divides kBlock
 constexpr int64_t kShortRun = 512;  // shorter runs share a block
 // Blocks in a chunk, which is what one thread takes of a set.
 constexpr int64_t kChunkBlocks = 64;
-constexpr int64_t kColumnTile = 64;  // columns worked on together
-constexpr int64_t kColumnRows = 64;  // rows of a column block
+constexpr int64_t kColumnTile = 256;  // columns worked on together
+
+// The fixed cut of `elements`, of which runs of `run` lie together.
+Blocks cut_blocks(int64_t elements, int64_t run);
 
 struct Plan {
   Family family = Family::row;
-  int64_t sets = 1;            // SET walk; in Family::column without the column axis
-  int64_t columns = 1;         // sets next to each other (Family::column), else 1
+  int64_t sets = 1;     // SET walk; in Family::column without the column axis
+  int64_t columns = 1;  // neighbouring values with weights of their own (Family::column), else 1
+  int64_t columns_per_set = 1;
   int64_t segments = 1;        // per set
   int64_t elements = 1;        // per segment
   int64_t params = 1;          // length of weight and bias

@@ -2,9 +2,13 @@
 // ones. Checks what memory safety needs (dtypes, shapes, writeable results, axes); messages for users are
 // fastnorm/_check.py's. Results are filled, never allocated here, so that nothing can fail once a stream's offset has
 // been taken.
+#include <pybind11/stl.h>
+
 #include <cmath>
+#include <vector>
 
 #include "arrays.hpp"
+#include "interpreter.hpp"
 #include "kernel_table.hpp"
 #include "parallel.hpp"
 

@@ -9,43 +9,81 @@ namespace {
 
 struct SegmentSums {
   Sum dy, dy_xhat;
+  double size = 0;  // about the sum of |dy|: float32 only
   void add(const SegmentSums& other) {
     dy.add(other.dy);
     dy_xhat.add(other.dy_xhat);
+    size += other.size;
+  }
+};
+
+// The sums of one unit, weighted or not. Float32 data is added in plain lanes of double; float64 data has no digits to
+// spare and is added in trees.
+template <class T, class WeightAt>
+FASTNORM_LOOPS inline SegmentSums unit_sums(const Plan& plan, int64_t run, int64_t set, int64_t unit,
+                                            const Statistic& s, const WeightAt& weight_at) {
+  const Operands<2, false> operands{{&plan.x, &plan.dy}, nullptr};
+  const Centre<T, double> centre(s);
+  const Pack<double> rstd(s.rstd);
+  SegmentSums total;
+  PackPair lanes{0.0, 0.0};
+  PairTree tree;
+  Size size;
+  visit_unit<T>(plan, operands, run, set, unit, [&](const T* const* in, T*, int64_t first, int64_t n) {
+    const T *x = in[0], *dy = in[1];
+    const auto weight = weight_at(first);
+    const auto terms = [&](auto at) { return gradient_terms(at, x, dy, centre, rstd, weight); };
+    if constexpr (kMayOverflow<T>) {
+      tree.push(tree_sums(0, n, terms));
+    } else {
+      PackPair inner = lanes;
+      Size inner_size = size;
+      for_packs(n, [&](auto at) {
+        inner += terms(at);
+        inner_size.add(at, dy);
+      });
+      lanes = inner;
+      size = inner_size;
+    }
+  });
+  const Pair sums = fold(kMayOverflow<T> ? tree.total() : lanes);
+  total.dy.add(sums.first);
+  total.dy_xhat.add(sums.second);
+  total.size = kMayOverflow<T> ? 0 : size.total();
+  return total;
+}
+
+// The means that the input gradient subtracts, and whether float32 can hold what is made of them.
+struct GradientMeans {
+  double a = 0, b = 0;
+  bool in_float = false;
+
+  template <class T>
+  static GradientMeans of(const Sum& a, const Sum& b, double size, double count, bool centred, bool plain_weights,
+                          const Statistic& s) {
+    GradientMeans means;
+    means.a = centred ? a.value() / count : 0;
+    means.b = b.value() / count;
+    means.in_float = !kMayOverflow<T> && plain_weights && fits(s) && (moderate(size / count) || size == 0) &&
+                     std::fabs(means.a) < 0x1p100 && std::fabs(means.b * s.rstd) < 0x1p100;
+    return means;
   }
 };
 
 template <class T>
-inline SegmentSums channel_unit_sums(const Plan& plan, int64_t set, int64_t unit, const Statistic& s) {
-  Buffers<T> buffers;
-  const int64_t segment = segment_of(plan, unit);
-  const Port<T> x = port<T>(plan.x, set, segment), dy = port<T>(plan.dy, set, segment);
-  SegmentSums total;
-  for_unit_blocks(plan, unit, [&](int64_t start, int64_t n) {
-    const Pair sums = gradient_sums(x.read(start, n, buffers.x), dy.read(start, n, buffers.dy), n, s, Same{1});
-    total.dy.add(sums.first);
-    total.dy_xhat.add(sums.second);
-  });
-  return total;
-}
-
-template <class T>
-inline void channel_unit_gradient(const Plan& plan, const NormArgs<T>& args, int64_t set, int64_t unit,
-                                  const Statistic& s, double a, double b) {
-  Buffers<T> buffers;
-  const int64_t segment = segment_of(plan, unit);
-  const Same weight{args.weight ? static_cast<double>(args.weight[plan.set_param.offset(set) + segment]) : 1};
-  const Port<T> x = port<T>(plan.x, set, segment), dy = port<T>(plan.dy, set, segment),
-                dx = port<T>(plan.dx, set, segment);
-  for_unit_blocks(plan, unit, [&](int64_t start, int64_t n) {
-    const T* g = dy.read(start, n, buffers.dy);
-    T* to = dx.open(start, n, buffers.out);
-    if (args.constant_stats) {
-      input_gradient_constant(g, to, n, s, weight);
-    } else {
-      input_gradient(x.read(start, n, buffers.x), g, to, n, s, weight, a, b);
+FASTNORM_LOOPS inline void channel_unit_gradient(const Plan& plan, const NormArgs<T>& args, int64_t run, int64_t set,
+                                                 int64_t unit, const Statistic& s, const GradientMeans& means) {
+  const int64_t param = plan.set_param.offset(set) + segment_of(plan, unit);
+  const double weight = args.weight ? static_cast<double>(args.weight[param]) : 1;
+  const Operands<2, true> operands{{&plan.x, &plan.dy}, &plan.dx};
+  visit_unit<T>(plan, operands, run, set, unit, [&](const T* const* in, T* dx, int64_t, int64_t n) {
+    const T *x = in[0], *dy = in[1];
+    if (args.constant_stats) return input_gradient_constant(dy, dx, n, s, Same<double>(weight));
+    const auto along = [&](const auto& gradient) { for_packs(n, [&](auto at) { at.store(dx, gradient(at, x, dy)); }); };
+    if constexpr (!kMayOverflow<T>) {
+      if (means.in_float) return along(InputGradient<T, T, Same<T>>(s, means.a, means.b, Same<T>(weight)));
     }
-    dx.commit(start, n, buffers.out, to);
+    along(InputGradient<T, double, Same<double>>(s, means.a, means.b, Same<double>(weight)));
   });
 }
 
@@ -66,41 +104,54 @@ inline bool reduce_parameter_gradients(const Plan& plan, const NormArgs<T>& args
 }
 
 template <class T>
+inline GradientMeans channel_means(const Plan& plan, const NormArgs<T>& args, int64_t set, const Statistic& s,
+                                   const SegmentSums* sums) {
+  const int64_t param = plan.set_param.offset(set);
+  Sum a, b;
+  double size = 0;
+  bool plain_weights = true;
+  for (int64_t segment = 0; segment < plan.segments; ++segment) {
+    const double weight = args.weight ? static_cast<double>(args.weight[param + segment]) : 1;
+    a.add(weight * sums[segment].dy.value());
+    b.add(weight * sums[segment].dy_xhat.value());
+    size += sums[segment].size;
+    plain_weights = plain_weights && moderate(weight);
+  }
+  return GradientMeans::of<T>(a, b, size, static_cast<double>(plan.set_size()), args.centred, plain_weights, s);
+}
+
+template <class T>
 bool channel_backward(const Plan& plan, const NormArgs<T>& args) {
   const int64_t units = units_per_set(plan), chunks = chunks_per_segment(plan), segments = plan.segments;
+  const int64_t run = shared_run<T>(plan, {&plan.x, &plan.dy, &plan.dx});
   const bool split = split_sets(plan);
   const Workspace<SegmentSums> sums(plan.sets * segments), partial(split ? plan.sets * units : 0);
   if (!sums || !partial) return false;
 
   const auto statistic = [&](int64_t set) { return kept_statistic(plan, args, set); };
-  const auto gradient = [&](int64_t set, int64_t first_unit, int64_t end_unit) {
-    const Statistic s = statistic(set);
-    const int64_t param = plan.set_param.offset(set);
-    Sum a, b;
-    for (int64_t segment = 0; segment < segments; ++segment) {
-      const double weight = args.weight ? static_cast<double>(args.weight[param + segment]) : 1;
-      a.add(weight * sums[set * segments + segment].dy.value());
-      b.add(weight * sums[set * segments + segment].dy_xhat.value());
+  const auto measure = [&](int64_t set, int64_t unit, const Statistic& s) {
+    return unit_sums<T>(plan, run, set, unit, s, [](int64_t) { return None{}; });
+  };
+  const auto gradient = [&](int64_t set, int64_t first_unit, int64_t end_unit, const Statistic& s) {
+    const GradientMeans means = channel_means(plan, args, set, s, &sums[set * segments]);
+    for (int64_t unit = first_unit; unit < end_unit; ++unit) {
+      channel_unit_gradient(plan, args, run, set, unit, s, means);
     }
-    const double count = static_cast<double>(plan.set_size());
-    const double mean_a = args.centred ? a.value() / count : 0, mean_b = b.value() / count;
-    for (int64_t unit = first_unit; unit < end_unit; ++unit)
-      channel_unit_gradient(plan, args, set, unit, s, mean_a, mean_b);
   };
 
   if (split) {
-    parallel_for(plan.threads, plan.sets * units, [&](int64_t i) {
-      partial[i] = channel_unit_sums<T>(plan, i / units, i % units, statistic(i / units));
-    });
+    parallel_for(plan.threads, plan.sets * units,
+                 [&](int64_t i) { partial[i] = measure(i / units, i % units, statistic(i / units)); });
     for (int64_t i = 0; i < plan.sets * units; ++i) sums[i / chunks].add(partial[i]);
-    parallel_for(plan.threads, plan.sets * units, [&](int64_t i) { gradient(i / units, i % units, i % units + 1); });
+    parallel_for(plan.threads, plan.sets * units,
+                 [&](int64_t i) { gradient(i / units, i % units, i % units + 1, statistic(i / units)); });
   } else {
-    parallel_for(plan.threads, plan.sets, [&](int64_t set) {
-      const Statistic s = statistic(set);
-      for (int64_t unit = 0; unit < units; ++unit) {
-        sums[set * segments + unit / chunks].add(channel_unit_sums<T>(plan, set, unit, s));
+    for_set_groups<T>(plan, [&](int64_t begin, int64_t end) {
+      for (int64_t set = begin; set < end; ++set) {
+        const Statistic s = statistic(set);
+        for (int64_t unit = 0; unit < units; ++unit) sums[set * segments + unit / chunks].add(measure(set, unit, s));
+        gradient(set, 0, units, s);
       }
-      gradient(set, 0, units);
     });
   }
   return reduce_parameter_gradients(

@@ -1,114 +1,91 @@
-// The only reduction loop of the project: a fixed number of accumulators and a fixed tree, so that a sum has the same
-// bits at every instruction-set level. A plain `reduction(+:s)` would leave the order to the compiler (and be one
-// latency chain).
+// The only reduction loop of the project: a fixed number of lanes and a fixed tree, so that a sum has the same bits at
+// every instruction-set level. A plain `reduction(+:s)` would leave the order to the compiler (and be one latency
+// chain).
 //
 // The tree goes all the way down: equal terms, as two-valued data have them, round the same way at every step of a
 // plain chain, which costs float64 sums of 2048 such terms a dozen units in the last place. Added in pairs they are
-// exact.
+// exact. (Sums of float32 data in double have digits to spare; moments.hpp adds those in plain lanes.)
 #pragma once
 
 #include <cstdint>
 
+#include "isa/vec.hpp"
+#include "plan.hpp"
+
 namespace fastnorm {
 namespace {
-
-constexpr int kLanes = 32;
 
 struct Pair {
   double first, second;
 };
 
-// Accumulators for one sum or for two. Arrays with names of their own: an array of arrays is not kept in registers.
-template <int kWidth>
-struct One {
-  using Term = double;
-  double first[kWidth];
-
-  void clear(int lane) { first[lane] = 0; }
-  void add(int lane, double term) { first[lane] += term; }
-  void add_pair(int lane, double a, double b) { first[lane] += a + b; }
-  void add(int lane, const One& other, int from) { first[lane] += other.first[from]; }
-  double get(int lane) const { return first[lane]; }
+// Two sums side by side.
+struct PackPair {
+  Pack<double> first, second;
+  FASTNORM_INLINE PackPair& operator+=(const PackPair& other) {
+    first += other.first;
+    second += other.second;
+    return *this;
+  }
+  FASTNORM_INLINE friend PackPair operator+(PackPair a, const PackPair& b) { return a += b; }
 };
 
-template <int kWidth>
-struct Two {
-  using Term = Pair;
-  double first[kWidth], second[kWidth];
+FASTNORM_INLINE Pair fold(const PackPair& pair) { return {fold(pair.first), fold(pair.second)}; }
 
-  void clear(int lane) { first[lane] = second[lane] = 0; }
-  void add(int lane, Pair term) {
-    first[lane] += term.first;
-    second[lane] += term.second;
-  }
-  void add_pair(int lane, Pair a, Pair b) {
-    first[lane] += a.first + b.first;
-    second[lane] += a.second + b.second;
-  }
-  void add(int lane, const Two& other, int from) {
-    first[lane] += other.first[from];
-    second[lane] += other.second[from];
-  }
-  Pair get(int lane) const { return {first[lane], second[lane]}; }
-};
+FASTNORM_INLINE PackPair first_lanes_of(const PackPair& pair, int64_t count) {
+  return {first_lanes_of(pair.first, count), first_lanes_of(pair.second, count)};
+}
 
-constexpr int kLeaf = 8 * kLanes;  // terms summed without recursion: chains of four pairs
+constexpr int64_t kLeaf = kSumLeaf;  // terms summed without recursion
+static_assert(kLeaf == 8 * kPack, "a leaf is eight packs");
 
-// Lane by lane, the sums of term(i) over the i of [first, first + n) with (i - first) % kLanes == lane; n <= kLeaf.
-template <class Lanes, class Term>
-inline Lanes leaf_sums(int64_t first, int n, const Term& term) {
-  Lanes lanes;
-  for (int lane = 0; lane < kLanes; ++lane) lanes.clear(lane);
-  if (n == kLeaf) {  // a constant count, so that the accumulators stay in registers
-    for (int step = 0; step < kLeaf; step += 2 * kLanes) {
-#pragma omp simd
-      for (int lane = 0; lane < kLanes; ++lane) {
-        lanes.add_pair(lane, term(first + step + lane), term(first + step + kLanes + lane));
-      }
-    }
-    return lanes;
-  }
-  int step = 0;
-  for (; step + kLanes <= n; step += kLanes) {
-#pragma omp simd
-    for (int lane = 0; lane < kLanes; ++lane) lanes.add(lane, term(first + step + lane));
-  }
-  const int rest = n - step;
-#pragma omp simd
-  for (int lane = 0; lane < rest; ++lane) lanes.add(lane, term(first + step + lane));
+// The terms of [first, first + n), n <= kLeaf, lane by lane.
+template <class Term>
+FASTNORM_LOOPS inline auto leaf_sums(int64_t first, int64_t n, const Term& term) {
+  const auto whole = [&](int64_t i) { return term(Whole{first + i * kPack}); };
+  if (n == kLeaf)
+    return ((whole(0) + whole(1)) + (whole(2) + whole(3))) + ((whole(4) + whole(5)) + (whole(6) + whole(7)));
+  const int64_t full = n / kPack, rest = n % kPack;
+  const auto part = [&] { return first_lanes_of(term(Partial{first + full * kPack, rest}), rest); };
+  if (full == 0) return part();
+  auto lanes = whole(0);
+  for (int64_t i = 1; i < full; ++i) lanes += whole(i);
+  if (rest > 0) lanes += part();
   return lanes;
 }
 
-template <class Lanes, class Term>
-inline Lanes tree_sums(int64_t first, int64_t n, const Term& term) {
-  if (n <= kLeaf) return leaf_sums<Lanes>(first, static_cast<int>(n), term);
+template <class Term>
+inline auto tree_sums(int64_t first, int64_t n, const Term& term) -> decltype(term(Whole{0})) {
+  if (n <= kLeaf) return leaf_sums(first, n, term);
   const int64_t half = (n / 2 + kLeaf - 1) / kLeaf * kLeaf;
-  Lanes left = tree_sums<Lanes>(first, half, term);
-  const Lanes right = tree_sums<Lanes>(first + half, n - half, term);
-#pragma omp simd
-  for (int lane = 0; lane < kLanes; ++lane) left.add(lane, right, lane);
-  return left;
+  return tree_sums(first, half, term) + tree_sums(first + half, n - half, term);
 }
 
-// Sum of term(i) over i in [0, n), in double; term gives a double (One) or a Pair (Two).
-template <class Lanes, class Term>
-inline typename Lanes::Term lane_sums(int64_t n, const Term& term) {
-  Lanes lanes = tree_sums<Lanes>(0, n, term);
-  for (int width = kLanes / 2; width > 0; width /= 2) {
-#pragma omp simd
-    for (int lane = 0; lane < width; ++lane) lanes.add(lane, lanes, lane + width);
+// The same tree over sums that come one after the other, of runs that memory keeps apart.
+class PairTree {
+ public:
+  void push(PackPair sums) {
+    int level = 0;
+    for (uint64_t taken = count_++; taken & 1; taken >>= 1) sums = levels_[level++] + sums;
+    levels_[level] = sums;
   }
-  return lanes.get(0);
-}
+  PackPair total() const {
+    PackPair sums{0.0, 0.0};
+    for (int level = 0; count_ >> level; ++level) {
+      if (count_ >> level & 1) sums = levels_[level] + sums;
+    }
+    return sums;
+  }
 
-template <class Term>
-inline double sum(int64_t n, const Term& term) {
-  return lane_sums<One<kLanes>>(n, term);
-}
+ private:
+  uint64_t count_ = 0;
+  PackPair levels_[40];
+};
 
+// The sum of term(place) over a run of n >= 1 values; term gives a Pack<double> or a PackPair.
 template <class Term>
-inline Pair sum_pairs(int64_t n, const Term& term) {
-  return lane_sums<Two<kLanes>>(n, term);
+inline auto sum(int64_t n, const Term& term) {
+  return fold(tree_sums(0, n, term));
 }
 
 }  // namespace

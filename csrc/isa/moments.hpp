@@ -112,17 +112,23 @@ inline Moments moments_about(double pivot, double count, double sum, double squa
   return moments;
 }
 
-// Moments of n contiguous values times `scale` (a power of two; 1 unless the plain values overflow or underflow).
+// Values of x at a place, in double, times `scale` (a power of two; 1 unless the plain values overflow or underflow).
+template <class T, class At>
+FASTNORM_INLINE Pack<double> wide(At at, const T* x, const Pack<double>& scale) {
+  const Pack<double> values = at.template load<double>(x);
+  return kMayOverflow<T> ? values * scale : values;
+}
+
+// Moments of n contiguous values times `scale`.
 template <class T>
 inline Moments block_moments(const T* x, int64_t n, double scale) {
   const double count = static_cast<double>(n);
-  const auto value = [=](int64_t i) {
-    return kMayOverflow<T> ? static_cast<double>(x[i]) * scale : static_cast<double>(x[i]);
-  };
-  const double pivot = sum(n, value) / count;
-  const Pair sums = sum_pairs(n, [=](int64_t i) {
-    const double d = value(i) - pivot;
-    return Pair{d, d * d};
+  const Pack<double> scales(scale);
+  const double pivot = sum(n, [&](auto at) { return wide(at, x, scales); }) / count;
+  const Pack<double> pivots(pivot);
+  const Pair sums = sum(n, [&](auto at) {
+    const Pack<double> d = wide(at, x, scales) - pivots;
+    return PackPair{d, d * d};
   });
   return moments_about(pivot, count, sums.first, sums.second);
 }
@@ -130,13 +136,58 @@ inline Moments block_moments(const T* x, int64_t n, double scale) {
 // The same around zero, for RMS norm.
 template <class T>
 inline Moments block_squares(const T* x, int64_t n, double scale) {
+  const Pack<double> scales(scale);
   Moments moments;
   moments.count = static_cast<double>(n);
-  moments.m2.hi = sum(n, [=](int64_t i) {
-    const double v = static_cast<double>(x[i]) * scale;
+  moments.m2.hi = sum(n, [&](auto at) {
+    const Pack<double> v = wide(at, x, scales);
     return v * v;
   });
   return moments;
+}
+
+// The short way for float32 data: sums of x and x * x in double, from one reading. Each square is exact, and what the
+// additions lose is far below a float32's last digit as long as the mean is not many thousand standard deviations from
+// zero; `moments_of` says whether that was so.
+struct PlainSums {
+  Pack<double> sum = Pack<double>(0.0), squares = Pack<double>(0.0);
+
+  template <class At>
+  FASTNORM_INLINE void add(At at, const float* x) {
+    const Pack<double> v = at.template load<double>(x);
+    sum += v;
+    squares += v * v;
+  }
+};
+
+struct PlainTotals {
+  double sum = 0, squares = 0;
+  double additions = 0;  // in the longest chain
+
+  void add(const PlainSums& sums, int64_t packs) {
+    sum += fold(sums.sum);
+    squares += fold(sums.squares);
+    additions += static_cast<double>(packs);
+  }
+  void add(const PlainTotals& other) {
+    sum += other.sum;
+    squares += other.squares;
+    additions += other.additions;
+  }
+};
+
+// False where the sums may have lost too much: m2 is wrong by at most additions * 2^-53 * squares, and an eighth of a
+// float32 unit of rstd is 2^-26 of m2. Never true for a constant set (but zeros), whose m2 has to be exactly 0.
+inline bool moments_of(const PlainTotals& totals, double count, bool centred, Moments& moments) {
+  moments = Moments{};
+  moments.count = count;
+  if (!centred) {
+    moments.m2.hi = totals.squares;
+    return totals.squares < HUGE_VAL;
+  }
+  moments.mean = totals.sum / count;
+  moments.m2.hi = totals.squares - totals.sum * moments.mean;
+  return moments.m2.hi * 0x1p27 > totals.squares * (totals.additions + 16) || totals.squares == 0;
 }
 
 // What turns x into xhat: ((x * scale - mean) - mean_lo) * rstd.
@@ -149,9 +200,11 @@ struct Statistic {
 
 // 1 / sqrt(m2 / count + eps), to less than one unit in the last place: float64 results leave no room for more. A set
 // that is constant under eps = 0 gets 0, so that its xhat is 0 like that of any constant set.
+template <class T>
 inline double reciprocal_std(const Sum& m2, double count, double eps) {
   const double total = m2.value();
   const double quotient = total / count;
+  if (!kMayOverflow<T>) return quotient + eps == 0 ? 0 : 1 / std::sqrt(quotient + eps);
   const TwoTerm var = two_sum(quotient, eps);
   if (var.hi == 0) return 0;
   double rstd = 1 / std::sqrt(var.hi);
@@ -180,11 +233,12 @@ inline void drop_negligible(Statistic& s) {
 }
 
 // Statistics of a set from its moments, which were taken of x * scale.
+template <class T>
 inline Statistic statistic_of(const Moments& moments, double eps, double scale) {
   Statistic s;
   s.mean = moments.mean;
   s.mean_lo = moments.mean_lo;
-  s.rstd = reciprocal_std(moments.m2, moments.count, eps * scale * scale);
+  s.rstd = reciprocal_std<T>(moments.m2, moments.count, eps * scale * scale);
   s.scale = scale;
   drop_negligible(s);
   return s;

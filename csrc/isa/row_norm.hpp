@@ -1,6 +1,9 @@
-// Backward where the weights run along the set (layer norm, RMS norm, group norm with channels last). The gradients of
-// the parameters are sums over sets: each group of kSetsPerGroup sets adds into rows of its own, and those are added in
-// order, so that the cut depends on the shape alone.
+// Backward where the weights run along the set, one per value (layer norm, RMS norm). The gradients of the parameters
+// are sums over sets: each group of kSetsPerGroup sets adds into rows of its own, and those are added in order, so that
+// the cut depends on the shape alone.
+//
+// The first reading of a set takes its two sums and adds to the parameters' gradients; the second, from cache, writes
+// dx.
 #pragma once
 
 #include "isa/channel_norm.hpp"
@@ -12,95 +15,234 @@ namespace {
 template <class T>
 constexpr int64_t kSetsPerGroup = kMayOverflow<T> ? 16 : 64;
 
-template <class T>
-inline SegmentSums row_unit_sums(const Plan& plan, const NormArgs<T>& args, int64_t set, int64_t unit,
-                                 const Statistic& s) {
-  Buffers<T> buffers;
-  const T* weight = args.weight ? args.weight + plan.set_param.offset(set) : nullptr;
-  const Port<T> x = port<T>(plan.x, set, 0), dy = port<T>(plan.dy, set, 0);
-  SegmentSums total;
-  for_unit_blocks(plan, unit, [&](int64_t start, int64_t n) {
-    const T* values = x.read(start, n, buffers.x);
-    const T* g = dy.read(start, n, buffers.dy);
-    with_each(element_params(weight, plan.params_per_set, start, n, buffers.weight), 1, [&](auto each_weight) {
-      const Pair sums = gradient_sums(values, g, n, s, each_weight);
-      total.dy.add(sums.first);
-      total.dy_xhat.add(sums.second);
-    });
-  });
-  return total;
+// Rows read side by side: a parameter's gradient is loaded and stored once for all of them.
+constexpr int kRowsTogether = kVectorBytes == 64 ? 2 : 1;
+constexpr int64_t kTogetherElements = 4096;
+
+// call(weight) with the weights from parameter `first` on.
+template <class T, class Call>
+inline void with_weight(const T* weight, int64_t first, const Call& call) {
+  if (weight) {
+    call(Each<T>{weight + first});
+  } else {
+    call(None{});
+  }
 }
 
-// dx of one unit, and its part of the parameters' gradients: `totals` (nullptr: not wanted) points at the set's first
-// parameter in rows as add_repeated_gradients has them.
+// dweight += dy * xhat, dbias += dy, in double, for one set after the other.
+struct ParameterSums {
+  double *dweight, *dbias;
+
+  ParameterSums from(int64_t first) const { return {dweight + first, dbias + first}; }
+};
+
 template <class T>
-inline void row_unit_gradient(const Plan& plan, const NormArgs<T>& args, int64_t set, int64_t unit, const Statistic& s,
-                              double a, double b, double* totals) {
-  Buffers<T> buffers;
-  const int64_t period = plan.params_per_set;
-  const T* weight = args.weight ? args.weight + plan.set_param.offset(set) : nullptr;
-  const Port<T> x = port<T>(plan.x, set, 0), dy = port<T>(plan.dy, set, 0), dx = port<T>(plan.dx, set, 0);
-  for_unit_blocks(plan, unit, [&](int64_t start, int64_t n) {
-    const T* values = x.read(start, n, buffers.x);
-    const T* g = dy.read(start, n, buffers.dy);
-    if (totals) {
-      const int64_t phase = start % period;
-      if (plan.elements == period) {
-        add_parameter_gradients(values, g, n, s, totals + phase, totals + plan.params + phase);
-      } else {
-        add_repeated_gradients(values, g, n, period, phase, s, totals, plan.params);
-      }
-    }
-    T* to = dx.open(start, n, buffers.out);
-    with_each(element_params(weight, period, start, n, buffers.weight), 1,
-              [&](auto each_weight) { input_gradient(values, g, to, n, s, each_weight, a, b); });
-    dx.commit(start, n, buffers.out, to);
+FASTNORM_LOOPS inline void add_parameter_gradients(const T* x, const T* dy, int64_t n, const Statistic& s,
+                                                   ParameterSums sums) {
+  const Centre<T, double> centre(s);
+  const Pack<double> rstd(s.rstd);
+  for_packs(n, [&](auto at) {
+    const PackPair terms = gradient_terms(at, x, dy, centre, rstd, None{});
+    at.store(sums.dweight, at.template load<double>(sums.dweight) + terms.second);
+    at.store(sums.dbias, at.template load<double>(sums.dbias) + terms.first);
   });
 }
+
+// The sums of kRows sets of float32 data and their part of the parameters' gradients, in one reading.
+template <int kRows, class Weight>
+FASTNORM_LOOPS inline void sum_rows(const float* const* x, const float* const* dy, int64_t n, const Statistic* s,
+                                    Weight weight, const ParameterSums* params, SegmentSums* totals) {
+  PackPair lanes[kRows];
+  Size size[kRows];
+  Pack<double> mean[kRows], rstd[kRows];
+  for (int r = 0; r < kRows; ++r) {
+    lanes[r] = PackPair{0.0, 0.0};
+    mean[r] = Pack<double>(s[r].mean);
+    rstd[r] = Pack<double>(s[r].rstd);
+  }
+  const auto add = [&](auto at, int r, PackPair& gradient) {
+    const Pack<double> g = at.template load<double>(dy[r]);
+    const Pack<double> g_xhat = g * ((at.template load<double>(x[r]) - mean[r]) * rstd[r]);
+    lanes[r] += PackPair{times(at, g, weight), times(at, g_xhat, weight)};
+    size[r].add(at, dy[r]);
+    gradient += PackPair{g, g_xhat};
+  };
+  if (params) {
+    const ParameterSums to = *params;
+    for_packs(n, [&](auto at) {
+      PackPair gradient{at.template load<double>(to.dbias), at.template load<double>(to.dweight)};
+      FASTNORM_UNROLL
+      for (int r = 0; r < kRows; ++r) add(at, r, gradient);
+      at.store(to.dbias, gradient.first);
+      at.store(to.dweight, gradient.second);
+    });
+  } else {
+    for_packs(n, [&](auto at) {
+      PackPair unwanted{0.0, 0.0};
+      FASTNORM_UNROLL
+      for (int r = 0; r < kRows; ++r) add(at, r, unwanted);
+    });
+  }
+  for (int r = 0; r < kRows; ++r) {
+    const Pair sums = fold(lanes[r]);
+    totals[r].dy.add(sums.first);
+    totals[r].dy_xhat.add(sums.second);
+    totals[r].size += size[r].total();
+  }
+}
+
+template <class T>
+class RowBackward {
+ public:
+  RowBackward(const Plan& plan, const NormArgs<T>& args)
+      : plan_(plan),
+        args_(args),
+        run_(shared_run<T>(plan, {&plan.x, &plan.dy, &plan.dx})),
+        units_(units_per_set(plan)),
+        together_(!kMayOverflow<T> && run_ == plan.elements && plan.elements <= kTogetherElements &&
+                  plan.params == plan.params_per_set) {
+    for (int64_t p = 0; args.weight && p < plan.params; ++p) {
+      plain_weights_ = plain_weights_ && moderate(static_cast<double>(args.weight[p]));
+    }
+  }
+
+  Statistic statistic(int64_t set) const { return kept_statistic(plan_, args_, set); }
+
+  // Sets [begin, end), which are of one group; `params` nullptr: no gradients of parameters wanted.
+  void sets(int64_t begin, int64_t end, const ParameterSums* params) const {
+    int64_t set = begin;
+    if constexpr (!kMayOverflow<T>) {
+      for (; together_ && set + kRowsTogether <= end; set += kRowsTogether) rows<kRowsTogether>(set, params);
+      for (; together_ && set < end; ++set) rows<1>(set, params);
+    }
+    for (; set < end; ++set) {
+      const Statistic s = statistic(set);
+      SegmentSums total;
+      for (int64_t unit = 0; unit < units_; ++unit) total.add(sums(set, unit, s));
+      for (int64_t unit = 0; unit < units_; ++unit) {
+        if (params) parameters(set, unit, s, *params);
+        gradient(set, unit, s, total);
+      }
+    }
+  }
+
+  SegmentSums sums(int64_t set, int64_t unit, const Statistic& s) const {
+    SegmentSums total;
+    const T* weight = args_.weight ? args_.weight + plan_.set_param.offset(set) : nullptr;
+    with_weight(weight, 0, [&](auto) {
+      if (weight) {
+        total = unit_sums<T>(plan_, run_, set, unit, s, [=](int64_t first) { return Each<T>{weight + first}; });
+      } else {
+        total = unit_sums<T>(plan_, run_, set, unit, s, [](int64_t) { return None{}; });
+      }
+    });
+    return total;
+  }
+
+  // One unit's part of the parameters' gradients. A unit is a range of parameters: units of a set share none.
+  void parameters(int64_t set, int64_t unit, const Statistic& s, ParameterSums params) const {
+    const int64_t param = plan_.set_param.offset(set);
+    const Operands<2, false> operands{{&plan_.x, &plan_.dy}, nullptr};
+    visit_unit<T>(plan_, operands, run_, set, unit, [&](const T* const* in, T*, int64_t first, int64_t n) {
+      add_parameter_gradients(in[0], in[1], n, s, params.from(param + first));
+    });
+  }
+
+  void gradient(int64_t set, int64_t unit, const Statistic& s, const SegmentSums& total) const {
+    const GradientMeans means = means_of(s, total);
+    const T* weight = args_.weight ? args_.weight + plan_.set_param.offset(set) : nullptr;
+    const Operands<2, true> operands{{&plan_.x, &plan_.dy}, &plan_.dx};
+    visit_unit<T>(plan_, operands, run_, set, unit, [&](const T* const* in, T* dx, int64_t first, int64_t n) {
+      with_weight(weight, first, [&](auto w) { write(in[0], in[1], dx, n, s, means, w); });
+    });
+  }
+
+ private:
+  GradientMeans means_of(const Statistic& s, const SegmentSums& total) const {
+    return GradientMeans::of<T>(total.dy, total.dy_xhat, total.size, static_cast<double>(plan_.elements), args_.centred,
+                                plain_weights_, s);
+  }
+
+  template <class Weight>
+  FASTNORM_LOOPS static void write(const T* x, const T* dy, T* dx, int64_t n, const Statistic& s,
+                                   const GradientMeans& means, Weight weight) {
+    const auto along = [&](const auto& gradient) { for_packs(n, [&](auto at) { at.store(dx, gradient(at, x, dy)); }); };
+    if constexpr (!kMayOverflow<T>) {
+      if (means.in_float) return along(InputGradient<T, T, Weight>(s, means.a, means.b, weight));
+    }
+    along(InputGradient<T, double, Weight>(s, means.a, means.b, weight));
+  }
+
+  template <int kRows>
+  void rows(int64_t set, const ParameterSums* params) const {
+    const float *x[kRows], *dy[kRows];
+    Statistic s[kRows];
+    SegmentSums totals[kRows];
+    for (int r = 0; r < kRows; ++r) {
+      x[r] = Line<float>(plan_.x, set + r, 0, run_).at(0, 0);
+      dy[r] = Line<float>(plan_.dy, set + r, 0, run_).at(0, 0);
+      s[r] = statistic(set + r);
+    }
+    const int64_t param = plan_.set_param.offset(set);
+    const T* weight = args_.weight ? args_.weight + param : nullptr;
+    ParameterSums to{};
+    if (params) to = params->from(param);
+    with_weight(weight, 0, [&](auto w) {
+      sum_rows<kRows>(x, dy, plan_.elements, s, w, params ? &to : nullptr, totals);
+      for (int r = 0; r < kRows; ++r) {
+        T* dx = Line<float>(plan_.dx, set + r, 0, run_).at(0, 0);
+        write(x[r], dy[r], dx, plan_.elements, s[r], means_of(s[r], totals[r]), w);
+      }
+    });
+  }
+
+  const Plan& plan_;
+  const NormArgs<T>& args_;
+  const int64_t run_, units_;
+  const bool together_;
+  bool plain_weights_ = true;
+};
 
 template <class T>
 bool row_backward(const Plan& plan, const NormArgs<T>& args) {
   const int64_t units = units_per_set(plan), params = plan.params;
   const bool want_params = args.dweight || args.dbias;
-  // Where the parameters repeat along a set, a group is one sample: it has additions enough.
-  const bool repeats = plan.elements > plan.params_per_set;
-  const int64_t per_group = (repeats ? 1 : kSetsPerGroup<T>)*(params / plan.params_per_set);
-  const int64_t rows = repeats ? 4 : 2;  // of numbers per group: sums, and what they have lost to rounding
+  const int64_t per_group = kSetsPerGroup<T> * (params / plan.params_per_set);
   const int64_t groups = (plan.sets + per_group - 1) / per_group;
-  // Units of a set may go to different threads only if they share no parameters: a sum's order is fixed.
-  const bool split = plan.threads > 1 && groups < 2 * plan.threads && units > 1 && !(repeats && want_params);
-  const Workspace<double> partial(want_params ? groups * rows * params : 0);
+  const bool split = plan.threads > 1 && groups < 2 * plan.threads && units > 1;
+  const Workspace<double> partial(want_params ? groups * 2 * params : 0);
   const Workspace<SegmentSums> sums(split ? plan.sets * units : 0);
   if (!partial || !sums) return false;
 
-  const auto statistic = [&](int64_t set) { return kept_statistic(plan, args, set); };
-  const double count = static_cast<double>(plan.set_size());
-  const auto gradient = [&](int64_t set, int64_t first_unit, int64_t end_unit, const SegmentSums& total,
-                            const Statistic& s) {
-    const double a = args.centred ? total.dy.value() / count : 0, b = total.dy_xhat.value() / count;
-    double* totals = want_params ? &partial[set / per_group * rows * params + plan.set_param.offset(set)] : nullptr;
-    for (int64_t unit = first_unit; unit < end_unit; ++unit) row_unit_gradient(plan, args, set, unit, s, a, b, totals);
+  const RowBackward<T> backward(plan, args);
+  const auto group_params = [&](int64_t group) {
+    double* rows = partial.data() + group * 2 * params;
+    return ParameterSums{rows, rows + params};
   };
 
   if (split) {
     // Few sets, long ones: first all sums, then every unit (a range of parameters) walks over the sets.
-    parallel_for(plan.threads, plan.sets * units,
-                 [&](int64_t i) { sums[i] = row_unit_sums(plan, args, i / units, i % units, statistic(i / units)); });
+    parallel_for(plan.threads, plan.sets * units, [&](int64_t i) {
+      const int64_t set = i / units;
+      sums[i] = backward.sums(set, i % units, backward.statistic(set));
+    });
     for (int64_t set = 0; set < plan.sets; ++set) {
-      for (int64_t unit = 1; unit < units; ++unit) sums[set * units].add(sums[set * units + unit]);
+      SegmentSums total;
+      for (int64_t unit = 0; unit < units; ++unit) total.add(sums[set * units + unit]);
+      sums[set * units] = total;
     }
     parallel_for(plan.threads, units, [&](int64_t unit) {
-      for (int64_t set = 0; set < plan.sets; ++set) gradient(set, unit, unit + 1, sums[set * units], statistic(set));
+      for (int64_t set = 0; set < plan.sets; ++set) {
+        const Statistic s = backward.statistic(set);
+        if (want_params) backward.parameters(set, unit, s, group_params(set / per_group));
+        backward.gradient(set, unit, s, sums[set * units]);
+      }
     });
   } else {
     parallel_for(plan.threads, groups, [&](int64_t group) {
-      const int64_t end = (group + 1) * per_group < plan.sets ? (group + 1) * per_group : plan.sets;
-      for (int64_t set = group * per_group; set < end; ++set) {
-        const Statistic s = statistic(set);
-        SegmentSums total;
-        for (int64_t unit = 0; unit < units; ++unit) total.add(row_unit_sums(plan, args, set, unit, s));
-        gradient(set, 0, units, total, s);
-      }
+      const ParameterSums to = want_params ? group_params(group) : ParameterSums{};
+      const int64_t end = (group + 1) * per_group;
+      backward.sets(group * per_group, end < plan.sets ? end : plan.sets, want_params ? &to : nullptr);
     });
   }
 
@@ -110,9 +252,8 @@ bool row_backward(const Plan& plan, const NormArgs<T>& args) {
       for (int64_t p = strip * kStrip; p < params && p < (strip + 1) * kStrip; ++p) {
         Sum dweight, dbias;
         for (int64_t group = 0; group < groups; ++group) {
-          const double* totals = &partial[group * rows * params + p];
-          dweight.add({totals[0], repeats ? totals[2 * params] : 0});
-          dbias.add({totals[params], repeats ? totals[3 * params] : 0});
+          dweight.add(partial[group * 2 * params + p]);
+          dbias.add(partial[(group * 2 + 1) * params + p]);
         }
         if (args.dweight) args.dweight[p] = static_cast<T>(dweight.value());
         if (args.dbias) args.dbias[p] = static_cast<T>(dbias.value());

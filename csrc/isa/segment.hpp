@@ -1,11 +1,14 @@
-// The formulas on one contiguous run of values. All arithmetic is in double whatever T is; results are rounded once.
+// The formulas on one contiguous run of values, a pack at a time.
 //
 //   xhat = ((x * scale - mean) - mean_lo) * rstd
 //   y    = xhat * weight + bias
 //   dx   = rstd * (dy * weight - a - xhat * b),   a = mean(dy * weight), b = mean(dy * weight * xhat) over the set
 //
-// A weight is one number for the run (Same) or one per value (Each). x may be y, and dy may be dx: every value is read
-// before its place is written.
+// C is what a formula computes in. Statistics are always double; with them, float32 data can be normalised in float32
+// within the contract: mean + mean_lo is then the mean to twice that precision, and every step rounds once. Sets whose
+// statistics say that float32 might overflow or underflow are computed in double (`fits`), and rounded at the end.
+//
+// x may be y, and dy may be dx: every value is read before its place is written.
 #pragma once
 
 #include "isa/moments.hpp"
@@ -13,116 +16,152 @@
 namespace fastnorm {
 namespace {
 
+// Parameters of a run: one value for all of it (Same), one per value (Each), or none.
+struct None {};
+
+template <class C>
 struct Same {
-  double value;
-  double operator()(int64_t) const { return value; }
+  Pack<C> value;
+  explicit Same(double v) : value(static_cast<C>(v)) {}
 };
 
 template <class T>
 struct Each {
   const T* values;
-  double operator()(int64_t i) const { return static_cast<double>(values[i]); }
 };
 
-// x - mean. Float32 data needs neither the low part of the mean nor a scale.
-template <class T>
-struct Centre {
-  double mean, mean_lo, scale;
-  explicit Centre(const Statistic& s) : mean(s.mean), mean_lo(s.mean_lo), scale(s.scale) {}
-  double operator()(T x) const {
-    if (kMayOverflow<T>) return (static_cast<double>(x) * scale - mean) - mean_lo;
-    return static_cast<double>(x) - mean;
+template <class C, class At>
+FASTNORM_INLINE Pack<C> times(At, const Pack<C>& v, None) {
+  return v;
+}
+template <class C, class At>
+FASTNORM_INLINE Pack<C> times(At, const Pack<C>& v, const Same<C>& weight) {
+  return v * weight.value;
+}
+template <class C, class At, class T>
+FASTNORM_INLINE Pack<C> times(At at, const Pack<C>& v, Each<T> weight) {
+  return v * at.template load<C>(weight.values);
+}
+template <class C, class At>
+FASTNORM_INLINE Pack<C> plus(At, const Pack<C>& v, None) {
+  return v;
+}
+template <class C, class At>
+FASTNORM_INLINE Pack<C> plus(At, const Pack<C>& v, const Same<C>& bias) {
+  return v + bias.value;
+}
+template <class C, class At, class T>
+FASTNORM_INLINE Pack<C> plus(At at, const Pack<C>& v, Each<T> bias) {
+  return v + at.template load<C>(bias.values);
+}
+
+// Far enough from overflow and underflow that products of a few such numbers are too. (A zero is exact, but says
+// nothing of what it is compared with.)
+inline bool moderate(double v) { return std::fabs(v) > 0x1p-40 && std::fabs(v) < 0x1p40; }
+
+// Can float32 data with these statistics be normalised in float32?
+inline bool fits(const Statistic& s) { return moderate(s.rstd) && std::fabs(s.mean) < 0x1p100; }
+
+// x - mean.
+template <class T, class C>
+class Centre {
+ public:
+  explicit Centre(const Statistic& s)
+      : mean_(static_cast<C>(s.mean)),
+        mean_lo_(static_cast<C>((s.mean - static_cast<double>(static_cast<C>(s.mean))) + s.mean_lo)),
+        scale_(static_cast<C>(s.scale)) {}
+
+  template <class At>
+  FASTNORM_INLINE Pack<C> operator()(At at, const T* x) const {
+    const Pack<C> v = at.template load<C>(x);
+    if constexpr (sizeof(C) > sizeof(T)) return v - mean_;  // a double holds the mean of float32 data
+    if constexpr (kMayOverflow<T>) return (v * scale_ - mean_) - mean_lo_;
+    return (v - mean_) - mean_lo_;
+  }
+
+ private:
+  Pack<C> mean_, mean_lo_, scale_;
+};
+
+template <class T, class C, class Weight, class Bias>
+struct Normalise {
+  Centre<T, C> centre;
+  Pack<C> rstd;
+  Weight weight;
+  Bias bias;
+
+  Normalise(const Statistic& s, double factor, Weight w, Bias b)
+      : centre(s), rstd(static_cast<C>(factor)), weight(w), bias(b) {}
+
+  template <class At>
+  FASTNORM_INLINE Pack<C> operator()(At at, const T* x) const {
+    return plus(at, times(at, centre(at, x) * rstd, weight), bias);
   }
 };
 
-template <class T, class Weight, class Bias>
-inline void normalise(const T* x, T* y, int64_t n, const Statistic& s, Weight weight, Bias bias) {
-  const Centre<T> centre(s);
-  const double rstd = s.rstd;
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) y[i] = static_cast<T>(centre(x[i]) * rstd * weight(i) + bias(i));
+// What the backward sums up: of g = dy * weight and of g * xhat, in double, which holds the products of float32 data.
+template <class T, class At, class Weight>
+FASTNORM_INLINE PackPair gradient_terms(At at, const T* x, const T* dy, const Centre<T, double>& centre,
+                                        const Pack<double>& rstd, Weight weight) {
+  const Pack<double> g = times(at, at.template load<double>(dy), weight);
+  return {g, g * (centre(at, x) * rstd)};
 }
 
-// {sum of g, sum of g * xhat}, g = dy * weight
-template <class T, class Weight>
-inline Pair gradient_sums(const T* x, const T* dy, int64_t n, const Statistic& s, Weight weight) {
-  const Centre<T> centre(s);
-  const double rstd = s.rstd;
-  return sum_pairs(n, [=](int64_t i) {
-    const double g = static_cast<double>(dy[i]) * weight(i);
-    return Pair{g, g * (centre(x[i]) * rstd)};
-  });
-}
+// dx from x, dy and the two means.
+template <class T, class C, class Weight>
+struct InputGradient {
+  Centre<T, C> centre;
+  Pack<C> rstd, a, b, scale;
+  Weight weight;
 
-template <class T, class Weight>
-inline void input_gradient(const T* x, const T* dy, T* dx, int64_t n, const Statistic& s, Weight weight, double a,
-                           double b) {
-  const Centre<T> centre(s);
-  const double rstd = s.rstd, scale = s.scale;
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    const double g = static_cast<double>(dy[i]) * weight(i);
-    const double scaled = rstd * ((g - a) - centre(x[i]) * rstd * b);
-    dx[i] = static_cast<T>(kMayOverflow<T> ? scaled * scale : scaled);
+  InputGradient(const Statistic& s, double mean_g, double mean_g_xhat, Weight w)
+      : centre(s),
+        rstd(static_cast<C>(s.rstd)),
+        a(static_cast<C>(mean_g)),
+        b(static_cast<C>(kFolds ? mean_g_xhat * s.rstd : mean_g_xhat)),
+        scale(static_cast<C>(s.scale)),
+        weight(w) {}
+
+  template <class At>
+  FASTNORM_INLINE Pack<C> operator()(At at, const T* x, const T* dy) const {
+    const Pack<C> g = times(at, at.template load<C>(dy), weight);
+    if constexpr (kFolds) return rstd * ((g - a) - centre(at, x) * b);
+    const Pack<C> dx = rstd * ((g - a) - centre(at, x) * rstd * b);
+    if constexpr (kMayOverflow<T>) return dx * scale;
+    return dx;
   }
-}
+
+  // b * rstd as one number saves float32 a rounding; in float64 it could overflow.
+  static constexpr bool kFolds = !kMayOverflow<C>;
+};
 
 // Through given statistics nothing but the scale comes back (and an infinite x leaves no trace).
 template <class T, class Weight>
-inline void input_gradient_constant(const T* dy, T* dx, int64_t n, const Statistic& s, Weight weight) {
-  const double rstd = s.rstd, scale = s.scale;
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    const double scaled = rstd * (static_cast<double>(dy[i]) * weight(i));
-    dx[i] = static_cast<T>(kMayOverflow<T> ? scaled * scale : scaled);
-  }
+FASTNORM_LOOPS inline void input_gradient_constant(const T* dy, T* dx, int64_t n, const Statistic& s, Weight weight) {
+  const Pack<double> rstd(s.rstd), scale(s.scale);
+  for_packs(n, [&](auto at) {
+    const Pack<double> scaled = rstd * times(at, at.template load<double>(dy), weight);
+    at.store(dx, kMayOverflow<T> ? scaled * scale : scaled);
+  });
 }
 
-// dweight[i] += dy * xhat, dbias[i] += dy
-template <class T>
-inline void add_parameter_gradients(const T* x, const T* dy, int64_t n, const Statistic& s, double* dweight,
-                                    double* dbias) {
-  const Centre<T> centre(s);
-  const double rstd = s.rstd;
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    const double g = static_cast<double>(dy[i]);
-    dweight[i] += g * (centre(x[i]) * rstd);
-    dbias[i] += g;
+// The mean of |dy| decides whether dx is computed in float32: added up in float32, for nothing but its size matters.
+struct Size {
+  Pack<float> sum = Pack<float>(0.0f);
+  template <class At>
+  FASTNORM_INLINE void add(At at, const float* dy) {
+    sum += magnitude(at.template load<float>(dy));
   }
-}
-
-// The same for values whose parameters repeat every `period`: n values from parameter `phase` on. `totals` holds four
-// rows of `stride` numbers: dweight, dbias, and what their sums have lost to rounding, for there may be millions of
-// repetitions.
-template <class T>
-inline void add_repeated_gradients(const T* x, const T* dy, int64_t n, int64_t period, int64_t phase,
-                                   const Statistic& s, double* totals, int64_t stride) {
-  alignas(64) double rows[2][kBlock];
-  // Short periods are added side by side, then folded in a tree.
-  const int64_t width = period < kShortRun ? kShortRun / period * period : n;
-  for (int64_t i = 0; i < width; ++i) rows[0][i] = rows[1][i] = 0;
-  for (int64_t done = 0; done < n; done += width) {
-    add_parameter_gradients(x + done, dy + done, n - done < width ? n - done : width, s, rows[0], rows[1]);
+  template <class At>
+  FASTNORM_INLINE void add(At, const double*) {}
+  double total() const {
+    float lanes[kPack];
+    std::memcpy(lanes, &sum, sizeof lanes);
+    double total = 0;
+    for (const float lane : lanes) total += static_cast<double>(lane);
+    return total;
   }
-  int64_t used = width;
-  for (; used > period;) {
-    const int64_t kept = (used / period + 1) / 2 * period;
-    for (int64_t i = kept; i < used; ++i) {
-      rows[0][i - kept] += rows[0][i];
-      rows[1][i - kept] += rows[1][i];
-    }
-    used = kept;
-  }
-  for (int row = 0; row < 2; ++row) {
-    double *hi = totals + row * stride + phase, *lo = hi + 2 * stride;
-    for (int64_t i = 0; i < used; ++i) {
-      const TwoTerm total = two_sum(hi[i], rows[row][i]);
-      hi[i] = total.hi;
-      lo[i] += total.lo;
-    }
-  }
-}
+};
 
 }  // namespace
 }  // namespace fastnorm

@@ -87,7 +87,7 @@ inline Statistic set_statistic(const Plan& plan, int64_t set, const NormArgs<T>&
       scale = 1;
     }
   }
-  return statistic_of(moments, args.eps, scale);
+  return statistic_of<T>(moments, args.eps, scale);
 }
 
 template <class T>

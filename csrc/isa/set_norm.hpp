@@ -1,8 +1,9 @@
 // Forward of the two families whose sets lie along memory: Family::channel (one weight per segment) and Family::row (a
-// weight per element). A set is cut into units, segments x chunks of kChunkBlocks blocks, which threads may share; what
-// they compute is merged in an order of its own (set_moments.hpp), so the bits do not depend on threads.
+// weight per element). What units of work compute is merged in an order of its own, so the bits do not depend on
+// threads.
 #pragma once
 
+#include "isa/runs.hpp"
 #include "isa/segment.hpp"
 #include "isa/set_moments.hpp"
 #include "parallel.hpp"
@@ -10,88 +11,268 @@
 namespace fastnorm {
 namespace {
 
-template <class T>
-struct Buffers {
-  alignas(64) T x[kBlock], dy[kBlock], out[kBlock], weight[kBlock], bias[kBlock];
-};
+// Sets up to this size are measured in one go, whatever their segments, and stay in the nearest caches.
+constexpr int64_t kSmallSet = kBlock * kChunkBlocks;
+// Sets up to this size are measured while the one before is normalised: arithmetic of the one hides memory of the
+// other.
+constexpr int64_t kPairedBytes = 64 << 10;
+// Bytes of sets that a thread takes at a time.
+constexpr int64_t kGroupBytes = 64 << 10;
 
-inline int64_t chunks_per_segment(const Plan& plan) { return (plan.blocks.count + kChunkBlocks - 1) / kChunkBlocks; }
-inline int64_t units_per_set(const Plan& plan) { return plan.segments * chunks_per_segment(plan); }
-
-// Work goes to threads set by set (a set's second reading then comes from cache) unless there are too few sets for
-// that.
-inline bool split_sets(const Plan& plan) {
-  return plan.threads > 1 && plan.sets < 2 * plan.threads && units_per_set(plan) > 1;
-}
-
-// visit(block) for the blocks of one unit.
-template <class Visit>
-inline void for_unit_blocks(const Plan& plan, int64_t unit, const Visit& visit) {
-  const int64_t first = unit % chunks_per_segment(plan) * kChunkBlocks;
-  const int64_t end = first + kChunkBlocks < plan.blocks.count ? first + kChunkBlocks : plan.blocks.count;
-  for (int64_t block = first; block < end; ++block) visit(plan.blocks.start(block), plan.blocks.size(block));
-}
-
-inline int64_t segment_of(const Plan& plan, int64_t unit) { return unit / chunks_per_segment(plan); }
-
-template <class T>
-inline Port<T> port(const Operand& operand, int64_t set, int64_t segment) {
-  return Port<T>(operand.data + operand.set.offset(set) + operand.segment.offset(segment), operand.element,
-                 operand.aligned);
-}
-
-// The weights of elements [start, start + n) of a set in Family::row: in place, or repeated into a buffer.
-template <class T>
-inline const T* element_params(const T* params, int64_t period, int64_t start, int64_t n, T* buffer) {
-  if (params == nullptr) return nullptr;
-  const int64_t phase = start % period;
-  if (phase + n <= period) return params + phase;
-  for (int64_t i = 0, j = phase; i < n; ++i, j = j + 1 == period ? 0 : j + 1) buffer[i] = params[j];
-  return buffer;
-}
-
-// call(weight) with weight as Each or, where there is none, as Same{otherwise}.
-template <class T, class Call>
-inline void with_each(const T* values, double otherwise, const Call& call) {
-  if (values) {
-    call(Each<T>{values});
+// call(normalise) with the formula for elements from `first` on of a segment whose first parameter is `param`.
+template <class T, class C, class Call>
+inline void with_normalise(const Plan& plan, const NormArgs<T>& args, const Statistic& s, int64_t param, int64_t first,
+                           const Call& call) {
+  const T* weight = args.weight ? args.weight + param : nullptr;
+  const T* bias = args.bias ? args.bias + param : nullptr;
+  const auto make = [&](double factor, auto w, auto b) {
+    call(Normalise<T, C, decltype(w), decltype(b)>(s, factor, w, b));
+  };
+  if (plan.family == Family::channel) {
+    // rstd * weight as one factor saves a rounding; where it would overflow, one after the other.
+    const double w = weight ? static_cast<double>(*weight) : 1, factor = s.rstd * w;
+    const Same<C> b(bias ? static_cast<double>(*bias) : 0);
+    if (kMayOverflow<T> && !(factor == 0 || (std::fabs(factor) > 0x1p-1000 && std::fabs(factor) < 0x1p1000))) {
+      make(s.rstd, Same<C>(w), b);
+    } else {
+      make(factor, None{}, b);
+    }
+  } else if (weight && bias) {
+    make(s.rstd, Each<T>{weight + first}, Each<T>{bias + first});
+  } else if (weight) {
+    make(s.rstd, Each<T>{weight + first}, None{});
+  } else if (bias) {
+    make(s.rstd, None{}, Each<T>{bias + first});
   } else {
-    call(Same{otherwise});
+    make(s.rstd, None{}, None{});
   }
 }
 
+// May this segment be computed in float32?
 template <class T>
-inline void normalise_unit(const Plan& plan, const NormArgs<T>& args, int64_t set, int64_t unit, const Statistic& s) {
-  Buffers<T> buffers;
-  const int64_t segment = segment_of(plan, unit);
-  const int64_t param = plan.set_param.offset(set) + segment;
-  const T* weight = args.weight ? args.weight + param : nullptr;
-  const T* bias = args.bias ? args.bias + param : nullptr;
-  const Port<T> x = port<T>(plan.x, set, segment), y = port<T>(plan.y, set, segment);
-  for_unit_blocks(plan, unit, [&](int64_t start, int64_t n) {
-    const T* from = x.read(start, n, buffers.x);
-    T* to = y.open(start, n, buffers.out);
-    if (plan.family == Family::channel) {
-      normalise(from, to, n, s, Same{weight ? static_cast<double>(*weight) : 1},
-                Same{bias ? static_cast<double>(*bias) : 0});
-    } else {
-      const T* w = element_params(weight, plan.params_per_set, start, n, buffers.weight);
-      const T* b = element_params(bias, plan.params_per_set, start, n, buffers.bias);
-      with_each(w, 1, [&](auto each_weight) {
-        with_each(b, 0, [&](auto each_bias) { normalise(from, to, n, s, each_weight, each_bias); });
-      });
+inline bool in_float(const Plan& plan, const NormArgs<T>& args, const Statistic& s, int64_t param) {
+  if (kMayOverflow<T> || !fits(s)) return false;
+  return plan.family == Family::row || !args.weight || moderate(s.rstd * static_cast<double>(args.weight[param]));
+}
+
+template <class T>
+FASTNORM_LOOPS inline void normalise_unit(const Plan& plan, const NormArgs<T>& args, int64_t run, int64_t set,
+                                          int64_t unit, const Statistic& s) {
+  const int64_t param = plan.set_param.offset(set) + segment_of(plan, unit);
+  const Operands<1, true> operands{{&plan.x}, &plan.y};
+  visit_unit<T>(plan, operands, run, set, unit, [&](const T* const* in, T* y, int64_t first, int64_t n) {
+    const T* x = in[0];
+    const auto along = [&](const auto& normalise) { for_packs(n, [&](auto at) { at.store(y, normalise(at, x)); }); };
+    if (!in_float(plan, args, s, param)) {
+      with_normalise<T, double>(plan, args, s, param, first, along);
+      return;
     }
-    y.commit(start, n, buffers.out, to);
+    if constexpr (!kMayOverflow<T>) with_normalise<T, T>(plan, args, s, param, first, along);
   });
 }
 
-// Moments of every set: finish(set, moments) runs once per set, in parallel.
+// ---- measuring float32 data the short way
+
+inline int64_t measured_units(const Plan& plan) { return plan.set_size() <= kSmallSet ? 1 : units_per_set(plan); }
+
+FASTNORM_LOOPS inline PlainTotals plain_unit(const Plan& plan, int64_t run, int64_t set, int64_t unit, int64_t units) {
+  PlainSums sums;
+  int64_t packs = 0;
+  const Operands<1, false> operands{{&plan.x}, nullptr};
+  for (int64_t u = unit; u < unit + units; ++u) {
+    visit_unit<float>(plan, operands, run, set, u, [&](const float* const* in, float*, int64_t, int64_t n) {
+      const float* x = in[0];
+      PlainSums inner = sums;
+      for_packs(n, [&](auto at) { inner.add(at, x); });
+      sums = inner;
+      packs += (n + kPack - 1) / kPack;
+    });
+  }
+  PlainTotals totals;
+  totals.add(sums, packs);
+  return totals;
+}
+
+// Totals of one of the measured_units of a set.
+inline PlainTotals plain_totals(const Plan& plan, int64_t run, int64_t set, int64_t index) {
+  return measured_units(plan) == 1 ? plain_unit(plan, run, set, 0, units_per_set(plan))
+                                   : plain_unit(plan, run, set, index, 1);
+}
+
+// The statistic of a set, stored; the long way (set_moments.hpp) where the short one will not do.
+template <class T>
+inline Statistic finish_set(const Plan& plan, const NormArgs<T>& args, int64_t set, Moments& moments) {
+  const Statistic s = set_statistic(plan, set, args, moments);
+  store_statistic(args, plan.set_stat.offset(set), moments, s);
+  return s;
+}
+
+template <class T>
+inline Statistic finish_plain(const Plan& plan, const NormArgs<T>& args, int64_t set, const PlainTotals& totals) {
+  Moments moments;
+  if (!moments_of(totals, static_cast<double>(plan.set_size()), args.centred, moments)) {
+    moments = set_moments<T>(plan, set, args.centred, 1);
+  }
+  return finish_set(plan, args, set, moments);
+}
+
+template <class T>
+inline Statistic measure_set(const Plan& plan, const NormArgs<T>& args, int64_t run, int64_t set) {
+  if constexpr (kMayOverflow<T>) {
+    Moments moments = set_moments<T>(plan, set, args.centred, 1);
+    return finish_set(plan, args, set, moments);
+  } else {
+    PlainTotals totals;
+    for (int64_t i = 0; i < measured_units(plan); ++i) totals.add(plain_totals(plan, run, set, i));
+    return finish_plain(plan, args, set, totals);
+  }
+}
+
+// ---- forward
+
+// Normalises a set of float32 runs and measures the next one in the same loops.
+FASTNORM_LOOPS inline PlainTotals normalise_and_measure(const Plan& plan, const NormArgs<float>& args, int64_t run,
+                                                        int64_t set, const Statistic& s) {
+  PlainSums sums;
+  int64_t packs = 0;
+  for (int64_t segment = 0; segment < plan.segments; ++segment) {
+    const int64_t param = plan.set_param.offset(set) + segment;
+    const Line<float> from(plan.x, set, segment, run), to(plan.y, set, segment, run),
+        ahead(plan.x, set + 1, segment, run);
+    for_runs({0, plan.elements}, run, run, [&](int64_t line, int64_t, int64_t first, int64_t n) {
+      const float *x = from.at(line, 0), *next = ahead.at(line, 0);
+      float* y = to.at(line, 0);
+      with_normalise<float, float>(plan, args, s, param, first, [&](const auto& normalise) {
+        PlainSums inner = sums;
+        for_packs(n, [&](auto at) {
+          inner.add(at, next);
+          at.store(y, normalise(at, x));
+        });
+        sums = inner;
+      });
+      packs += (n + kPack - 1) / kPack;
+    });
+  }
+  PlainTotals totals;
+  totals.add(sums, packs);
+  return totals;
+}
+
+template <class T>
+inline bool pairs_sets(const Plan& plan, int64_t run) {
+  return !kMayOverflow<T> && run > 0 && plan.set_size() * static_cast<int64_t>(sizeof(T)) <= kPairedBytes &&
+         plan.blocks.count <= kChunkBlocks;
+}
+
+template <class T>
+inline bool segments_in_float(const Plan& plan, const NormArgs<T>& args, int64_t set, const Statistic& s) {
+  for (int64_t segment = 0; segment < plan.segments; ++segment) {
+    if (!in_float(plan, args, s, plan.set_param.offset(set) + segment)) return false;
+    if (plan.family == Family::row) break;
+  }
+  return true;
+}
+
+// Forward of sets [begin, end).
+template <class T>
+inline void forward_sets(const Plan& plan, const NormArgs<T>& args, int64_t run, int64_t begin, int64_t end) {
+  const int64_t units = units_per_set(plan);
+  const bool paired = pairs_sets<T>(plan, run);
+  Statistic s = measure_set(plan, args, run, begin);
+  for (int64_t set = begin; set < end; ++set) {
+    const bool last = set + 1 == end;
+    if constexpr (!kMayOverflow<T>) {
+      if (paired && !last && segments_in_float(plan, args, set, s)) {
+        const PlainTotals totals = normalise_and_measure(plan, args, run, set, s);
+        s = finish_plain(plan, args, set + 1, totals);
+        continue;
+      }
+    }
+    for (int64_t unit = 0; unit < units; ++unit) normalise_unit(plan, args, run, set, unit, s);
+    if (!last) s = measure_set(plan, args, run, set + 1);
+  }
+}
+
+// Sets that a thread takes together: a number that depends on the shape alone.
+template <class T>
+inline int64_t sets_per_group(const Plan& plan) {
+  const int64_t bytes = plan.set_size() * static_cast<int64_t>(sizeof(T));
+  return bytes < kGroupBytes ? kGroupBytes / bytes : 1;
+}
+
+// call(begin, end) over groups of the plan's sets, in parallel.
+template <class T, class Call>
+inline void for_set_groups(const Plan& plan, const Call& call) {
+  const int64_t size = plan.threads > 1 ? sets_per_group<T>(plan) : plan.sets;
+  parallel_for(plan.threads, (plan.sets + size - 1) / size, [&](int64_t group) {
+    const int64_t end = (group + 1) * size;
+    call(group * size, end < plan.sets ? end : plan.sets);
+  });
+}
+
+// The statistics of all sets, where there are so few that threads share them. False: no memory.
 template <class T, class Finish>
-inline bool for_set_moments(const Plan& plan, bool centred, const Finish& finish) {
+inline bool measure_split(const Plan& plan, const NormArgs<T>& args, int64_t run, const Finish& finish) {
+  if constexpr (kMayOverflow<T>) {
+    const int64_t chunks = moment_chunks(plan);
+    const Workspace<Moments> partial(plan.sets * chunks);
+    if (!partial) return false;
+    parallel_for(plan.threads, plan.sets * chunks,
+                 [&](int64_t i) { partial[i] = chunk_moments<T>(plan, i / chunks, i % chunks, args.centred, 1); });
+    for (int64_t set = 0; set < plan.sets; ++set) {
+      Moments moments = merge_tree<true>(0, chunks, [&](int64_t i) { return partial[set * chunks + i]; });
+      finish(set, finish_set(plan, args, set, moments));
+    }
+  } else {
+    const int64_t units = measured_units(plan);
+    const Workspace<PlainTotals> partial(plan.sets * units);
+    if (!partial) return false;
+    parallel_for(plan.threads, plan.sets * units,
+                 [&](int64_t i) { partial[i] = plain_totals(plan, run, i / units, i % units); });
+    for (int64_t set = 0; set < plan.sets; ++set) {
+      PlainTotals totals;
+      for (int64_t i = 0; i < units; ++i) totals.add(partial[set * units + i]);
+      finish(set, finish_plain(plan, args, set, totals));
+    }
+  }
+  return true;
+}
+
+template <class T>
+bool set_forward(const Plan& plan, const NormArgs<T>& args) {
+  const int64_t run = shared_run<T>(plan, {&plan.x, &plan.y}), units = units_per_set(plan);
+  if (!split_sets(plan)) {
+    for_set_groups<T>(plan, [&](int64_t begin, int64_t end) { forward_sets(plan, args, run, begin, end); });
+    return true;
+  }
+  const Workspace<Statistic> statistics(plan.sets);
+  if (!statistics) return false;
+  if (!measure_split(plan, args, run, [&](int64_t set, const Statistic& s) { statistics[set] = s; })) return false;
+  parallel_for(plan.threads, plan.sets * units,
+               [&](int64_t i) { normalise_unit(plan, args, run, i / units, i % units, statistics[i / units]); });
+  return true;
+}
+
+template <class T>
+bool set_apply(const Plan& plan, const NormArgs<T>& args) {
+  const int64_t run = shared_run<T>(plan, {&plan.x, &plan.y}), units = units_per_set(plan);
+  parallel_for(plan.threads, plan.sets * units, [&](int64_t i) {
+    normalise_unit(plan, args, run, i / units, i % units, given_statistic(args, plan.set_stat.offset(i / units)));
+  });
+  return true;
+}
+
+// Moments for their own sake are measured the long way: they are asked for to full precision.
+template <class T>
+bool set_only_moments(const Plan& plan, const NormArgs<T>& args) {
   const int64_t chunks = moment_chunks(plan);
+  const auto finish = [&](int64_t set, Moments& moments) {
+    finish_set(plan, args, set, moments);
+    args.var[plan.set_stat.offset(set)] *= moments.count;
+  };
   if (!split_sets(plan) || chunks == 1) {
     parallel_for(plan.threads, plan.sets, [&](int64_t set) {
-      Moments moments = set_moments<T>(plan, set, centred, 1);
+      Moments moments = set_moments<T>(plan, set, true, 1);
       finish(set, moments);
     });
     return true;
@@ -99,52 +280,11 @@ inline bool for_set_moments(const Plan& plan, bool centred, const Finish& finish
   const Workspace<Moments> partial(plan.sets * chunks);
   if (!partial) return false;
   parallel_for(plan.threads, plan.sets * chunks,
-               [&](int64_t i) { partial[i] = chunk_moments<T>(plan, i / chunks, i % chunks, centred, 1); });
-  parallel_for(plan.threads, plan.sets, [&](int64_t set) {
+               [&](int64_t i) { partial[i] = chunk_moments<T>(plan, i / chunks, i % chunks, true, 1); });
+  for (int64_t set = 0; set < plan.sets; ++set) {
     Moments moments = merge_tree<kMayOverflow<T>>(0, chunks, [&](int64_t i) { return partial[set * chunks + i]; });
     finish(set, moments);
-  });
-  return true;
-}
-
-template <class T>
-bool set_only_moments(const Plan& plan, const NormArgs<T>& args) {
-  return for_set_moments<T>(plan, true, [&](int64_t set, Moments& moments) {
-    const Statistic s = set_statistic(plan, set, args, moments);
-    const int64_t stat = plan.set_stat.offset(set);
-    store_statistic(args, stat, moments, s);
-    args.var[stat] *= moments.count;
-  });
-}
-
-template <class T>
-bool set_forward(const Plan& plan, const NormArgs<T>& args) {
-  const int64_t units = units_per_set(plan);
-  const bool split = split_sets(plan);
-  const Workspace<Statistic> statistics(split ? plan.sets : 0);
-  if (!statistics) return false;
-  const bool done = for_set_moments<T>(plan, args.centred, [&](int64_t set, Moments& moments) {
-    const Statistic s = set_statistic(plan, set, args, moments);
-    store_statistic(args, plan.set_stat.offset(set), moments, s);
-    if (split) {
-      statistics[set] = s;
-    } else {
-      for (int64_t unit = 0; unit < units; ++unit) normalise_unit(plan, args, set, unit, s);
-    }
-  });
-  if (done && split) {
-    parallel_for(plan.threads, plan.sets * units,
-                 [&](int64_t i) { normalise_unit(plan, args, i / units, i % units, statistics[i / units]); });
   }
-  return done;
-}
-
-template <class T>
-bool set_apply(const Plan& plan, const NormArgs<T>& args) {
-  const int64_t units = units_per_set(plan);
-  parallel_for(plan.threads, plan.sets * units, [&](int64_t i) {
-    normalise_unit(plan, args, i / units, i % units, given_statistic(args, plan.set_stat.offset(i / units)));
-  });
   return true;
 }
 

@@ -1,0 +1,141 @@
+// How the kernels of the set families (channel_norm.hpp, row_norm.hpp) come to their values: the runs of one unit of
+// work, in place where the arrays allow it, block by block through buffers where they do not. A set is cut into units,
+// segments x chunks of kChunkBlocks blocks, which threads may share.
+#pragma once
+
+#include <initializer_list>
+
+#include "isa/walk_io.hpp"
+
+namespace fastnorm {
+namespace {
+
+inline int64_t chunks_per_segment(const Plan& plan) { return (plan.blocks.count + kChunkBlocks - 1) / kChunkBlocks; }
+inline int64_t units_per_set(const Plan& plan) { return plan.segments * chunks_per_segment(plan); }
+inline int64_t segment_of(const Plan& plan, int64_t unit) { return unit / chunks_per_segment(plan); }
+
+// Work goes to threads set by set (a set's second reading then comes from cache) unless there are too few sets for
+// that.
+inline bool split_sets(const Plan& plan) {
+  return plan.threads > 1 && plan.sets < 2 * plan.threads && units_per_set(plan) > 1;
+}
+
+struct Range {
+  int64_t begin, end;
+};
+
+// The elements of a unit in its segment.
+inline Range unit_elements(const Plan& plan, int64_t unit) {
+  const Blocks& blocks = plan.blocks;
+  const int64_t first = unit % chunks_per_segment(plan) * kChunkBlocks;
+  const int64_t last = (first + kChunkBlocks < blocks.count ? first + kChunkBlocks : blocks.count) - 1;
+  return {blocks.start(first), blocks.start(last) + blocks.size(last)};
+}
+
+// The length of the contiguous runs that all the operands of a call share, 0 if they share none.
+template <class T>
+inline int64_t shared_run(const Plan& plan, std::initializer_list<const Operand*> operands) {
+  int64_t run = plan.elements;
+  for (const Operand* operand : operands) {
+    const Walk& walk = operand->element;
+    if (!operand->aligned || walk.rank > 2) return 0;
+    if (walk.rank == 0) continue;
+    if (walk.stride[walk.rank - 1] != static_cast<int64_t>(sizeof(T))) return 0;
+    if (walk.inner_size() < run) run = walk.inner_size();
+  }
+  for (const Operand* operand : operands) {
+    if (operand->element.rank == 2 && operand->element.inner_size() != run) return 0;
+  }
+  return run;
+}
+
+// One operand of one segment, seen as runs of equal length.
+template <class T>
+class Line {
+ public:
+  Line() = default;
+  Line(const Operand& operand, int64_t set, int64_t segment, int64_t run)
+      : base_(operand.data + operand.set.offset(set) + operand.segment.offset(segment)),
+        step_(operand.element.rank == 2 ? operand.element.stride[0] : run * static_cast<int64_t>(sizeof(T))) {}
+  T* at(int64_t run, int64_t offset) const { return reinterpret_cast<T*>(base_ + run * step_) + offset; }
+
+ private:
+  char* base_;
+  int64_t step_;
+};
+
+// visit(run, offset, first, n) for the runs of [begin, end), cut at multiples of `piece`.
+template <class Visit>
+inline void for_runs(Range range, int64_t length, int64_t piece, const Visit& visit) {
+  int64_t run = range.begin / length, offset = range.begin % length;
+  for (int64_t first = range.begin; first < range.end;) {
+    const int64_t room = length - offset, left = range.end - first, uncut = piece - offset % piece;
+    int64_t n = room < left ? room : left;
+    if (uncut < n) n = uncut;
+    visit(run, offset, first, n);
+    first += n;
+    offset += n;
+    if (offset == length) ++run, offset = 0;
+  }
+}
+
+// Float64 sums are trees, whose shape must not depend on how the values are come by: no longer pieces than a buffer's.
+template <class T>
+inline int64_t longest_piece(const Plan& plan) {
+  return sizeof(T) == sizeof(double) ? plan.blocks.length : plan.elements;
+}
+
+// Which operands a visit touches: inputs, then the output if it has one.
+template <int kInputs, bool kOutput>
+struct Operands {
+  const Operand* in[kInputs];
+  const Operand* out;
+};
+
+template <class T, int kInputs, bool kOutput, class Body>
+[[gnu::noinline]] void visit_buffered(const Plan& plan, const Operands<kInputs, kOutput>& operands, int64_t set,
+                                      int64_t unit, const Body& body) {
+  alignas(64) T buffers[kInputs + kOutput][kBlock];
+  const int64_t segment = segment_of(plan, unit);
+  const auto port = [&](const Operand& operand) {
+    return Port<T>(operand.data + operand.set.offset(set) + operand.segment.offset(segment), operand.element,
+                   operand.aligned);
+  };
+  const int64_t begin = unit % chunks_per_segment(plan) * kChunkBlocks;
+  const int64_t end = begin + kChunkBlocks < plan.blocks.count ? begin + kChunkBlocks : plan.blocks.count;
+  for (int64_t block = begin; block < end; ++block) {
+    const int64_t start = plan.blocks.start(block), n = plan.blocks.size(block);
+    const T* in[kInputs];
+    for (int k = 0; k < kInputs; ++k) in[k] = port(*operands.in[k]).read(start, n, buffers[k]);
+    T* to = nullptr;
+    if constexpr (kOutput) to = port(*operands.out).open(start, n, buffers[kInputs]);
+    // Short runs share a block: one after the other, as they are visited where they lie.
+    const int64_t inner = plan.x.element.inner_size(), run = inner < n ? inner : n;
+    for (int64_t done = 0; done < n; done += run) {
+      const T* from[kInputs];
+      for (int k = 0; k < kInputs; ++k) from[k] = in[k] + done;
+      body(from, kOutput ? to + done : nullptr, start + done, run < n - done ? run : n - done);
+    }
+    if constexpr (kOutput) port(*operands.out).commit(start, n, buffers[kInputs], to);
+  }
+}
+
+// body(inputs, output, first, n) along one unit; `run` is what shared_run gave for these operands.
+template <class T, int kInputs, bool kOutput, class Body>
+inline void visit_unit(const Plan& plan, const Operands<kInputs, kOutput>& operands, int64_t run, int64_t set,
+                       int64_t unit, const Body& body) {
+  if (run == 0) return visit_buffered<T>(plan, operands, set, unit, body);
+  const int64_t segment = segment_of(plan, unit);
+  Line<T> in[kInputs], out;
+  for (int k = 0; k < kInputs; ++k) in[k] = Line<T>(*operands.in[k], set, segment, run);
+  if constexpr (kOutput) out = Line<T>(*operands.out, set, segment, run);
+  for_runs(unit_elements(plan, unit), run, longest_piece<T>(plan),
+           [&](int64_t line, int64_t offset, int64_t first, int64_t n) {
+             const T* from[kInputs];
+             for (int k = 0; k < kInputs; ++k) from[k] = in[k].at(line, offset);
+             body(from, kOutput ? out.at(line, offset) : nullptr, first, n);
+           });
+}
+
+}  // namespace
+}  // namespace fastnorm

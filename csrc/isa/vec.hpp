@@ -1,0 +1,314 @@
+// Sixteen values at a time, whatever the width of a register: a Pack is as many vectors of the compiler's own kind as
+// it takes, so that a lane is the same lane at every instruction-set level and a kernel reads like its formula. The
+// only place with intrinsics, and only for what vector types cannot say: a part of a vector, and stores past the cache.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+namespace fastnorm {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+constexpr int kPack = 16;
+
+template <class T, int kBytes>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(kBytes)));
+};
+template <class T, int kBytes>
+using Vector = typename VectorOf<T, kBytes>::type;
+
+#define FASTNORM_UNROLL _Pragma("GCC unroll 16")
+// Compilers give up inlining in a file as large as all kernels together: what works on packs is inlined in any case,
+// and so is everything called in the functions that hold the loops.
+#define FASTNORM_INLINE inline __attribute__((always_inline))
+#define FASTNORM_LOOPS __attribute__((flatten))
+
+template <class C>
+struct Pack {
+  using Part = Vector<C, kVectorBytes>;
+  static constexpr int kWidth = kVectorBytes / static_cast<int>(sizeof(C));
+  static constexpr int kParts = kPack / kWidth;
+  Part part[kParts];
+
+  Pack() = default;
+  FASTNORM_INLINE Pack(C value) {  // NOLINT: a number stands for sixteen of it
+    FASTNORM_UNROLL
+    for (int k = 0; k < kParts; ++k) part[k] = value - Part{};
+  }
+
+#define FASTNORM_OPERATOR(op, assign)                                    \
+  FASTNORM_INLINE Pack& operator assign(const Pack& other) {             \
+    FASTNORM_UNROLL                                                      \
+    for (int k = 0; k < kParts; ++k) part[k] = part[k] op other.part[k]; \
+    return *this;                                                        \
+  }                                                                      \
+  FASTNORM_INLINE friend Pack operator op(Pack a, const Pack& b) { return a assign b; }
+  FASTNORM_OPERATOR(+, +=)
+  FASTNORM_OPERATOR(-, -=)
+  FASTNORM_OPERATOR(*, *=)
+#undef FASTNORM_OPERATOR
+};
+
+// Compilers take the conversions apart; the instructions exist.
+template <class To, class From>
+FASTNORM_INLINE To convert(const From& v) {
+  return __builtin_convertvector(v, To);
+}
+#if defined(__AVX512F__)
+template <>
+FASTNORM_INLINE Vector<double, 64> convert(const Vector<float, 32>& v) {
+  return _mm512_maskz_cvtps_pd(0xff, v);  // unmasked, GCC 12 warns about its own header
+}
+template <>
+FASTNORM_INLINE Vector<float, 32> convert(const Vector<double, 64>& v) {
+  return _mm512_maskz_cvtpd_ps(0xff, v);
+}
+#elif defined(__AVX__)
+template <>
+FASTNORM_INLINE Vector<double, 32> convert(const Vector<float, 16>& v) {
+  return _mm256_cvtps_pd(v);
+}
+template <>
+FASTNORM_INLINE Vector<float, 16> convert(const Vector<double, 32>& v) {
+  return _mm256_cvtpd_ps(v);
+}
+#endif
+
+// The first `count` values at p (none if count <= 0, all if there is no more room), zeros after them; nothing else is
+// read.
+template <class V, class T>
+FASTNORM_INLINE V load_first(const T* p, int64_t count) {
+  V v{};
+  for (int64_t i = 0; i < static_cast<int64_t>(sizeof(V) / sizeof(T)) && i < count; ++i) v[i] = p[i];
+  return v;
+}
+template <class V, class T>
+FASTNORM_INLINE void store_first(T* p, const V& v, int64_t count) {
+  for (int64_t i = 0; i < static_cast<int64_t>(sizeof(V) / sizeof(T)) && i < count; ++i) p[i] = v[i];
+}
+
+#if defined(__AVX512F__) && defined(__AVX512VL__)
+FASTNORM_INLINE __mmask16 first_lanes(int64_t count) {
+  return count >= 16 ? 0xffff : count <= 0 ? 0 : static_cast<__mmask16>((1u << count) - 1);
+}
+template <>
+FASTNORM_INLINE Vector<float, 64> load_first(const float* p, int64_t count) {
+  return _mm512_maskz_loadu_ps(first_lanes(count), p);
+}
+template <>
+FASTNORM_INLINE Vector<float, 32> load_first(const float* p, int64_t count) {
+  return _mm256_maskz_loadu_ps(static_cast<__mmask8>(first_lanes(count)), p);
+}
+template <>
+FASTNORM_INLINE Vector<double, 64> load_first(const double* p, int64_t count) {
+  return _mm512_maskz_loadu_pd(static_cast<__mmask8>(first_lanes(count)), p);
+}
+template <>
+FASTNORM_INLINE void store_first(float* p, const Vector<float, 64>& v, int64_t count) {
+  _mm512_mask_storeu_ps(p, first_lanes(count), v);
+}
+template <>
+FASTNORM_INLINE void store_first(float* p, const Vector<float, 32>& v, int64_t count) {
+  _mm256_mask_storeu_ps(p, static_cast<__mmask8>(first_lanes(count)), v);
+}
+template <>
+FASTNORM_INLINE void store_first(double* p, const Vector<double, 64>& v, int64_t count) {
+  _mm512_mask_storeu_pd(p, static_cast<__mmask8>(first_lanes(count)), v);
+}
+#elif defined(__AVX2__)
+alignas(32) constexpr int32_t kLaneMask[16] = {-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0};
+FASTNORM_INLINE __m256i first_lanes(int64_t count) {
+  const int64_t lanes = count >= 8 ? 8 : count <= 0 ? 0 : count;
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kLaneMask + 8 - lanes));
+}
+FASTNORM_INLINE __m256i first_wide_lanes(int64_t count) { return first_lanes(2 * count); }
+template <>
+FASTNORM_INLINE Vector<float, 32> load_first(const float* p, int64_t count) {
+  return _mm256_maskload_ps(p, first_lanes(count));
+}
+template <>
+FASTNORM_INLINE Vector<float, 16> load_first(const float* p, int64_t count) {
+  return _mm_maskload_ps(p, _mm256_castsi256_si128(first_lanes(count)));
+}
+template <>
+FASTNORM_INLINE Vector<double, 32> load_first(const double* p, int64_t count) {
+  return _mm256_maskload_pd(p, first_wide_lanes(count));
+}
+template <>
+FASTNORM_INLINE void store_first(float* p, const Vector<float, 32>& v, int64_t count) {
+  _mm256_maskstore_ps(p, first_lanes(count), v);
+}
+template <>
+FASTNORM_INLINE void store_first(float* p, const Vector<float, 16>& v, int64_t count) {
+  _mm_maskstore_ps(p, _mm256_castsi256_si128(first_lanes(count)), v);
+}
+template <>
+FASTNORM_INLINE void store_first(double* p, const Vector<double, 32>& v, int64_t count) {
+  _mm256_maskstore_pd(p, first_wide_lanes(count), v);
+}
+#endif
+
+// The pack with zeros from lane `count` on.
+template <class C>
+FASTNORM_INLINE Pack<C> first_lanes_of(Pack<C> pack, int64_t count) {
+  C lanes[kPack];
+  std::memcpy(lanes, &pack, sizeof lanes);
+  FASTNORM_UNROLL
+  for (int k = 0; k < Pack<C>::kParts; ++k) {
+    const int64_t first = k * Pack<C>::kWidth;
+    pack.part[k] = load_first<typename Pack<C>::Part>(lanes + first, count - first);
+  }
+  return pack;
+}
+
+template <class C>
+FASTNORM_INLINE Pack<C> magnitude(Pack<C> pack) {
+  using Integer = std::conditional_t<sizeof(C) == 4, int32_t, int64_t>;
+  using Bits = Vector<Integer, kVectorBytes>;
+  FASTNORM_UNROLL
+  for (int k = 0; k < Pack<C>::kParts; ++k) {
+    const Bits bits = reinterpret_cast<Bits>(pack.part[k]);
+    pack.part[k] = reinterpret_cast<typename Pack<C>::Part>(bits & std::numeric_limits<Integer>::max());
+  }
+  return pack;
+}
+
+// A store that does not bring the line into the cache; p is a multiple of the vector's size.
+template <class V>
+FASTNORM_INLINE void store_past(void* p, const V& v) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512(static_cast<__m512i*>(p), reinterpret_cast<__m512i>(v));
+#elif defined(__AVX__)
+  _mm256_stream_si256(static_cast<__m256i*>(p), reinterpret_cast<__m256i>(v));
+#elif defined(__SSE2__)
+  _mm_stream_si128(static_cast<__m128i*>(p), reinterpret_cast<__m128i>(v));
+#else
+  std::memcpy(p, &v, sizeof v);
+#endif
+}
+// To be called before results stored past the cache are handed to another thread.
+FASTNORM_INLINE void finish_stores() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
+// The place of a pack in a run: whole packs, and what is left at the end. at(p) is p's values there, converted to C
+// where the kernel computes in more than it stores.
+struct Whole {
+  int64_t start;
+
+  template <class C, class T>
+  FASTNORM_INLINE Pack<C> load(const T* p) const {
+    using Stored = Vector<T, Pack<C>::kWidth * sizeof(T)>;
+    Pack<C> pack;
+    FASTNORM_UNROLL
+    for (int k = 0; k < Pack<C>::kParts; ++k) {
+      Stored v;
+      std::memcpy(&v, p + start + k * Pack<C>::kWidth, sizeof v);
+      pack.part[k] = convert<typename Pack<C>::Part>(v);
+    }
+    return pack;
+  }
+  template <class C, class T>
+  FASTNORM_INLINE void store(T* p, const Pack<C>& pack) const {
+    using Stored = Vector<T, Pack<C>::kWidth * sizeof(T)>;
+    FASTNORM_UNROLL
+    for (int k = 0; k < Pack<C>::kParts; ++k) {
+      const Stored v = convert<Stored>(pack.part[k]);
+      std::memcpy(p + start + k * Pack<C>::kWidth, &v, sizeof v);
+    }
+  }
+  // Past the cache; p + start is a multiple of the vector's size.
+  template <class C>
+  FASTNORM_INLINE void store_past(C* p, const Pack<C>& pack) const {
+    FASTNORM_UNROLL
+    for (int k = 0; k < Pack<C>::kParts; ++k) fastnorm::store_past(p + start + k * Pack<C>::kWidth, pack.part[k]);
+  }
+};
+
+struct Partial {
+  int64_t start, count;
+
+  template <class C, class T>
+  FASTNORM_INLINE Pack<C> load(const T* p) const {
+    using Stored = Vector<T, Pack<C>::kWidth * sizeof(T)>;
+    Pack<C> pack;
+    FASTNORM_UNROLL
+    for (int k = 0; k < Pack<C>::kParts; ++k) {
+      const int64_t first = k * Pack<C>::kWidth;
+      pack.part[k] = convert<typename Pack<C>::Part>(load_first<Stored>(p + start + first, count - first));
+    }
+    return pack;
+  }
+  template <class C, class T>
+  FASTNORM_INLINE void store(T* p, const Pack<C>& pack) const {
+    using Stored = Vector<T, Pack<C>::kWidth * sizeof(T)>;
+    FASTNORM_UNROLL
+    for (int k = 0; k < Pack<C>::kParts; ++k) {
+      const int64_t first = k * Pack<C>::kWidth;
+      store_first<Stored>(p + start + first, convert<Stored>(pack.part[k]), count - first);
+    }
+  }
+};
+
+// body(place) along a run of n values.
+template <class Body>
+FASTNORM_INLINE void for_packs(int64_t n, const Body& body) {
+  int64_t i = 0;
+  for (; i + kPack <= n; i += kPack) body(Whole{i});
+  if (i < n) body(Partial{i, n - i});
+}
+
+// The sum of the lanes, in a tree: lane + 8, then 4, 2, 1.
+template <int kBytes>
+FASTNORM_INLINE double fold(const Vector<double, kBytes>& v) {
+  if constexpr (kBytes == 2 * sizeof(double)) {
+    return v[0] + v[1];
+  } else {
+    using Half = Vector<double, kBytes / 2>;
+#if defined(__has_builtin)
+#define FASTNORM_HAS_SHUFFLE __has_builtin(__builtin_shufflevector)
+#else
+#define FASTNORM_HAS_SHUFFLE 0
+#endif
+    Half low, high;
+#if FASTNORM_HAS_SHUFFLE
+    if constexpr (kBytes == 64) {
+      low = __builtin_shufflevector(v, v, 0, 1, 2, 3), high = __builtin_shufflevector(v, v, 4, 5, 6, 7);
+    } else {
+      low = __builtin_shufflevector(v, v, 0, 1), high = __builtin_shufflevector(v, v, 2, 3);
+    }
+#else
+    std::memcpy(&low, &v, sizeof low);
+    std::memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
+#endif
+    return fold<kBytes / 2>(low + high);
+  }
+}
+
+FASTNORM_INLINE double fold(const Pack<double>& pack) {
+  Pack<double> sums = pack;
+  for (int width = Pack<double>::kParts / 2; width > 0; width /= 2) {
+    for (int k = 0; k < width; ++k) sums.part[k] += sums.part[k + width];
+  }
+  return fold<kVectorBytes>(sums.part[0]);
+}
+
+}  // namespace
+}  // namespace fastnorm
