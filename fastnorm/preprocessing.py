@@ -84,7 +84,7 @@ def _column_moments(X: Array) -> _Moments:
     odd = np.flatnonzero(~(np.isfinite(mean) & np.isfinite(m2)))
     if odd.size:
         # NaN goes through to its own column's result, so that only such columns are looked at a second time.
-        columns = np.ascontiguousarray(X[:, odd].T)
+        columns = np.ascontiguousarray(X.T if odd.size == X.shape[1] else X[:, odd].T)
         if bool(np.isinf(columns).any()):
             raise _infinite()
         count = np.full(X.shape[1], m.count)
