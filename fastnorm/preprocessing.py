@@ -2,7 +2,8 @@
 
 They run on the kernels, work without scikit-learn, and are accepted by its Pipeline, clone and searches where it is
 there. As there, and unlike in the rest of this package, integers and lists are taken and converted to float64, and NaN
-stands for a missing value. Refuses sparse matrices, sample weights, and infinity.
+stands for a missing value; what is refused is refused in words that scikit-learn's own checks of estimators look for.
+Refuses sparse matrices, sample weights, and infinity.
 """
 
 from __future__ import annotations
@@ -37,19 +38,20 @@ def _table(X: Any) -> Array:
         raise TypeError(f"X is a sparse {type(X).__name__}; expected a dense array: use X.toarray()")
     found = _check.as_ndarray("X", X)
     if found.dtype.kind == "c":
-        raise TypeError(f"X has dtype {found.dtype}; expected real numbers (X.real, or both parts)")
+        raise ValueError(f"X has dtype {found.dtype}; expected real numbers. Complex data not supported")
     if found.ndim != 2:
         raise ValueError(
-            f"X has shape {_check._shape(found.shape)}; expected two axes (samples, features): use X.reshape(-1, 1) "
-            "for a single feature, X.reshape(1, -1) for a single sample"
+            f"X has shape {_check._shape(found.shape)}; expected two axes (samples, features). Reshape your data: "
+            "X.reshape(-1, 1) for a single feature, X.reshape(1, -1) for a single sample"
         )
     if found.dtype not in _check.FLOATS:
         try:
             found = found.astype(np.float64)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"X has dtype {found.dtype} and could not be read as numbers: {error}") from error
-    if 0 in found.shape:
-        raise ValueError(f"X has shape {_check._shape(found.shape)}; expected at least one sample and one feature")
+            raise type(error)(f"X has dtype {found.dtype} and could not be read as numbers: {error}") from error
+    for size, what in zip(found.shape, ("sample", "feature"), strict=True):
+        if size == 0:
+            raise ValueError(f"X has 0 {what}(s) (shape={found.shape}) while a minimum of 1 is required.")
     return found
 
 
@@ -212,12 +214,15 @@ class _Scaler:
 
         return table, remember
 
-    def _same_features(self, table: Array, names: Array | None) -> None:
+    def _same_number_of_features(self, table: Array) -> None:
         if table.shape[1] != self.n_features_in_:
             raise ValueError(
-                f"X has {table.shape[1]} features; expected {self.n_features_in_}, as {type(self).__name__} was fitted "
-                "with"
+                f"X has {table.shape[1]} features, but {type(self).__name__} is expecting {self.n_features_in_} "
+                "features as input, as in fit"
             )
+
+    def _same_features(self, table: Array, names: Array | None) -> None:
+        self._same_number_of_features(table)
         known = getattr(self, "feature_names_in_", None)
         if known is None and names is not None:
             warnings.warn(
@@ -240,8 +245,8 @@ class _Scaler:
         table = _table(X)
         if named:
             self._same_features(table, _names(X))
-        elif table.shape[1] != self.n_features_in_:
-            raise ValueError(f"X has {table.shape[1]} features; expected {self.n_features_in_}, as in fit")
+        else:
+            self._same_number_of_features(table)
         _refuse_infinity(table)
         if not (self.copy if copy is None else copy) and table.flags.writeable:
             return table, table
@@ -292,10 +297,10 @@ class _Scaler:
         Raises
         ------
         TypeError
-            X is sparse, complex, or no array of numbers.
+            X is sparse, or holds what is no number.
         ValueError
-            X does not have two axes, holds no values, or holds infinity; a constructor's argument is out of range.
-            The scaler is then as it was.
+            X does not have two axes, holds no values, complex ones or infinity; a constructor's argument is out of
+            range. The scaler is then as it was.
         """
         return self._learn(X, first=True)
 
