@@ -82,6 +82,19 @@ def _eps(value: Any) -> float:
     return found
 
 
+def _channels(x: Any, rank: int, channel_axis: int, name: str, wanted: int | None) -> tuple[Array, int]:
+    """x, and its channel axis; `wanted` is the number of channels where no weight tells the function."""
+    x = _check.array("x", x)
+    _check.rank("x", x, rank)
+    axis = _check.axis("channel_axis", channel_axis, x.ndim)
+    if wanted is not None and x.shape[axis] != wanted:
+        raise ValueError(
+            f"x has shape {_check._shape(x.shape)}, {x.shape[axis]} channels on axis {axis}; "
+            f"expected {wanted}, the {name} of the layer"
+        )
+    return x, axis
+
+
 class Layer:
     """What all layers have in common: a mode, parameters with their gradients, and a state that can be saved.
 
@@ -293,16 +306,8 @@ class _ChannelNorm(_Norm):
             self.running_mean[...], self.running_var[...], self.num_batches_tracked = 0, 1, 0
 
     def _checked(self, x: Any) -> tuple[Array, int]:
-        """x, and its channel axis; the functions check all but a number of channels that no array tells them."""
-        x = _check.array("x", x)
-        _check.rank("x", x, self._least_rank)
-        axis = _check.axis("channel_axis", self.channel_axis, x.ndim)
-        if self.weight is None and x.shape[axis] != self.num_features:
-            raise ValueError(
-                f"x has shape {_check._shape(x.shape)}, {x.shape[axis]} channels on axis {axis}; "
-                f"expected {self.num_features}, the num_features of the layer"
-            )
-        return x, axis
+        wanted = self.num_features if self.weight is None else None
+        return _channels(x, self._least_rank, self.channel_axis, "num_features", wanted)
 
     def _with_running_statistics(self, x: Array) -> Array:
         y, self._cache = batch_norm_forward(
@@ -564,14 +569,8 @@ class GroupNorm(_Norm):
 
     def forward(self, x: Any) -> Array:
         """Normalise x of shape (N, C, ...), or with the channels on `channel_axis`."""
-        x = _check.array("x", x)
-        _check.rank("x", x, 2)
-        axis = _check.axis("channel_axis", self.channel_axis, x.ndim)
-        if self.weight is None and x.shape[axis] != self.num_channels:
-            raise ValueError(
-                f"x has shape {_check._shape(x.shape)}, {x.shape[axis]} channels on axis {axis}; "
-                f"expected {self.num_channels}, the num_channels of the layer"
-            )
+        wanted = self.num_channels if self.weight is None else None
+        x, _ = _channels(x, 2, self.channel_axis, "num_channels", wanted)
         y, self._cache = group_norm_forward(
             x, self.num_groups, self.weight, self.bias, channel_axis=self.channel_axis, eps=self.eps
         )
