@@ -232,7 +232,8 @@ class Layer:
                 )
             elif name in ("running_var", "num_batches_tracked") and bool(np.any(value < 0)):
                 wrong.append(f"{name} holds {value.min()!r}, expected no negative values")
-            found[name] = value
+            # A copy, for the state may hold this layer's own arrays under other names.
+            found[name] = value.copy()
         if wrong or wrong_dtypes:
             error = ValueError if wrong else TypeError
             raise error(f"state_dict does not fit this {type(self).__name__}: {'; '.join(wrong + wrong_dtypes)}")

@@ -292,6 +292,13 @@ def test_state_is_a_copy_and_loading_keeps_the_arrays() -> None:
     assert layer.num_batches_tracked == 0
 
 
+def test_a_state_may_hold_the_layers_own_arrays() -> None:
+    layer = nn.LayerNorm(3)
+    layer.load_state_dict({"weight": layer.bias, "bias": layer.weight})
+    assert layer.weight.tolist() == [0, 0, 0]
+    assert layer.bias.tolist() == [1, 1, 1]
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "words"),
     [
