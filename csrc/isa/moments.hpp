@@ -178,6 +178,8 @@ struct PlainTotals {
 
 // False where the sums may have lost too much: m2 is wrong by at most additions * 2^-53 * squares, and an eighth of a
 // float32 unit of rstd is 2^-26 of m2. Never true for a constant set (but zeros), whose m2 has to be exactly 0.
+constexpr double kPlainMargin = 0x1p27;
+
 inline bool moments_of(const PlainTotals& totals, double count, bool centred, Moments& moments) {
   moments = Moments{};
   moments.count = count;
@@ -187,7 +189,7 @@ inline bool moments_of(const PlainTotals& totals, double count, bool centred, Mo
   }
   moments.mean = totals.sum / count;
   moments.m2.hi = totals.squares - totals.sum * moments.mean;
-  return moments.m2.hi * 0x1p27 > totals.squares * (totals.additions + 16) || totals.squares == 0;
+  return moments.m2.hi * kPlainMargin > totals.squares * (totals.additions + kPack) || totals.squares == 0;
 }
 
 // What turns x into xhat: ((x * scale - mean) - mean_lo) * rstd.

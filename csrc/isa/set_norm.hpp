@@ -3,6 +3,8 @@
 // threads.
 #pragma once
 
+#include <utility>
+
 #include "isa/runs.hpp"
 #include "isa/segment.hpp"
 #include "isa/set_moments.hpp"
@@ -16,6 +18,8 @@ constexpr int64_t kSmallSet = kBlock * kChunkBlocks;
 // Sets up to this size are measured while the one before is normalised: arithmetic of the one hides memory of the
 // other.
 constexpr int64_t kPairedBytes = 64 << 10;
+// Values of the sets of a batch: as many as leave room in the nearest cache for the next batch and for the results.
+constexpr int64_t kBatchElements = 2048;
 // Bytes of sets that a thread takes at a time.
 constexpr int64_t kGroupBytes = 64 << 10;
 
@@ -130,15 +134,66 @@ inline Statistic measure_set(const Plan& plan, const NormArgs<T>& args, int64_t 
 
 // ---- forward
 
-// Normalises a set of float32 runs and measures the next one in the same loops.
+// Sets whose statistics are computed together, one per lane: divisions and roots cost no more for sixteen than for one.
+struct Batch {
+  int64_t first, count;
+  double sum[kPack], squares[kPack], additions[kPack];
+  Statistic statistic[kPack];
+  bool in_float[kPack];
+
+  void put(int64_t lane, const PlainTotals& totals) {
+    sum[lane] = totals.sum;
+    squares[lane] = totals.squares;
+    additions[lane] = totals.additions;
+  }
+};
+
+// What statistic_of and store_statistic do, for all lanes.
+inline void finish_batch(const Plan& plan, const NormArgs<float>& args, Batch& batch) {
+  double mean[kPack], var[kPack], rstd[kPack];
+  bool good[kPack];
+  const double count = static_cast<double>(plan.set_size()), eps = args.eps;
+  for (int64_t lane = batch.count; lane < kPack; ++lane) batch.put(lane, PlainTotals{});
+  const bool centred = args.centred;
+#pragma omp simd
+  for (int lane = 0; lane < kPack; ++lane) {
+    mean[lane] = centred ? batch.sum[lane] / count : 0;
+    const double m2 = batch.squares[lane] - batch.sum[lane] * mean[lane];
+    var[lane] = m2 / count;
+    rstd[lane] = 1 / std::sqrt(var[lane] + eps);
+    good[lane] = centred ? m2 * kPlainMargin > batch.squares[lane] * (batch.additions[lane] + kPack)
+                         : batch.squares[lane] > 0 && batch.squares[lane] < HUGE_VAL;
+  }
+  for (int64_t lane = 0; lane < batch.count; ++lane) {
+    const int64_t set = batch.first + lane;
+    Statistic& s = batch.statistic[lane];
+    if (good[lane]) {
+      s = Statistic{mean[lane], 0, rstd[lane], 1};
+      const int64_t stat = plan.set_stat.offset(set);
+      if (args.mean) args.mean[stat] = s.mean;
+      if (args.var) args.var[stat] = var[lane];
+      if (args.rstd) args.rstd[stat] = s.rstd;
+    } else {
+      s = finish_plain(plan, args, set, {batch.sum[lane], batch.squares[lane], batch.additions[lane]});
+    }
+    batch.in_float[lane] = fits(s);
+    if (plan.family == Family::channel) {
+      for (int64_t segment = 0; segment < plan.segments; ++segment) {
+        batch.in_float[lane] = batch.in_float[lane] && in_float(plan, args, s, plan.set_param.offset(set) + segment);
+      }
+    }
+  }
+}
+
+// Normalises a set and measures another in the same loops: arithmetic of the one hides memory of the other.
 FASTNORM_LOOPS inline PlainTotals normalise_and_measure(const Plan& plan, const NormArgs<float>& args, int64_t run,
-                                                        int64_t set, const Statistic& s) {
+                                                        int64_t set, const Statistic& s, int64_t other) {
   PlainSums sums;
   int64_t packs = 0;
   for (int64_t segment = 0; segment < plan.segments; ++segment) {
     const int64_t param = plan.set_param.offset(set) + segment;
     const Line<float> from(plan.x, set, segment, run), to(plan.y, set, segment, run),
-        ahead(plan.x, set + 1, segment, run);
+        ahead(plan.x, other, segment, run);
     for_runs({0, plan.elements}, run, run, [&](int64_t line, int64_t, int64_t first, int64_t n) {
       const float *x = from.at(line, 0), *next = ahead.at(line, 0);
       float* y = to.at(line, 0);
@@ -158,38 +213,46 @@ FASTNORM_LOOPS inline PlainTotals normalise_and_measure(const Plan& plan, const 
   return totals;
 }
 
-template <class T>
-inline bool pairs_sets(const Plan& plan, int64_t run) {
-  return !kMayOverflow<T> && run > 0 && plan.set_size() * static_cast<int64_t>(sizeof(T)) <= kPairedBytes &&
-         plan.blocks.count <= kChunkBlocks;
-}
-
-template <class T>
-inline bool segments_in_float(const Plan& plan, const NormArgs<T>& args, int64_t set, const Statistic& s) {
-  for (int64_t segment = 0; segment < plan.segments; ++segment) {
-    if (!in_float(plan, args, s, plan.set_param.offset(set) + segment)) return false;
-    if (plan.family == Family::row) break;
+// Forward of sets [begin, end), batch by batch, each measured while the one before is normalised.
+inline void forward_batches(const Plan& plan, const NormArgs<float>& args, int64_t run, int64_t begin, int64_t end) {
+  const int64_t units = units_per_set(plan), fitting = kBatchElements / plan.set_size();
+  const int64_t size = fitting < 1 ? 1 : fitting > kPack ? kPack : fitting;
+  Batch batches[2];
+  const auto start = [&](Batch& batch, int64_t first) {
+    batch.first = first;
+    batch.count = end - first < size ? end - first : size;
+  };
+  Batch* now = &batches[0];
+  Batch* next = &batches[1];
+  start(*now, begin);
+  for (int64_t lane = 0; lane < now->count; ++lane) now->put(lane, plain_totals(plan, run, begin + lane, 0));
+  for (int64_t first = begin; first < end; first += size) {
+    finish_batch(plan, args, *now);
+    start(*next, first + size < end ? first + size : end);
+    for (int64_t lane = 0; lane < now->count; ++lane) {
+      const int64_t set = first + lane, other = next->first + lane;
+      const Statistic& s = now->statistic[lane];
+      if (lane < next->count && now->in_float[lane]) {
+        next->put(lane, normalise_and_measure(plan, args, run, set, s, other));
+        continue;
+      }
+      for (int64_t unit = 0; unit < units; ++unit) normalise_unit(plan, args, run, set, unit, s);
+      if (lane < next->count) next->put(lane, plain_totals(plan, run, other, 0));
+    }
+    std::swap(now, next);
   }
-  return true;
 }
 
 // Forward of sets [begin, end).
 template <class T>
 inline void forward_sets(const Plan& plan, const NormArgs<T>& args, int64_t run, int64_t begin, int64_t end) {
-  const int64_t units = units_per_set(plan);
-  const bool paired = pairs_sets<T>(plan, run);
-  Statistic s = measure_set(plan, args, run, begin);
+  if constexpr (!kMayOverflow<T>) {
+    const bool small = plan.set_size() * static_cast<int64_t>(sizeof(T)) <= kPairedBytes;
+    if (run > 0 && small && plan.blocks.count <= kChunkBlocks) return forward_batches(plan, args, run, begin, end);
+  }
   for (int64_t set = begin; set < end; ++set) {
-    const bool last = set + 1 == end;
-    if constexpr (!kMayOverflow<T>) {
-      if (paired && !last && segments_in_float(plan, args, set, s)) {
-        const PlainTotals totals = normalise_and_measure(plan, args, run, set, s);
-        s = finish_plain(plan, args, set + 1, totals);
-        continue;
-      }
-    }
-    for (int64_t unit = 0; unit < units; ++unit) normalise_unit(plan, args, run, set, unit, s);
-    if (!last) s = measure_set(plan, args, run, set + 1);
+    const Statistic s = measure_set(plan, args, run, set);
+    for (int64_t unit = 0; unit < units_per_set(plan); ++unit) normalise_unit(plan, args, run, set, unit, s);
   }
 }
 
