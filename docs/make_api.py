@@ -10,6 +10,8 @@ import inspect
 import re
 import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 # The page is about the installed package: the source tree has no compiled module.
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,19 +41,31 @@ def section_of(name: str) -> str:
     return "Other"
 
 
-def entry(name: str) -> str:
+def call_of(name: str, function: Any, *, method: bool = False) -> str:
+    """How it is called: names and defaults, without types."""
+    parameters = list(inspect.signature(function).parameters.values())[method:]
+    plain = [p.replace(annotation=inspect.Parameter.empty) for p in parameters]
+    text = f"{name}{inspect.Signature(plain)}"
+    return re.sub(r"<.*?>", "...", re.sub(r"<class '(numpy\.\w+)'>", r"\1", text))
+
+
+def entry(name: str, home: ModuleType = fn) -> str:
     """A function or class: its call, then its docstring as it stands (numpydoc reads well as text)."""
-    thing = getattr(fn, name)
+    thing = getattr(home, name)
     doc = inspect.getdoc(thing) or ""
     if inspect.isfunction(thing):
-        parameters = inspect.signature(thing).parameters.values()
-        plain = [p.replace(annotation=inspect.Parameter.empty) for p in parameters]
-        call = re.sub(r"<.*?>", "...", f"{name}{inspect.Signature(plain)}")
+        call = call_of(name, thing)
     else:
-        call = f"class {name}"
-        for member, value in vars(thing).items():
-            text = inspect.getdoc(value)
-            if not member.startswith("_") and inspect.isroutine(getattr(thing, member)) and text:
+        # Of the submodules' classes, what they have from a base without a name of its own as well.
+        bases = [thing] if home is fn else [c for c in thing.__mro__ if c is thing or c.__name__.startswith("_")]
+        init = next((vars(c)["__init__"] for c in bases if "__init__" in vars(c)), None)
+        call = f"class {name}" if home is fn or init is None else call_of(f"class {name}", init, method=True)
+        seen: set[str] = set()
+        for member, value in (item for c in bases for item in vars(c).items()):
+            # A method without words of its own is described where it comes from.
+            text = inspect.getdoc(value) if value.__doc__ else None
+            if not member.startswith("_") and inspect.isroutine(getattr(thing, member)) and text and member not in seen:
+                seen.add(member)
                 doc += f"\n\n{name}.{member}: {text}"
     return f"### {name}\n\n```text\n{call}\n\n{doc}\n```\n"
 
@@ -63,6 +77,9 @@ def page() -> str:
         entries = [entry(name) for name in names if section_of(name) == section]
         if entries:
             parts += [f"## {section}\n", *entries]
+    for module in (fn.nn, fn.preprocessing, fn.regularization):
+        parts += [f"## {module.__name__}\n", f"{inspect.getdoc(module)}\n"]
+        parts += [entry(name, module) for name in module.__all__]
     return "\n".join(parts)
 
 

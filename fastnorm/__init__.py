@@ -7,6 +7,9 @@ from . import _source_tree  # noqa: F401  (first: it decides where the others ar
 
 # isort: split
 
+from importlib import import_module as _import_module
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+
 from . import _environment, reference  # noqa: F401
 from ._batch_norm import batch_norm, batch_norm_backward, batch_norm_forward
 from ._core import NormCache, __version__
@@ -42,6 +45,20 @@ from ._results import NormGrads
 from ._rms_norm import rms_norm, rms_norm_backward, rms_norm_forward
 from ._threads import get_num_threads, num_threads, set_num_threads
 from ._verify import VerificationError, VerificationWarning, verify
+
+if _TYPE_CHECKING:
+    from . import nn, preprocessing, regularization
+else:
+
+    def __getattr__(name: str) -> object:
+        """The modules for training are imported when they are first asked for: a program of functions never pays."""
+        if name in ("nn", "preprocessing", "regularization"):
+            return _import_module(f"{__name__}.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})
+
 
 __all__ = [
     "DropoutAddNormCache",
@@ -84,8 +101,11 @@ __all__ = [
     "layer_norm_backward",
     "layer_norm_forward",
     "moments",
+    "nn",
     "num_threads",
+    "preprocessing",
     "reference",
+    "regularization",
     "rms_norm",
     "rms_norm_backward",
     "rms_norm_forward",
