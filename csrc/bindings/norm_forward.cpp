@@ -119,7 +119,7 @@ py::object forward(Kind kind, bool want_cache, const ForwardCall& call, bool che
   py::object y = result_for(x, call.out);
   Statistics statistics;
   if (want_cache) statistics.allocate(kind, sizes.sets, x.dtype() == Dtype::float64, false, sizes.total == 0);
-  run(settings, Pass::forward, x, Array(y), weight, bias, statistics, sizes.total, !out_object.is_none());
+  run(settings, Pass::forward, x, Array(y), weight, bias, statistics, sizes.total, !call.out.is_none());
   if (!want_cache) return y;
   settings.count = sizes.per_set;
   return pair(y, make_cache(settings, x, call.weight, call.bias, statistics, sizes.sets));
@@ -148,7 +148,7 @@ py::object batch_norm(const BatchNormCall& call, bool checked) {
   statistics.rstd = statistics.mean + channels;
   if (!given_statistics(mean.array, var.array, settings.eps, statistics)) return py::none();
   py::object y = result_for(x, call.out);
-  run(settings, Pass::apply, x, Array(y), weight, bias, statistics, x.count(), !out_object.is_none());
+  run(settings, Pass::apply, x, Array(y), weight, bias, statistics, x.count(), !call.out.is_none());
   return y;
 }
 
@@ -178,7 +178,7 @@ py::object batch_norm_forward(const BatchNormCall& call, py::handle momentum_obj
   if (!training && !given_statistics(mean.array, var.array, settings.eps, statistics)) return py::none();
   py::object y = result_for(x, call.out);
   run(settings, training ? Pass::forward : Pass::apply, x, Array(y), weight, bias, statistics, sizes.total,
-      !out_object.is_none());
+      !call.out.is_none());
   settings.count = sizes.per_set;
   settings.training = training;
   py::object result = pair(y, make_cache(settings, x, call.weight, call.bias, statistics, sizes.sets));
