@@ -17,6 +17,90 @@ struct SegmentSums {
   }
 };
 
+// Float32 data not too far from zero: sum(dy * xhat) is (sum(dy * x) - mean * sum(dy)) * rstd, with exact products and
+// digits to spare for the difference.
+inline bool sums_plainly(const Statistic& s) { return std::fabs(s.mean) * s.rstd < 0x1p16; }
+
+// Sums of dy and of dy * x of float32 data, in plain lanes of double.
+struct PlainGradientSums {
+  Pack<double> dy_sum = Pack<double>(0.0), product_sum = Pack<double>(0.0);
+  Size size;
+
+  template <class At>
+  FASTNORM_INLINE void add(At at, const float* x, const float* dy) {
+    const Pack<double> g = at.template load<double>(dy);
+    dy_sum += g;
+    product_sum = add_exact_product(g, at.template load<double>(x), product_sum);
+    size.add(at, dy);
+  }
+  // Not inlined: what has its address taken would not stay in registers in the loops around.
+  [[gnu::noinline]] static SegmentSums total(PlainGradientSums sums, const Statistic& s) {
+    SegmentSums total;
+    total.dy.hi = fold(sums.dy_sum);
+    total.dy_xhat.hi = (fold(sums.product_sum) - s.mean * total.dy.hi) * s.rstd;
+    total.size = sums.size.total();
+    return total;
+  }
+};
+
+// The sums of every segment of a set that is read in place.
+FASTNORM_LOOPS inline void plain_set_sums(const Plan& plan, int64_t run, int64_t set, const Statistic& s,
+                                          SegmentSums* sums) {
+  const int64_t lines = plan.elements / run;
+  const int64_t x_ahead = reading_ahead<float>(plan, plan.x, run), dy_ahead = reading_ahead<float>(plan, plan.dy, run);
+  for (int64_t segment = 0; segment < plan.segments; ++segment) {
+    const Line<float> x_line(plan.x, set, segment, run), dy_line(plan.dy, set, segment, run);
+    PlainGradientSums total;
+    for (int64_t line = 0; line < lines; ++line) {
+      const float *x = x_line.at(line, 0), *dy = dy_line.at(line, 0);
+      PlainGradientSums inner = total;
+      for_packs(run, [&](auto at) {
+        prefetch(x + at.start, x_ahead);
+        prefetch(dy + at.start, dy_ahead);
+        inner.add(at, x, dy);
+      });
+      total = inner;
+    }
+    sums[segment] = PlainGradientSums::total(total, s);
+  }
+}
+
+// dx of every segment of a set, computed in float32.
+FASTNORM_LOOPS inline void plain_set_gradient(const Plan& plan, const NormArgs<float>& args, int64_t run, int64_t set,
+                                              const Statistic& s, double a, double b) {
+  const int64_t lines = plan.elements / run, param = plan.set_param.offset(set);
+  InputGradient<float, float, Same<float>> gradient(s, a, b, Same<float>(1));
+  for (int64_t segment = 0; segment < plan.segments; ++segment) {
+    if (args.weight) gradient.weight.value = Pack<float>(args.weight[param + segment]);
+    const Line<float> x_line(plan.x, set, segment, run), dy_line(plan.dy, set, segment, run),
+        dx_line(plan.dx, set, segment, run);
+    for (int64_t line = 0; line < lines; ++line) {
+      const float *x = x_line.at(line, 0), *dy = dy_line.at(line, 0);
+      float* dx = dx_line.at(line, 0);
+      with_store(args.past_cache, dx,
+                 [&](auto out) { for_packs(run, [&](auto at) { out.store(at, dx, gradient(at, x, dy)); }); });
+    }
+  }
+}
+
+FASTNORM_LOOPS inline SegmentSums plain_unit_sums(const Plan& plan, int64_t run, int64_t set, int64_t unit,
+                                                  const Statistic& s) {
+  const Operands<2, false> operands{{&plan.x, &plan.dy}, nullptr};
+  const int64_t x_ahead = reading_ahead<float>(plan, plan.x, run), dy_ahead = reading_ahead<float>(plan, plan.dy, run);
+  PlainGradientSums sums;
+  visit_unit<float>(plan, operands, run, set, unit, [&](const float* const* in, float*, int64_t, int64_t n) {
+    const float *x = in[0], *dy = in[1];
+    PlainGradientSums inner = sums;
+    for_packs(n, [&](auto at) {
+      prefetch(x + at.start, x_ahead);
+      prefetch(dy + at.start, dy_ahead);
+      inner.add(at, x, dy);
+    });
+    sums = inner;
+  });
+  return PlainGradientSums::total(sums, s);
+}
+
 // The sums of one unit, weighted or not. Float32 data is added in plain lanes of double; float64 data has no digits to
 // spare and is added in trees.
 template <class T, class WeightAt>
@@ -93,15 +177,31 @@ FASTNORM_LOOPS inline void channel_unit_gradient(const Plan& plan, const NormArg
   });
 }
 
-// Parameter gradients from per-segment sums, merged over the sets that share a parameter, in set order. The i-th of
-// `count` sums is sums(i) and belongs to parameter param(i).
-template <class T, class Sums, class Param>
-inline bool reduce_parameter_gradients(const Plan& plan, const NormArgs<T>& args, int64_t count, const Sums& sums,
-                                       const Param& param) {
+// A sum where every digit counts in float64, and any order will do for float32 data.
+template <class T>
+inline void accumulate(Sum& sum, const Sum& term) {
+  if constexpr (kMayOverflow<T>) {
+    sum.add(term);
+  } else {
+    sum.hi += term.hi;
+  }
+}
+
+// Parameter gradients from sums per parameter, merged over those that share one, in order: `count` rows of `width`
+// sums, the first parameter of row i being param(i), the others `step` apart.
+template <class T, class Param>
+inline bool reduce_parameter_gradients(const Plan& plan, const NormArgs<T>& args, const SegmentSums* sums,
+                                       int64_t count, int64_t width, int64_t step, const Param& param) {
   if (!args.dweight && !args.dbias) return true;
   const Workspace<SegmentSums> totals(plan.params);
   if (!totals) return false;
-  for (int64_t i = 0; i < count; ++i) totals[param(i)].add(sums(i));
+  for (int64_t i = 0; i < count; ++i) {
+    SegmentSums* to = &totals[param(i)];
+    for (int64_t j = 0; j < width; ++j) {
+      accumulate<T>(to[j * step].dy, sums[i * width + j].dy);
+      accumulate<T>(to[j * step].dy_xhat, sums[i * width + j].dy_xhat);
+    }
+  }
   for (int64_t p = 0; p < plan.params; ++p) {
     if (args.dweight) args.dweight[p] = static_cast<T>(totals[p].dy_xhat.value());
     if (args.dbias) args.dbias[p] = static_cast<T>(totals[p].dy.value());
@@ -118,8 +218,8 @@ inline GradientMeans channel_means(const Plan& plan, const NormArgs<T>& args, in
   bool plain_weights = true;
   for (int64_t segment = 0; segment < plan.segments; ++segment) {
     const double weight = args.weight ? static_cast<double>(args.weight[param + segment]) : 1;
-    a.add(weight * sums[segment].dy.value());
-    b.add(weight * sums[segment].dy_xhat.value());
+    accumulate<T>(a, {weight * sums[segment].dy.value(), 0});
+    accumulate<T>(b, {weight * sums[segment].dy_xhat.value(), 0});
     size += sums[segment].size;
     plain_weights = plain_weights && moderate(weight);
   }
@@ -136,6 +236,9 @@ bool channel_backward(const Plan& plan, const NormArgs<T>& args) {
 
   const auto statistic = [&](int64_t set) { return kept_statistic(plan, args, set); };
   const auto measure = [&](int64_t set, int64_t unit, const Statistic& s) {
+    if constexpr (!kMayOverflow<T>) {
+      if (sums_plainly(s)) return plain_unit_sums(plan, run, set, unit, s);
+    }
     return unit_sums<T>(plan, run, set, unit, s, [](int64_t) { return None{}; });
   };
   const auto gradient = [&](int64_t set, int64_t first_unit, int64_t end_unit, const Statistic& s) {
@@ -155,14 +258,25 @@ bool channel_backward(const Plan& plan, const NormArgs<T>& args) {
     for_set_groups(plan, args, [&](int64_t begin, int64_t end) {
       for (int64_t set = begin; set < end; ++set) {
         const Statistic s = statistic(set);
+        if constexpr (!kMayOverflow<T>) {
+          if (run > 0 && chunks == 1 && !args.constant_stats && sums_plainly(s)) {
+            plain_set_sums(plan, run, set, s, &sums[set * segments]);
+            const GradientMeans means = channel_means(plan, args, set, s, &sums[set * segments]);
+            if (means.in_float) {
+              plain_set_gradient(plan, args, run, set, s, means.a, means.b);
+            } else {
+              gradient(set, 0, units, s);
+            }
+            continue;
+          }
+        }
         for (int64_t unit = 0; unit < units; ++unit) sums[set * segments + unit / chunks].add(measure(set, unit, s));
         gradient(set, 0, units, s);
       }
     });
   }
-  return reduce_parameter_gradients(
-      plan, args, plan.sets * segments, [&](int64_t i) { return sums[i]; },
-      [&](int64_t i) { return plan.set_param.offset(i / segments) + i % segments; });
+  return reduce_parameter_gradients(plan, args, sums.data(), plan.sets, segments, 1,
+                                    [&](int64_t set) { return plan.set_param.offset(set); });
 }
 
 }  // namespace

@@ -673,9 +673,8 @@ bool column_backward(const Plan& plan, const NormArgs<T>& args) {
     }
     gradient_outer(columns, outer, space);
   });
-  return reduce_parameter_gradients(
-      plan, args, want_params ? own * width : 0, [&](int64_t i) { return partial[i]; },
-      [&](int64_t i) { return columns.param(owns ? i / width : 0, i % width); });
+  return reduce_parameter_gradients(plan, args, partial.data(), want_params ? own : 0, width, plan.column_param,
+                                    [&](int64_t i) { return columns.param(owns ? i : 0, 0); });
 }
 
 }  // namespace

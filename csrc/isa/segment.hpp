@@ -157,9 +157,7 @@ struct Size {
   double total() const {
     float lanes[kPack];
     std::memcpy(lanes, &sum, sizeof lanes);
-    double total = 0;
-    for (const float lane : lanes) total += static_cast<double>(lane);
-    return total;
+    return fold(Whole{0}.load<double>(lanes));
   }
 };
 

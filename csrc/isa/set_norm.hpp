@@ -19,7 +19,7 @@ constexpr int64_t kSmallSet = kBlock * kChunkBlocks;
 // other.
 constexpr int64_t kPairedBytes = 512 << 10;
 // Values of the sets of a batch: as many as leave room in the nearest cache for the next batch and for the results.
-constexpr int64_t kBatchElements = 2048;
+constexpr int64_t kBatchElements = 4096;
 // Bytes of sets that a thread takes at a time.
 constexpr int64_t kGroupBytes = 64 << 10;
 
@@ -299,7 +299,10 @@ FASTNORM_LOOPS inline void normalise_segments(const Plan& plan, const NormArgs<f
 // Forward of sets [begin, end), batch by batch, each measured while the one before is normalised.
 inline void forward_batches(const Plan& plan, const NormArgs<float>& args, int64_t run, int64_t begin, int64_t end) {
   const int64_t fitting = kBatchElements / plan.set_size();
-  const int64_t size = fitting < 1 ? 1 : fitting > kPack ? kPack : fitting;
+  const int64_t size = fitting >= kPack             ? kPack
+                       : fitting >= kStatisticLanes ? kStatisticLanes
+                       : fitting < 1                ? 1
+                                                    : fitting;
   Batch batches[2];
   const auto start = [&](Batch& batch, int64_t first) {
     batch.first = first;
