@@ -14,7 +14,8 @@ namespace {
 using Extents = std::vector<int64_t>;
 
 constexpr int64_t kBlockElements = 16384;  // a multiple of every window of draws in isa/dropout.hpp
-constexpr int64_t kNoiseWeight = 4;        // a normal variate costs about as much as this many draws of a mask
+constexpr int64_t kCachedBytes = int64_t{32} << 20;
+constexpr int64_t kNoiseWeight = 4;  // a normal variate costs about as much as this many draws of a mask
 constexpr double kTwo32 = 4294967296.0;
 constexpr uint64_t kKeepAll = uint64_t{1} << 32;
 
@@ -71,11 +72,42 @@ void require_result(const py::array& y, const py::array& x) {
   require_same_shape(y, x);
 }
 
-ElementWalk walk_of(const py::array& y, const py::array& x, const Extents& mask_strides) {
+ElementWalk walk_of(const py::array& y, const py::array& x, const Extents& mask_strides,
+                    const std::vector<int>& order) {
   ElementWalk walk;
-  for (int axis = 0; axis < x.ndim(); ++axis) {
-    walk.append(x.shape(axis), y.strides(axis), x.strides(axis), mask_strides[axis]);
-  }
+  for (const int axis : order) walk.append(x.shape(axis), y.strides(axis), x.strides(axis), mask_strides[axis]);
+  return walk;
+}
+
+std::vector<int> c_order(const py::array& x) {
+  std::vector<int> order(static_cast<size_t>(x.ndim()));
+  for (size_t axis = 0; axis < order.size(); ++axis) order[axis] = static_cast<int>(axis);
+  return order;
+}
+
+// The axes as they lie in the result's memory, the innermost last.
+std::vector<int> memory_order(const py::array& y) {
+  std::vector<int> order = c_order(y);
+  if (y.flags() & py::array::c_style) return order;
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int a, int b) { return std::llabs(y.strides(a)) > std::llabs(y.strides(b)); });
+  return order;
+}
+
+constexpr int64_t kShortRow = 8;  // rows of fewer elements are not worth a tile
+
+// A walk along memory, where the draws can follow it: in rows of draws, of one draw each, or in tiles.
+ElementWalk walk_of_draws(const py::array& y, const py::array& x, const Extents& draws) {
+  ElementWalk walk = walk_of(y, x, draws, memory_order(y));
+  if (!is_tiled(walk)) return walk;
+  const int64_t* strides = walk.stride[ElementWalk::mask];
+  const int along = static_cast<int>(std::find(strides, strides + walk.axes, 1) - strides);
+  if (along == walk.axes || walk.extent[walk.axes - 1] < kShortRow) return walk_of(y, x, draws, c_order(x));
+  const auto to_last_but_one = [&](int64_t* values) {
+    std::rotate(values + along, values + along + 1, values + walk.axes - 1);
+  };
+  to_last_but_one(walk.extent);
+  for (int64_t* const values : walk.stride) to_last_but_one(values);
   return walk;
 }
 
@@ -110,11 +142,27 @@ void run_blocks(int64_t total, int64_t weight, const Body& body) {
 
 template <class T>
 void run_drop(const py::array& y, const py::array& x, const MaskDraw& draw, const Extents& shared_axes, T factor) {
-  const ElementWalk walk = walk_of(y, x, draw_strides(shape_of(x), shared_axes));
   char* to = result_data(y);
   const char* from = input_data(x);
-  const auto kernel = dropout_kernels<T>().drop;
-  run_blocks(x.size(), 1, [&](int64_t first, int64_t count) { kernel(to, from, walk, first, count, draw, factor); });
+  const DropoutKernels<T>& kernels = dropout_kernels<T>();
+  if (draw.threshold == 0 || draw.threshold == kKeepAll) {
+    const ElementWalk walk = walk_of(y, x, Extents(static_cast<size_t>(x.ndim()), 0), memory_order(y));
+    run_blocks(x.size(), 1,
+               [&](int64_t first, int64_t count) { kernels.drop(to, from, walk, first, count, draw, factor, false); });
+    return;
+  }
+  const ElementWalk walk = walk_of_draws(y, x, draw_strides(shape_of(x), shared_axes));
+  if (is_tiled(walk)) {
+    if (x.size() == 0) return;
+    const ReleaseForLargeWork unlocked(x.size());
+    parallel_for(threads_for(x.size()), tiles_of(walk),
+                 [&](int64_t i) { kernels.drop_tiles(to, from, walk, i, 1, draw, factor); });
+    return;
+  }
+  const bool past_caches = 2 * x.nbytes() > kCachedBytes && std::getenv("NOSTREAM") == nullptr;
+  run_blocks(x.size(), 1, [&](int64_t first, int64_t count) {
+    kernels.drop(to, from, walk, first, count, draw, factor, past_caches);
+  });
 }
 
 void drop(const py::array& y, const py::array& x, double p, uint64_t seed, uint64_t offset, const Extents& shared_axes,
@@ -142,7 +190,7 @@ void apply_mask(const py::array& y, const py::array& x, const py::array_t<bool>&
   require_result(y, x);
   require_same_shape(keep, x);
   const uint64_t threshold = keep_threshold(p);
-  const ElementWalk walk = walk_of(y, x, Extents(keep.strides(), keep.strides() + keep.ndim()));
+  const ElementWalk walk = walk_of(y, x, Extents(keep.strides(), keep.strides() + keep.ndim()), memory_order(y));
   char* to = result_data(y);
   const char* from = input_data(x);
   const char* mask = input_data(keep);
@@ -158,7 +206,7 @@ void apply_mask(const py::array& y, const py::array& x, const py::array_t<bool>&
 void gaussian_noise(const py::array& y, const py::array& x, double std, uint64_t seed, uint64_t offset) {
   require_result(y, x);
   const PhiloxStream stream{seed, offset};
-  const ElementWalk walk = walk_of(y, x, draw_strides(shape_of(x), {}));
+  const ElementWalk walk = walk_of(y, x, draw_strides(shape_of(x), {}), c_order(x));
   char* to = result_data(y);
   const char* from = input_data(x);
   for_dtype(y, x, [&](auto zero) {
