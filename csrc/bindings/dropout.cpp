@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "arrays.hpp"
+#include "caches.hpp"
 #include "kernel_table.hpp"
 #include "parallel.hpp"
 
@@ -13,8 +14,8 @@ namespace {
 
 using Extents = std::vector<int64_t>;
 
-constexpr int64_t kBlockElements = 16384;  // a multiple of every window of draws in isa/dropout.hpp
-constexpr int64_t kCachedBytes = int64_t{32} << 20;
+constexpr int64_t kLeastBlock = 16384, kMostBlock = 1 << 20;  // multiples of every chunk of draws
+constexpr int64_t kBlocksPerThread = 8;
 constexpr int64_t kNoiseWeight = 4;  // a normal variate costs about as much as this many draws of a mask
 constexpr double kTwo32 = 4294967296.0;
 constexpr uint64_t kKeepAll = uint64_t{1} << 32;
@@ -127,16 +128,18 @@ void for_dtype(const py::array& y, const py::array& x, const Function& f) {
   throw py::type_error("arrays must be float32 or float64, all of the same dtype");
 }
 
-// body(first, count) over fixed blocks of [0, total), an element being worth `weight` for the choice of threads.
+// body(first, count) over blocks of [0, total), an element being worth `weight` for the choice of threads. Any cut
+// gives the same bits, so this one is made for the threads there are.
 template <class Body>
 void run_blocks(int64_t total, int64_t weight, const Body& body) {
   if (total == 0) return;
   const ReleaseForLargeWork unlocked(total);
-  const int64_t blocks = (total + kBlockElements - 1) / kBlockElements;
-  const int64_t work = total < INT64_MAX / weight ? total * weight : total;
-  parallel_for(threads_for(work), blocks, [&](int64_t i) {
-    const int64_t first = i * kBlockElements;
-    body(first, total - first < kBlockElements ? total - first : kBlockElements);
+  const int threads = threads_for(total < INT64_MAX / weight ? total * weight : total);
+  const int64_t share = total / (threads * kBlocksPerThread) / kLeastBlock * kLeastBlock;
+  const int64_t block = std::min(std::max(share, kLeastBlock), kMostBlock);
+  parallel_for(threads, (total + block - 1) / block, [&](int64_t i) {
+    const int64_t first = i * block;
+    body(first, std::min(total - first, block));
   });
 }
 
@@ -159,7 +162,8 @@ void run_drop(const py::array& y, const py::array& x, const MaskDraw& draw, cons
                  [&](int64_t i) { kernels.drop_tiles(to, from, walk, i, 1, draw, factor); });
     return;
   }
-  const bool past_caches = 2 * x.nbytes() > kCachedBytes && std::getenv("NOSTREAM") == nullptr;
+  // In place, x has brought the lines to the caches.
+  const bool past_caches = to != from && 2 * x.nbytes() > last_level_cache() / 2;
   run_blocks(x.size(), 1, [&](int64_t first, int64_t count) {
     kernels.drop(to, from, walk, first, count, draw, factor, past_caches);
   });

@@ -56,6 +56,7 @@ class Direct {
   explicit Direct(T* y) : y_(y) {}
   T* chunk() { return y_; }
   void written() { y_ += kDrawChunk; }
+  static void expect(const T*) {}
   T* finish() { return y_; }
 
  private:
@@ -68,6 +69,13 @@ class Streamed {
   explicit Streamed(T* y) : out_(reinterpret_cast<char*>(y)) {}
   T* chunk() { return reinterpret_cast<T*>(out_.piece()); }
   void written() { out_.write(); }
+  // Out of memory, the rounds of the generator would have to wait for x: the processor looks ahead less far than this.
+  [[gnu::always_inline]] static inline void expect(const T* part) {
+    constexpr int64_t ahead = 4096;
+    for (int64_t at = 0; at < static_cast<int64_t>(kDrawChunk / kDrawParts * sizeof(T)); at += kLine) {
+      __builtin_prefetch(reinterpret_cast<const char*>(part) + ahead + at);
+    }
+  }
   T* finish() { return reinterpret_cast<T*>(out_.finish()); }
 
  private:
@@ -100,6 +108,7 @@ void drop_long_row(T* y, const T* x, const T* residual, int64_t length, int64_t 
     draws.next(halves[current ^ 1], [&](int part) __attribute__((always_inline)) {
       constexpr int64_t size = kDrawChunk / kDrawParts;
       const int64_t start = part * size;
+      Out::expect(from + start);
       drop_row<add>(to + start, from + start, add ? other + start : nullptr, ready + start, size, below, factor);
     });
     out.written();
