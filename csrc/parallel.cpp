@@ -1,12 +1,16 @@
-// The thread pool: one job at a time, pieces taken from a counter, made anew in a forked child.
+// The thread pool: one job at a time, every thread with a share of its own, helpers woken only when that pays, the pool
+// made anew in a forked child. No thread ever waits for a lock that another holds while it works.
 #include "parallel.hpp"
 
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <cstdlib>
+#include <memory>
 #include <mutex>
+#include <new>
 #include <thread>
+#include <vector>
 
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
@@ -15,17 +19,28 @@
 #endif
 #if defined(__linux__)
 #include <sched.h>
+#include <unistd.h>
 #endif
 
 namespace fastnorm {
 namespace {
 
-// Below this a second thread costs more than it brings (waking one takes some microseconds).
+using Clock = std::chrono::steady_clock;
+using Duration = Clock::duration;
+
+// Below this a second thread costs more than it brings, even one that is awake.
 constexpr int64_t kElementsPerThread = 16384;
-// Pieces per thread: enough to even out a thread that comes late, few enough that taking one costs nothing.
-constexpr int64_t kPiecesPerThread = 8;
+// Pieces of a thread's share: enough to even out a thread that comes late, few enough that taking one costs nothing.
+constexpr int64_t kPiecesPerShare = 8;
 // How long an idle thread watches for the next call before it sleeps: the time between two calls of a training step.
-constexpr std::chrono::microseconds kWatch{50};
+constexpr Duration kWatch = std::chrono::microseconds(50);
+// To wake a thread costs the caller 5 to 10 us, and in a virtual machine up to 50: this much work makes it worth it.
+constexpr Duration kWorthWaking = std::chrono::microseconds(60);
+// A caller that waits this long for a thread that took a piece has met one that another process keeps from running.
+constexpr Duration kStalled = std::chrono::microseconds(200);
+// After that it works alone for so many times as long as it waited.
+constexpr int kAloneAfterStall = 16;
+constexpr int kSpins = 200;
 
 inline void pause() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -35,45 +50,203 @@ inline void pause() {
 #endif
 }
 
+// The CPU this thread is on; -1 where it cannot be told.
+int current_cpu() {
+#if defined(__linux__)
+  return sched_getcpu();
+#else
+  return -1;
+#endif
+}
+
+// Lets this thread, a helper, run on any CPU of the process but `cpu`, if there is another. Where all CPUs are busy,
+// the system may wake a helper on its caller's own, in whose place it would then work.
+void keep_off(int cpu) {
+#if defined(__linux__)
+  cpu_set_t set;
+  if (cpu >= CPU_SETSIZE || sched_getaffinity(getpid(), sizeof set, &set) != 0) return;
+  CPU_CLR(cpu, &set);
+  if (CPU_COUNT(&set) > 0) sched_setaffinity(0, sizeof set, &set);
+#else
+  (void)cpu;
+#endif
+}
+
 struct Job {
   void (*call)(const void* context, int64_t begin, int64_t end) = nullptr;
   const void* context = nullptr;
-  int64_t count = 0, piece = 1;
+  int64_t piece = 1;
+  int shares = 1;
+};
+
+// What one thread is to do. The same part of the same arrays goes to the same thread in every call, and is then in its
+// cache; who has finished takes pieces of the others' shares.
+struct alignas(64) Share {
+  std::atomic<int64_t> next{0};
+  int64_t end = 0;
 };
 
 // Threads that wait for jobs, one job at a time. Never destroyed: its threads may outlive everything at exit.
 class Pool {
  public:
-  // False if another thread's job is running: the caller then does its work alone.
-  bool run(int helpers, const Job& job) {
-    std::unique_lock<std::mutex> busy(busy_, std::try_to_lock);
-    if (!busy.owns_lock()) return false;
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      grow(helpers);
-      job_ = job;
-      next_.store(0, std::memory_order_relaxed);
-      open_ = helpers;
-      generation_.fetch_add(1, std::memory_order_release);
-    }
-    for (int i = 0; i < helpers && sleepers_.load() > 0; ++i) wake_.notify_one();
-    work(job);
-    {
-      std::unique_lock<std::mutex> lock(mutex_);
-      open_ = 0;  // nobody enters any more
-      for (int spins = 0; inside_ > 0 && spins < 1000; ++spins) {
-        lock.unlock();
-        pause();
-        lock.lock();
-      }
-      done_.wait(lock, [this] { return inside_ == 0; });
-    }
-    return true;
+  // False if the caller had better do its work alone: another thread's job is running, or there is no helper to be had.
+  bool run(int helpers, int64_t count, Job job) {
+    if (busy_.exchange(true, std::memory_order_acquire)) return false;
+    const bool done = run_with(helpers, count, job);
+    busy_.store(false, std::memory_order_release);
+    return done;
   }
 
  private:
+  // A helper's own: where it sleeps.
+  struct Helper {
+    Pool* pool = nullptr;
+    int index = 0;  // its share; 0 is the caller's
+    std::atomic<bool> asleep{false};
+    std::mutex mutex;
+    std::condition_variable wake;
+  };
+
+  bool run_with(int helpers, int64_t count, Job& job) {
+    const Clock::time_point start = Clock::now();
+    if (start < alone_until_) return false;
+    grow(helpers);
+    if (helpers > size_) helpers = size_;
+    if (helpers < 1) return false;
+    job.shares = helpers + 1;
+    const int64_t share = count / job.shares, longer = count % job.shares;
+    job.piece = share > kPiecesPerShare ? share / kPiecesPerShare : 1;
+    int64_t begin = 0;
+    for (int i = 0; i < job.shares; ++i) {
+      shares_[i].next.store(begin, std::memory_order_relaxed);
+      shares_[i].end = begin += share + (i < longer);
+    }
+    job_ = job;
+    caller_cpu_.store(current_cpu(), std::memory_order_relaxed);
+    state_.store(0, std::memory_order_release);  // open
+    generation_.fetch_add(1);
+
+    // While the helper sleeps, the first pieces show how long the whole will take: 1, 2, 4, ... of them.
+    if (start - last_end_ > kWatch) alone_ = Duration::zero();
+    int64_t finished = 0, look = job.piece;
+    bool woken = !helpers_[0]->asleep.load();
+    if (woken) alone_ = Duration::zero();
+    while (!woken && take(job, shares_[0], &finished)) {
+      if (finished < look) continue;
+      look = 2 * finished;
+      const Duration spent = Clock::now() - start;
+      const double left = static_cast<double>(count - finished) / static_cast<double>(finished);
+      if (alone_ + spent + std::chrono::duration_cast<Duration>(spent * left) < kWorthWaking) continue;
+      wake(0);
+      woken = true;
+    }
+    work(job, 0);
+    const Clock::time_point end = close();
+    if (!woken) alone_ += end - start;
+    last_end_ = end;
+    return true;
+  }
+
+  // Nobody enters any more; waits for those who are inside. The time when the caller had nothing left to do.
+  Clock::time_point close() {
+    state_.fetch_or(kClosed);
+    const Clock::time_point idle = Clock::now();
+    for (int spins = 0; state_.load(std::memory_order_acquire) & kInside; ++spins) {
+      if (spins < kSpins) {
+        pause();
+        continue;
+      }
+      {
+        std::unique_lock<std::mutex> lock(done_mutex_);
+        state_.fetch_or(kWaiting);
+        done_.wait(lock, [this] { return (state_.load() & kInside) == 0; });
+      }
+      const Clock::time_point now = Clock::now();
+      if (now - idle > kStalled) alone_until_ = now + kAloneAfterStall * (now - idle);
+      return now;
+    }
+    return idle;
+  }
+
+  // Is the job still open? Then this helper is inside until it leaves.
+  bool enter() {
+    uint32_t state = state_.load(std::memory_order_acquire);
+    while (!(state & kClosed)) {
+      if (state_.compare_exchange_weak(state, state + 1, std::memory_order_acq_rel)) return true;
+    }
+    return false;
+  }
+  void leave() {
+    const uint32_t before = state_.fetch_sub(1, std::memory_order_acq_rel);
+    if ((before & kInside) != 1 || !(before & kWaiting)) return;
+    {
+      std::lock_guard<std::mutex> lock(done_mutex_);
+    }  // the caller is waiting now, or has seen that nobody is inside
+    done_.notify_one();
+  }
+
+  bool take(const Job& job, Share& share, int64_t* finished) {
+    if (share.next.load(std::memory_order_relaxed) >= share.end) return false;
+    const int64_t begin = share.next.fetch_add(job.piece, std::memory_order_relaxed);
+    if (begin >= share.end) return false;
+    const int64_t end = begin + job.piece < share.end ? begin + job.piece : share.end;
+    job.call(job.context, begin, end);
+    *finished += end - begin;
+    return true;
+  }
+
+  void work(const Job& job, int own) {
+    int64_t finished = 0;
+    for (int i = 0; i < job.shares; ++i) {
+      Share& share = shares_[(own + i) % job.shares];
+      while (take(job, share, &finished)) {
+      }
+    }
+  }
+
+  void wake(int helper) {
+    Helper& sleeper = *helpers_[static_cast<size_t>(helper)];
+    if (!sleeper.asleep.load()) return;
+    {
+      std::lock_guard<std::mutex> lock(sleeper.mutex);
+    }  // it sleeps now, or has seen the new job
+    sleeper.wake.notify_one();
+  }
+
+  void serve(Helper& self) {
+    uint64_t seen = 0;
+    for (;;) {
+      const Clock::time_point until = Clock::now() + kWatch;
+      while (generation_.load(std::memory_order_acquire) == seen && Clock::now() < until) {
+        for (int i = 0; i < 32 && generation_.load(std::memory_order_relaxed) == seen; ++i) pause();
+        // The caller may be waiting for this very core.
+        if (generation_.load(std::memory_order_relaxed) == seen) std::this_thread::yield();
+      }
+      if (generation_.load() == seen) {
+        std::unique_lock<std::mutex> lock(self.mutex);
+        self.asleep.store(true);
+        self.wake.wait(lock, [&] { return generation_.load() != seen; });
+        self.asleep.store(false);
+      }
+      seen = generation_.load();
+      const int cpu = current_cpu();
+      if (cpu >= 0 && cpu == caller_cpu_.load(std::memory_order_relaxed)) keep_off(cpu);
+      if (!enter()) continue;
+      const Job job = job_;
+      if (self.index < job.shares) {
+        // Helpers wake each other: a caller that woke all of them itself would do nothing else.
+        for (int other = 2 * self.index - 1; other <= 2 * self.index && other < job.shares - 1; ++other) wake(other);
+        work(job, self.index);
+      }
+      leave();
+    }
+  }
+
+  // Only while the job is closed and nobody is inside.
   void grow(int helpers) {
     if (size_ >= helpers) return;
+    std::unique_ptr<Share[]> shares(new (std::nothrow) Share[static_cast<size_t>(helpers) + 1]);
+    if (!shares) return;
 #ifdef FASTNORM_HAS_FORK
     // Signals are for the application's own threads.
     sigset_t all, before;
@@ -84,10 +257,24 @@ class Pool {
 #else
     while (size_ < helpers && start_thread()) ++size_;
 #endif
+    shares_ = std::move(shares);
   }
 
   // False if there are no more threads to be had: the pool goes on with those there are.
   bool start_thread() {
+    try {
+      std::unique_ptr<Helper> helper(new Helper);
+      helper->pool = this;
+      helper->index = size_ + 1;
+      helpers_.push_back(std::move(helper));
+      if (started(*helpers_.back())) return true;
+      helpers_.pop_back();
+    } catch (...) {
+    }
+    return false;
+  }
+
+  bool started(Helper& helper) {
 #ifdef FASTNORM_HAS_FORK
     // A stack of known size: some systems give a thread 128 KB, which the kernels' blocks would nearly fill.
     pthread_attr_t attributes;
@@ -95,62 +282,34 @@ class Pool {
     pthread_attr_setstacksize(&attributes, 1 << 20);
     pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
     pthread_t thread;
-    const auto serve = [](void* pool) -> void* {
-      static_cast<Pool*>(pool)->serve();
+    const auto serve = [](void* helper) -> void* {
+      Helper& self = *static_cast<Helper*>(helper);
+      self.pool->serve(self);
       return nullptr;
     };
-    const bool started = pthread_create(&thread, &attributes, serve, this) == 0;
+    const bool started = pthread_create(&thread, &attributes, serve, &helper) == 0;
     pthread_attr_destroy(&attributes);
     return started;
 #else
-    try {
-      std::thread([this] { serve(); }).detach();
-      return true;
-    } catch (...) {
-      return false;
-    }
+    std::thread([&helper] { helper.pool->serve(helper); }).detach();
+    return true;
 #endif
   }
 
-  void work(const Job& job) {
-    for (;;) {
-      const int64_t begin = next_.fetch_add(job.piece, std::memory_order_relaxed);
-      if (begin >= job.count) return;
-      job.call(job.context, begin, begin + job.piece < job.count ? begin + job.piece : job.count);
-    }
-  }
+  static constexpr uint32_t kClosed = 1u << 31, kWaiting = 1u << 30, kInside = kWaiting - 1;
 
-  void serve() {
-    uint64_t seen = 0;
-    for (;;) {
-      const auto until = std::chrono::steady_clock::now() + kWatch;
-      while (generation_.load(std::memory_order_acquire) == seen && std::chrono::steady_clock::now() < until) pause();
-      std::unique_lock<std::mutex> lock(mutex_);
-      if (generation_.load() == seen) {
-        ++sleepers_;
-        wake_.wait(lock, [&] { return generation_.load() != seen; });
-        --sleepers_;
-      }
-      seen = generation_.load();
-      if (open_ == 0) continue;
-      --open_;
-      ++inside_;
-      const Job job = job_;
-      lock.unlock();
-      work(job);
-      lock.lock();
-      if (--inside_ == 0) done_.notify_one();
-    }
-  }
-
-  std::mutex busy_;   // held by the thread whose job this is
-  std::mutex mutex_;  // guards what follows, but for the atomics
-  std::condition_variable wake_, done_;
-  Job job_;
-  int size_ = 0, open_ = 0, inside_ = 0;
-  std::atomic<int> sleepers_{0};
-  std::atomic<int64_t> next_{0};
+  std::atomic<bool> busy_{false};  // held by the thread whose job this is, for what is not atomic here
+  std::atomic<uint32_t> state_{kClosed};
   std::atomic<uint64_t> generation_{0};
+  std::atomic<int> caller_cpu_{-1};
+  Job job_;
+  std::unique_ptr<Share[]> shares_;
+  std::vector<std::unique_ptr<Helper>> helpers_;
+  int size_ = 0;
+  Clock::time_point last_end_, alone_until_;
+  Duration alone_ = Duration::zero();  // spent in jobs close to each other while the helper slept
+  std::mutex done_mutex_;
+  std::condition_variable done_;
 };
 
 std::atomic<Pool*> pool{nullptr};
@@ -206,10 +365,8 @@ int threads_for(int64_t elements) {
 }
 
 void run_parallel(int threads, int64_t count, void (*call)(const void*, int64_t, int64_t), const void* context) {
-  const int64_t pieces = kPiecesPerThread * threads;
-  const Job job{call, context, count, (count + pieces - 1) / pieces};
   const int64_t helpers = (count < threads ? count : threads) - 1;
-  if (!the_pool().run(static_cast<int>(helpers), job)) call(context, 0, count);
+  if (!the_pool().run(static_cast<int>(helpers), count, {call, context})) call(context, 0, count);
 }
 
 }  // namespace fastnorm

@@ -60,8 +60,8 @@ def batch_norm(
     """
     y = _core.batch_norm(x, mean, var, weight, bias, channel_axis, eps, out)
     if y is None:
-        y = _slow_path.batch_norm(x, mean, var, weight, bias, channel_axis, eps, out)
-    return cast(Array, y)
+        return cast(Array, _slow_path.batch_norm(x, mean, var, weight, bias, channel_axis, eps, out))
+    return y
 
 
 def batch_norm_forward(
@@ -127,10 +127,13 @@ def batch_norm_forward(
         x, weight, bias, running_mean, running_var, momentum, channel_axis, eps, training, out
     )
     if result is None:
-        result = _slow_path.batch_norm_forward(
-            x, weight, bias, running_mean, running_var, momentum, channel_axis, eps, training, out
+        return cast(
+            "tuple[Array, _core.NormCache]",
+            _slow_path.batch_norm_forward(
+                x, weight, bias, running_mean, running_var, momentum, channel_axis, eps, training, out
+            ),
         )
-    return cast("tuple[Array, _core.NormCache]", result)
+    return result
 
 
 def batch_norm_backward(dy: Any, cache: Any, *, out: Any = None) -> NormGrads:
@@ -162,5 +165,5 @@ def batch_norm_backward(dy: Any, cache: Any, *, out: Any = None) -> NormGrads:
     """
     grads = _core.batch_norm_backward(dy, cache, out)
     if grads is None:
-        grads = _slow_path.backward("batch_norm", dy, cache, out)
-    return NormGrads(*grads)
+        return _slow_path.backward("batch_norm", dy, cache, out)
+    return grads

@@ -61,10 +61,13 @@ def group_norm(
     """
     y = _core.group_norm(x, num_groups, weight, bias, channel_axis, eps, out)
     if y is None:
-        y = _slow_path.forward(
-            "group_norm", x, weight, bias, channel_axis, eps, out, cache=False, num_groups=num_groups
+        return cast(
+            Array,
+            _slow_path.forward(
+                "group_norm", x, weight, bias, channel_axis, eps, out, cache=False, num_groups=num_groups
+            ),
         )
-    return cast(Array, y)
+    return y
 
 
 def group_norm_forward(
@@ -112,10 +115,13 @@ def group_norm_forward(
     """
     result = _core.group_norm_forward(x, num_groups, weight, bias, channel_axis, eps, out)
     if result is None:
-        result = _slow_path.forward(
-            "group_norm", x, weight, bias, channel_axis, eps, out, cache=True, num_groups=num_groups
+        return cast(
+            "tuple[Array, _core.NormCache]",
+            _slow_path.forward(
+                "group_norm", x, weight, bias, channel_axis, eps, out, cache=True, num_groups=num_groups
+            ),
         )
-    return cast("tuple[Array, _core.NormCache]", result)
+    return result
 
 
 def group_norm_backward(dy: Any, cache: Any, *, out: Any = None) -> NormGrads:
@@ -147,5 +153,5 @@ def group_norm_backward(dy: Any, cache: Any, *, out: Any = None) -> NormGrads:
     """
     grads = _core.group_norm_backward(dy, cache, out)
     if grads is None:
-        grads = _slow_path.backward("group_norm", dy, cache, out)
-    return NormGrads(*grads)
+        return _slow_path.backward("group_norm", dy, cache, out)
+    return grads

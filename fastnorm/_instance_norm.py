@@ -51,8 +51,8 @@ def instance_norm(
     """
     y = _core.instance_norm(x, weight, bias, channel_axis, eps, out)
     if y is None:
-        y = _slow_path.forward("instance_norm", x, weight, bias, channel_axis, eps, out, cache=False)
-    return cast(Array, y)
+        return cast(Array, _slow_path.forward("instance_norm", x, weight, bias, channel_axis, eps, out, cache=False))
+    return y
 
 
 def instance_norm_forward(
@@ -91,8 +91,11 @@ def instance_norm_forward(
     """
     result = _core.instance_norm_forward(x, weight, bias, channel_axis, eps, out)
     if result is None:
-        result = _slow_path.forward("instance_norm", x, weight, bias, channel_axis, eps, out, cache=True)
-    return cast("tuple[Array, _core.NormCache]", result)
+        return cast(
+            "tuple[Array, _core.NormCache]",
+            _slow_path.forward("instance_norm", x, weight, bias, channel_axis, eps, out, cache=True),
+        )
+    return result
 
 
 def instance_norm_backward(dy: Any, cache: Any, *, out: Any = None) -> NormGrads:
@@ -124,5 +127,5 @@ def instance_norm_backward(dy: Any, cache: Any, *, out: Any = None) -> NormGrads
     """
     grads = _core.instance_norm_backward(dy, cache, out)
     if grads is None:
-        grads = _slow_path.backward("instance_norm", dy, cache, out)
-    return NormGrads(*grads)
+        return _slow_path.backward("instance_norm", dy, cache, out)
+    return grads

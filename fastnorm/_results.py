@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from . import _core
+
 Array = np.ndarray[Any, Any]
 
 
@@ -23,3 +25,6 @@ class NormGrads(NamedTuple):
     dx: Array
     dweight: Array | None
     dbias: Array | None
+
+
+_core.set_grads_type(NormGrads)  # what the compiled backward functions return

@@ -48,8 +48,8 @@ def rms_norm(x: Any, weight: Any = None, *, axis: int = -1, eps: float = 1e-5, o
     """
     y = _core.rms_norm(x, weight, None, axis, eps, out)
     if y is None:
-        y = _slow_path.forward("rms_norm", x, weight, None, axis, eps, out, cache=False)
-    return cast(Array, y)
+        return cast(Array, _slow_path.forward("rms_norm", x, weight, None, axis, eps, out, cache=False))
+    return y
 
 
 def rms_norm_forward(
@@ -88,8 +88,10 @@ def rms_norm_forward(
     """
     result = _core.rms_norm_forward(x, weight, None, axis, eps, out)
     if result is None:
-        result = _slow_path.forward("rms_norm", x, weight, None, axis, eps, out, cache=True)
-    return cast("tuple[Array, _core.NormCache]", result)
+        return cast(
+            "tuple[Array, _core.NormCache]", _slow_path.forward("rms_norm", x, weight, None, axis, eps, out, cache=True)
+        )
+    return result
 
 
 def rms_norm_backward(dy: Any, cache: Any, *, out: Any = None) -> NormGrads:
@@ -121,5 +123,5 @@ def rms_norm_backward(dy: Any, cache: Any, *, out: Any = None) -> NormGrads:
     """
     grads = _core.rms_norm_backward(dy, cache, out)
     if grads is None:
-        grads = _slow_path.backward("rms_norm", dy, cache, out)
-    return NormGrads(*grads)
+        return _slow_path.backward("rms_norm", dy, cache, out)
+    return grads

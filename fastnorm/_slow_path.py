@@ -7,12 +7,12 @@ arguments, through `_verify` while verification is on.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from . import _check, _core, _verify
-from ._results import Array
+from ._results import Array, NormGrads
 
 _BY_ROW = ("layer_norm", "rms_norm")
 
@@ -26,7 +26,7 @@ def _run(
     """
 
     def kernel() -> Any:
-        result = getattr(_core, function)(*args, checked=True)
+        result = getattr(_core, function)(*args, True)
         if result is None:
             raise RuntimeError(
                 f"fastnorm.{function} was declined by its kernels after every check passed: please report this"
@@ -36,6 +36,8 @@ def _run(
     result = _verify.run(function, kernel, *public()) if _verify.active() else kernel()
     if out is None:
         return result
+    if isinstance(result, NormGrads):
+        return result._replace(dx=out)
     return (out, *result[1:]) if isinstance(result, tuple) else out
 
 
@@ -108,7 +110,7 @@ def forward(
     )
 
 
-def backward(function: str, dy: Any, cache: Any, out: Any) -> Any:
+def backward(function: str, dy: Any, cache: Any, out: Any) -> NormGrads:
     _check.cache(cache, _core.NormCache, function)
     if not cache.intact:
         raise ValueError(
@@ -119,7 +121,8 @@ def backward(function: str, dy: Any, cache: Any, out: Any) -> Any:
     target = _check.output(
         out, dy, in_place="dy", others={"the cache's x": x, "the cache's weight": cache.weight}, of="dy"
     )
-    return _run(f"{function}_backward", (dy, cache, target), out, lambda: ((dy, cache), {"out": target}))
+    grads = _run(f"{function}_backward", (dy, cache, target), out, lambda: ((dy, cache), {"out": target}))
+    return cast(NormGrads, grads)
 
 
 def batch_norm(x: Any, mean: Any, var: Any, weight: Any, bias: Any, channel_axis: Any, eps: Any, out: Any) -> Any:

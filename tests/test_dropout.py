@@ -628,7 +628,10 @@ def test_core_is_safe_on_its_own() -> None:
     with pytest.raises(ValueError, match="shapes"):
         _core.apply_mask(y, x, np.ones((5, 3), bool), 0.5)
     with pytest.raises(ValueError, match="range"):
-        _core.keep_mask(np.empty(4, bool), (3,), 0, 0.5, 1, 0, ())
+        _core.keep_mask(np.empty(4, bool), (3,), 0, 4, 0.5, 1, 0, (), False)
+    for size, packed in [(4, False), (2, True), (0, True)]:
+        with pytest.raises(ValueError, match="size"):
+            _core.keep_mask(np.empty(size, np.uint8), (3,), 0, 3, 0.5, 1, 0, (), packed)
     assert not y.any()
 
 

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+import sys
+import weakref
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -68,12 +74,110 @@ def test_a_cache_whose_arrays_were_changed_is_refused() -> None:
     with pytest.raises(ValueError, match="shape"):
         fn.batch_norm_backward(x.copy(), cache)
 
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_statistics_of_a_cache_cannot_be_changed() -> None:
     x = RNG.random((100_000, 4))
     _, cache = fn.layer_norm_forward(x)
-    assert cache.mean is not None
-    cache.mean.resize((1,), refcheck=False)
-    with pytest.raises(ValueError, match="shape"):
-        fn.layer_norm_backward(x.copy(), cache)
+    dy = RNG.random(x.shape)
+    expected = fn.layer_norm_backward(dy, cache).dx
+    for statistic in (cache.mean, cache.rstd):
+        assert statistic is not None
+        assert not isinstance(statistic.base, np.ndarray)
+        with pytest.raises(ValueError, match="read-only"):
+            statistic[0] = 1
+        with pytest.raises(ValueError, match="WRITEABLE"):
+            statistic.flags.writeable = True
+        with pytest.raises(ValueError, match="own"):
+            statistic.resize((1,), refcheck=False)
+        statistic.shape = (100, 1000)  # of this view alone
+    np.testing.assert_array_equal(fn.layer_norm_backward(dy, cache).dx, expected)
+
+
+def test_statistics_outlive_their_cache_and_keep_nothing_else() -> None:
+    x = RNG.random((5, 4))
+    references = sys.getrefcount(x)
+    _, cache = fn.batch_norm_forward(x)
+    mean, rstd, var = cache.mean, cache.rstd, cache.batch_var
+    assert cache.mean is mean
+    assert cache.rstd is rstd
+    assert cache.batch_var is var
+    assert mean is not None
+    assert var is not None
+    expected = mean.copy(), rstd.copy(), var.copy()
+    alive = weakref.ref(cache)
+    assert sys.getrefcount(x) == references + 1
+    del cache
+    assert alive() is None
+    assert sys.getrefcount(x) == references
+    for statistic, value in zip((mean, rstd, var), expected, strict=True):
+        assert statistic.flags.aligned
+        assert statistic.flags.c_contiguous
+        assert not statistic.flags.writeable
+        np.testing.assert_array_equal(statistic, value)
+
+
+CACHED = [
+    (name, make)
+    for name, make in (
+        ("layer_norm", lambda x, w: fn.layer_norm_forward(x, w, axis=1)),
+        ("rms_norm", lambda x, w: fn.rms_norm_forward(x)),
+        ("group_norm", lambda x, w: fn.group_norm_forward(x, 2, np.arange(1.0, 5.0, dtype=x.dtype), channel_axis=2)),
+        ("instance_norm", lambda x, w: fn.instance_norm_forward(x)),
+        ("batch_norm", lambda x, w: fn.batch_norm_forward(x)),
+        (
+            "batch_norm",
+            lambda x, w: fn.batch_norm_forward(
+                x, running_mean=np.zeros(3), running_var=np.full(3, 0.7), training=False
+            ),
+        ),
+    )
+]
+
+
+@pytest.mark.parametrize("clone", [copy.copy, copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(("name", "make"), CACHED)
+def test_a_cache_can_be_copied_and_pickled(name: str, make: Any, dtype: Any, clone: Any) -> None:
+    x = (1e6 + RNG.random((6, 3, 4))).astype(dtype)
+    _, cache = make(x, RNG.random((3, 4)).astype(dtype))
+    twin = clone(cache)
+    for attribute in ("x", "weight", "bias", "mean", "rstd", "batch_var"):
+        before, after = getattr(cache, attribute), getattr(twin, attribute)
+        assert (before is None) == (after is None)
+        if before is not None:
+            np.testing.assert_array_equal(after, before, strict=True)
+    for attribute in ("function", "axis", "channel_axis", "num_groups", "eps", "count", "training", "intact"):
+        assert getattr(twin, attribute) == getattr(cache, attribute)
+    dy = RNG.random(x.shape).astype(dtype)
+    backward = getattr(fn, f"{name}_backward")
+    for got, expected in zip(backward(dy, twin), backward(dy, cache), strict=True):
+        np.testing.assert_array_equal(got, expected)
+
+
+def test_a_pickle_that_does_not_fit_itself_is_refused() -> None:
+    x = RNG.random((6, 3, 4))
+    restore, parts = fn.group_norm_forward(x, 3, np.ones(3))[1].__reduce__()
+    names = ("function", "axis", "num_groups", "eps", "training", "x", "weight", "bias", "sets", "statistics")
+    good = dict(zip(names, parts, strict=True))
+    assert restore(*good.values()).intact
+    bad: dict[str, list[Any]] = {
+        "function": ["nothing", "layer_norm"],
+        "axis": [3, -4],
+        "num_groups": [2, 0, -1],
+        "eps": [-1.0, np.nan],
+        "x": [None, x[:5], x.astype(np.float32), x.astype(int)],
+        "weight": [np.ones(4), np.ones(3, np.float32)],
+        "bias": [np.ones((3, 1))],
+        "sets": [17],
+        "statistics": [good["statistics"][:-8], b""],
+    }
+    for name, values in bad.items():
+        for value in values:
+            with pytest.raises(ValueError, match="do not fit"):
+                restore(*(good | {name: value}).values())
+    with pytest.raises(TypeError):
+        restore(*(good | {"statistics": np.ones(54)}).values())
 
 
 def test_an_empty_out() -> None:

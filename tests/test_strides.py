@@ -6,6 +6,7 @@ Refuses accuracy at extremes (test_accuracy.py): values here are ordinary, their
 from __future__ import annotations
 
 import itertools
+import sys
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -159,3 +160,44 @@ def test_the_kernels_take_no_buffer_of_the_size_of_out_either() -> None:
         # The parameter gradients of layer and RMS norm have an eighth of the size of x here, in several partial sums.
         part = 1 if function in ("layer_norm_backward", "rms_norm_backward") else 8
         assert int(peak) < int(size) / part, f"{function} {layout}: {peak} bytes beside out's {size}"
+
+
+PAGE_FAULTS = """
+    import resource
+    import numpy as np
+    import fastnorm as fn
+    from operations import LAYOUTS, OPERATIONS
+
+    def faults_of(call, **changes):
+        counts = []
+        for _ in range(6):  # the least: threads that join later touch their stacks later
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            call(**changes)
+            counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+        return min(counts)
+
+    for function in OPERATIONS:
+        if "norm" not in function or "dropout" in function:
+            continue
+        for dtype, layout in (("f4", "contiguous"), ("f8", "contiguous"), ("f4", "channels_last"), ("f4", "sliced")):
+            options = {"axis": 2} if function.startswith(("layer", "rms")) else {}
+            call = OPERATIONS[function].make(fn, (8, 32, 64, 64), np.dtype(dtype), layout=LAYOUTS[layout], **options)
+            out = call.empty_out()
+            for threads in (1, 2):
+                with fn.num_threads(threads):
+                    print(function, dtype, layout, threads, faults_of(call, out=out), faults_of(call))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts Linux's page faults")
+def test_a_reused_out_causes_no_page_fault() -> None:
+    """New memory of out's size, 4 or 8 MB, costs at least a fault for each huge page of 2 MB, as a new result shows."""
+    # Blocks of 3 MB and more straight from the system and back; smaller ones (partial sums of the parameters' gradients
+    # in float64 take an eighth of out) are kept for the next call.
+    lines = output_of(
+        PAGE_FAULTS, MALLOC_MMAP_THRESHOLD_="3000000", MALLOC_TRIM_THRESHOLD_=str(1 << 30), timeout=120
+    ).splitlines()
+    assert len(lines) == 8 * len(FUNCTIONS)
+    for line in lines:
+        *_, reused, fresh = line.split()
+        assert int(reused) == 0 < int(fresh), f"{line}: page faults of a call with out and of one without"

@@ -1,22 +1,15 @@
-// NumPy arrays as the bindings see them: no conversion, no message, only what can be asked in a few nanoseconds.
-// A function that meets anything but the common case returns None, and the Python layer explains or converts.
+// NumPy arrays as the bindings see them: no conversion, no message, only what can be asked in a few nanoseconds, and
+// new arrays made by NumPy itself. An entry that meets anything but the common case returns None, and the Python layer
+// explains or converts.
 #pragma once
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
 #include <algorithm>
-#include <chrono>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
-#include <thread>
-#include <vector>
-
-#ifdef __GLIBCXX__
-#include <cxxabi.h>
-#endif
 
 #include "plan.hpp"
 
@@ -26,12 +19,25 @@ namespace py = pybind11;
 
 enum class Dtype { float32, float64, other };
 
+// What is asked of NumPy in every call, looked up once.
+struct NumPy {
+  const py::detail::npy_api& api = py::detail::npy_api::get();
+  PyTypeObject* const ndarray = api.PyArray_Type_;
+  PyObject* const float32 = py::dtype::of<float>().release().ptr();
+  PyObject* const float64 = py::dtype::of<double>().release().ptr();
+};
+
+inline const NumPy& numpy() {
+  static const NumPy* const found = new NumPy;  // never destroyed: calls may come until the interpreter's very end
+  return *found;
+}
+
 // A view of an ndarray's fields. Subclasses (masked arrays above all) are left to the Python layer.
 class Array {
  public:
   Array() = default;
   explicit Array(py::handle object) : object_(object) {
-    is_array_ = Py_TYPE(object.ptr()) == py::detail::npy_api::get().PyArray_Type_;
+    is_array_ = Py_TYPE(object.ptr()) == numpy().ndarray;
     if (!is_array_) return;
     fields_ = py::detail::array_proxy(object.ptr());
     const auto* descr = py::detail::array_descriptor1_proxy(fields_->descr);
@@ -46,6 +52,7 @@ class Array {
   int64_t itemsize() const { return dtype_ == Dtype::float32 ? 4 : 8; }
   int rank() const { return fields_->nd; }
   int64_t size(int axis) const { return fields_->dimensions[axis]; }
+  const py::ssize_t* shape() const { return fields_->dimensions; }
   int64_t stride(int axis) const { return fields_->strides[axis]; }
   char* data() const { return fields_->data; }
   bool writeable() const { return fields_->flags & py::detail::npy_api::NPY_ARRAY_WRITEABLE_; }
@@ -74,7 +81,7 @@ class Array {
   }
   // May two elements of this array share a byte? (NumPy gives an array without elements any strides.)
   bool may_overlap_itself() const {
-    if (count() == 0) return false;
+    if (c_contiguous() || f_contiguous() || count() == 0) return false;
     std::pair<int64_t, int64_t> axes[kMaxRank];
     int used = 0;
     for (int axis = 0; axis < rank(); ++axis) {
@@ -114,87 +121,44 @@ class Array {
   Dtype dtype_ = Dtype::other;
 };
 
-inline py::dtype dtype_object(Dtype dtype) {
-  return dtype == Dtype::float32 ? py::dtype::of<float>() : py::dtype::of<double>();
+// A new array in C order, or with the given strides, of undefined values.
+inline py::object new_array(Dtype dtype, int rank, const py::ssize_t* shape, const py::ssize_t* strides = nullptr) {
+  const NumPy& np = numpy();
+  PyObject* descr = dtype == Dtype::float32 ? np.float32 : np.float64;
+  Py_INCREF(descr);  // taken over by the array
+  PyObject* made = np.api.PyArray_NewFromDescr_(np.ndarray, descr, rank, shape, strides, nullptr, 0, nullptr);
+  if (made == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(made);
 }
 
 // A new array of x's shape and dtype whose axes lie in memory in x's order (NumPy's "K" order).
-inline py::array new_like(const Array& x) {
-  std::vector<py::ssize_t> shape(x.rank());
-  for (int axis = 0; axis < x.rank(); ++axis) shape[axis] = x.size(axis);
-  if (x.c_contiguous()) return py::array(dtype_object(x.dtype()), std::move(shape));
-  std::vector<int> order(x.rank());
+inline py::object new_like(const Array& x) {
+  if (x.c_contiguous()) return new_array(x.dtype(), x.rank(), x.shape());
+  int order[kMaxRank];
   for (int axis = 0; axis < x.rank(); ++axis) order[axis] = x.f_contiguous() ? x.rank() - 1 - axis : axis;
-  std::stable_sort(order.begin(), order.end(),
+  std::stable_sort(order, order + x.rank(),
                    [&](int a, int b) { return std::llabs(x.stride(a)) > std::llabs(x.stride(b)); });
-  std::vector<py::ssize_t> strides(x.rank());
+  py::ssize_t strides[kMaxRank];
   py::ssize_t step = x.itemsize();
   for (int i = x.rank() - 1; i >= 0; --i) {
     strides[order[i]] = step;
-    step *= std::max<py::ssize_t>(shape[order[i]], 1);
+    step *= std::max<py::ssize_t>(x.size(order[i]), 1);
   }
-  return py::array(dtype_object(x.dtype()), std::move(shape), std::move(strides));
+  return new_array(x.dtype(), x.rank(), x.shape(), strides);
 }
 
-inline void make_read_only(const py::array& array) {
-  py::detail::array_proxy(array.ptr())->flags &= ~py::detail::npy_api::NPY_ARRAY_WRITEABLE_;
+// A read-only view of doubles that `owner` keeps.
+inline py::object view_of(const double* values, py::ssize_t count, PyObject* owner) {
+  const NumPy& np = numpy();
+  Py_INCREF(np.float64);
+  const py::ssize_t step = sizeof(double);
+  PyObject* made =
+      np.api.PyArray_NewFromDescr_(np.ndarray, np.float64, 1, &count, &step, const_cast<double*>(values), 0, nullptr);
+  if (made == nullptr) throw py::error_already_set();
+  py::object view = py::reinterpret_steal<py::object>(made);
+  Py_INCREF(owner);
+  if (np.api.PyArray_SetBaseObject_(made, owner) != 0) throw py::error_already_set();
+  return view;
 }
-
-// A number that needs no conversion with a message: a float or an int, and not a bool.
-inline bool as_number(py::handle object, double* value) {
-  if (PyFloat_Check(object.ptr())) {
-    *value = PyFloat_AS_DOUBLE(object.ptr());
-    return true;
-  }
-  if (!PyLong_CheckExact(object.ptr())) return false;
-  *value = PyLong_AsDouble(object.ptr());
-  if (*value == -1.0 && PyErr_Occurred()) {
-    PyErr_Clear();
-    return false;
-  }
-  return true;
-}
-
-inline bool as_integer(py::handle object, int64_t* value) {
-  if (!PyLong_CheckExact(object.ptr())) return false;
-  int overflow = 0;
-  *value = PyLong_AsLongLongAndOverflow(object.ptr(), &overflow);
-  return overflow == 0;
-}
-
-// While verification is on, every fast entry declines, so that the Python layer sees the call.
-bool verifying();
-
-// Below this a call is over before another thread could take the interpreter lock.
-constexpr int64_t kReleaseElements = 32768;
-
-// The interpreter ends a thread that asks for its lock after the end of the program, by unwinding it. There is nothing
-// to unwind to here: results belong to an interpreter that is gone. Such a thread stops where it is, and goes with the
-// process.
-inline void take_lock_back(PyThreadState* state) {
-#ifdef __GLIBCXX__
-  try {
-    PyEval_RestoreThread(state);
-  } catch (abi::__forced_unwind&) {
-    for (;;) std::this_thread::sleep_for(std::chrono::hours(1));
-  }
-#else
-  PyEval_RestoreThread(state);
-#endif
-}
-
-class ReleaseForLargeWork {
- public:
-  explicit ReleaseForLargeWork(int64_t elements)
-      : state_(elements >= kReleaseElements ? PyEval_SaveThread() : nullptr) {}
-  ~ReleaseForLargeWork() {
-    if (state_) take_lock_back(state_);
-  }
-  ReleaseForLargeWork(const ReleaseForLargeWork&) = delete;
-  ReleaseForLargeWork& operator=(const ReleaseForLargeWork&) = delete;
-
- private:
-  PyThreadState* state_;
-};
 
 }  // namespace fastnorm

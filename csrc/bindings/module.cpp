@@ -1,11 +1,13 @@
 // The module: build facts, the choice of kernels, threads. The folder csrc/bindings is the only one that includes
 // pybind11.
+#include <pybind11/stl.h>
+
 #include <atomic>
 #include <string>
 #include <vector>
 
-#include "arrays.hpp"
 #include "cpu_features.hpp"
+#include "interpreter.hpp"
 #include "kernel_table.hpp"
 #include "parallel.hpp"
 
