@@ -9,7 +9,6 @@
 #include <cmath>
 #include <vector>
 
-#include "caches.hpp"
 #include "kernel_table.hpp"
 #include "parallel.hpp"
 
@@ -18,6 +17,9 @@ namespace {
 
 constexpr int64_t kLeastBlock = 16384, kMostBlock = 1 << 20;  // multiples of every chunk of draws
 constexpr int64_t kBlocksPerThread = 8;
+// Read and written together, from here on past the caches: level below that even where the last cache could hold both,
+// and systems do not agree on what that is (a virtual machine was told of 384 MB, and has 32).
+constexpr int64_t kStreamedBytes = int64_t{16} << 20;
 constexpr int64_t kNoiseWeight = 4;  // a normal variate costs about as much as this many draws of a mask
 constexpr double kTwo32 = 4294967296.0;
 
@@ -120,7 +122,7 @@ void run_drop(const Array& y, const Array& x, const MaskDraw& draw, const Shared
     return;
   }
   // In place, x has brought the lines to the caches.
-  const bool past_caches = to != from && 2 * total * x.itemsize() > last_level_cache() / 2;
+  const bool past_caches = to != from && 2 * total * x.itemsize() >= kStreamedBytes;
   run_blocks(total, 1, [&](int64_t first, int64_t count) {
     kernels.drop(to, from, walk, first, count, draw, factor, past_caches);
   });
