@@ -80,6 +80,9 @@ struct DropoutKernels {
   // y = x + std * z, z being the normal variate of the element; the mask stride is the logical index.
   void (*gaussian_noise)(char* y, const char* x, const ElementWalk& walk, int64_t first, int64_t count,
                          const PhiloxStream& stream, double std);
+  // The same for tiles first .. first + count of a tiled walk.
+  void (*noise_tiles)(char* y, const char* x, const ElementWalk& walk, int64_t first, int64_t count,
+                      const PhiloxStream& stream, double std);
   // The rest does not depend on T.
   // keep[0..count) = 1 where kept, else 0, for elements first.. of the walk (only its mask strides are read).
   void (*keep_mask)(uint8_t* keep, const ElementWalk& walk, int64_t first, int64_t count, const MaskDraw& draw);

@@ -98,6 +98,17 @@ void run_blocks(int64_t total, int64_t weight, const Body& body) {
   });
 }
 
+// The same over tiles, taken together where they are small.
+template <class Body>
+void run_tiles(const ElementWalk& walk, int64_t total, int64_t weight, const Body& body) {
+  if (total == 0) return;
+  const ReleaseForLargeWork unlocked(total);
+  const int64_t tiles = tiles_of(walk), each = total / tiles;
+  const int64_t block = std::max<int64_t>(kLeastBlock / std::max<int64_t>(each, 1), 1);
+  parallel_for(threads_for(total * weight), (tiles + block - 1) / block,
+               [&](int64_t i) { body(i * block, std::min(tiles - i * block, block)); });
+}
+
 template <class T>
 void run_drop(const Array& y, const Array& x, const MaskDraw& draw, const SharedAxes& shared, T factor) {
   const DropoutKernels<T>& kernels = dropout_kernels<T>();
@@ -115,11 +126,9 @@ void run_drop(const Array& y, const Array& x, const MaskDraw& draw, const Shared
   draw_strides(x.rank(), x.shape(), shared, strides);
   const ElementWalk walk = walk_of_draws(y, x, strides);
   if (is_tiled(walk)) {
-    if (total == 0) return;
-    const ReleaseForLargeWork unlocked(total);
-    parallel_for(threads_for(total), tiles_of(walk),
-                 [&](int64_t i) { kernels.drop_tiles(to, from, walk, i, 1, draw, factor); });
-    return;
+    return run_tiles(walk, total, 1, [&](int64_t first, int64_t count) {
+      kernels.drop_tiles(to, from, walk, first, count, draw, factor);
+    });
   }
   // In place, x has brought the lines to the caches.
   const bool past_caches = to != from && 2 * total * x.itemsize() >= kStreamedBytes;
@@ -209,13 +218,19 @@ void gaussian_noise(py::handle y_object, py::handle x_object, double std, uint64
   const PhiloxStream stream{seed, offset};
   int64_t strides[kMaxRank];
   draw_strides(x.rank(), x.shape(), {}, strides);
-  const ElementWalk walk = walk_of(y, x, strides, c_order(x));
+  const ElementWalk walk = walk_of_draws(y, x, strides);
   char* to = y.data();
   const char* from = x.data();
   for_dtype(x, [&](auto zero) {
-    const auto kernel = dropout_kernels<decltype(zero)>().gaussian_noise;
-    run_blocks(x.count(), kNoiseWeight,
-               [&](int64_t first, int64_t count) { kernel(to, from, walk, first, count, stream, std); });
+    const auto& kernels = dropout_kernels<decltype(zero)>();
+    if (is_tiled(walk)) {
+      run_tiles(walk, x.count(), kNoiseWeight,
+                [&](int64_t first, int64_t count) { kernels.noise_tiles(to, from, walk, first, count, stream, std); });
+    } else {
+      run_blocks(x.count(), kNoiseWeight, [&](int64_t first, int64_t count) {
+        kernels.gaussian_noise(to, from, walk, first, count, stream, std);
+      });
+    }
   });
 }
 

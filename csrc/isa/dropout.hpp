@@ -210,9 +210,8 @@ void drop(char* y, const char* x, const ElementWalk& walk, int64_t first, int64_
         drop_row<false>(reinterpret_cast<T*>(y + yo), reinterpret_cast<const T*>(x + xo),
                         static_cast<const T*>(nullptr), halves, part, below, factor);
       } else {
-        for (int64_t i = 0; i < part; ++i) {
-          store<T>(y + yo + i * inner.result, kept(halves[i] < below, load<T>(x + xo + i * inner.input) * factor));
-        }
+        map_run<T>(y + yo, x + xo, inner.result, inner.input, part,
+                   [=](T value, int64_t i) { return kept(halves[i] < below, value * factor); });
       }
       length -= part;
       mask += part;
@@ -251,9 +250,16 @@ void apply_mask(char* y, const char* x, const char* keep, const ElementWalk& wal
     if (inner.mask == 1) {
       map_run<T>(y + yo, x + xo, inner.result, inner.input, length,
                  [=](T value, int64_t i) { return kept(k[i] != 0, value * factor); });
-    } else {
-      map_run<T>(y + yo, x + xo, inner.result, inner.input, length,
-                 [=](T value, int64_t i) { return kept(k[i * inner.mask] != 0, value * factor); });
+      return;
+    }
+    constexpr int64_t size = 256;
+    char near[size];
+    for (int64_t start = 0; start < length; start += size) {
+      const int64_t n = length - start < size ? length - start : size;
+      for (int64_t i = 0; i < n; ++i) near[i] = k[(start + i) * inner.mask];
+      const char* const bytes = near;
+      map_run<T>(y + yo + start * inner.result, x + xo + start * inner.input, inner.result, inner.input, n,
+                 [=](T value, int64_t i) { return kept(bytes[i] != 0, value * factor); });
     }
   });
 }
@@ -297,7 +303,8 @@ inline void pack_bits(uint8_t* bits, const uint8_t* keep, int64_t count) {
 
 template <class T>
 constexpr DropoutKernels<T> dropout_table() {
-  return {drop<T>, drop_tiles<T>, drop_add<T>, apply_mask<T>, gaussian_noise<T>, keep_mask, pack_bits, philox_blocks};
+  return {drop<T>,        drop_tiles<T>, drop_add<T>, apply_mask<T>, gaussian_noise<T>,
+          noise_tiles<T>, keep_mask,     pack_bits,   philox_blocks};
 }
 
 }  // namespace

@@ -126,6 +126,12 @@ class MaskDraws {
     std::memcpy(key1_, key1 + 2, sizeof key1_);
     key0_[7] ^= kBias * uint64_t{0x0001000100010001};
     key1_[7] ^= kBias * uint64_t{0x0001000100010001};
+    seek(block);
+  }
+
+  // From another block on, the upper half of whose number is the same.
+  void seek(uint64_t block) {
+    block_ = block;
     // In this order of blocks, interleaving the lanes of two vectors puts every block where it belongs.
     for (int lane = 0; lane < kDrawLanes; ++lane) low_[lane] = block + lane % 2 * (kDrawLanes / 2) + lane / 2;
   }

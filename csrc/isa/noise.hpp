@@ -1,5 +1,6 @@
-// Gaussian noise over any strides: elements are walked in C order. Promises the same bits for every cut of the range,
-// layout and level. Compiled once per instruction-set level, inside an anonymous namespace; no standard containers.
+// Gaussian noise over any strides: elements are walked as they lie in memory. Promises the same bits for every cut of
+// the range, layout and level. Compiled once per instruction-set level, inside an anonymous namespace; no standard
+// containers.
 #pragma once
 
 #include "isa/normal.hpp"
@@ -45,6 +46,38 @@ void gaussian_noise(char* y, const char* x, const ElementWalk& walk, int64_t fir
       mask += part;
       yo += part * inner.result;
       xo += part * inner.input;
+    }
+  });
+}
+
+// Tiles first .. first + count of a walk that is tiled: some rows of variates at a time, used column by column.
+template <class T>
+void noise_tiles(char* y, const char* x, const ElementWalk& walk, int64_t first, int64_t count,
+                 const PhiloxStream& stream, double std) {
+  constexpr int64_t rows = 16, row_size = 2 * kGroupBlocks * ((kTileColumns + 2 * kGroupBlocks) / (2 * kGroupBlocks));
+  static_assert(row_size > kTileColumns, "whole groups hold a row, wherever it starts");
+  const int row_axis = walk.axes - 1, column_axis = walk.axes - 2;
+  const int64_t pitch = walk.stride[ElementWalk::mask][row_axis];
+  double z[rows][row_size];
+  for_each_tile(walk, first, count, [&](const DrawTile& tile) {
+    for (int64_t r = 0; r < tile.rows; r += rows) {
+      const int64_t used = tile.rows - r < rows ? tile.rows - r : rows;
+      const int64_t index = tile.at[ElementWalk::mask] + r * pitch;
+      for (int64_t i = 0; i < used; ++i) {
+        const int64_t start = index + i * pitch;
+        for (int64_t c = 0; c < start % 2 + tile.columns; c += 2 * kGroupBlocks) {
+          normal_group(z[i] + c, static_cast<uint64_t>(start + c) / 2, stream);
+        }
+      }
+      const auto place = [&](ElementWalk::Operand k, int64_t c) {
+        return tile.at[k] + r * walk.stride[k][row_axis] + c * walk.stride[k][column_axis];
+      };
+      for (int64_t c = 0; c < tile.columns; ++c) {
+        const auto variate = [&](int64_t i) { return z[i][c + (index + i * pitch) % 2]; };
+        map_run<T>(y + place(ElementWalk::result, c), x + place(ElementWalk::input, c),
+                   walk.stride[ElementWalk::result][row_axis], walk.stride[ElementWalk::input][row_axis], used,
+                   [&](T value, int64_t i) { return static_cast<T>(static_cast<double>(value) + std * variate(i)); });
+      }
     }
   });
 }

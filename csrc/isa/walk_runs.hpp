@@ -88,8 +88,8 @@ inline bool packed(const char* y, const char* x, int64_t y_stride, int64_t x_str
          reinterpret_cast<uintptr_t>(x) % alignof(T) == 0;
 }
 
-// y[i] = f(x[i], i) for one run: a vector loop where both are contiguous and aligned, element by element elsewhere.
-// y may be x itself; the strides are in bytes.
+// y[i] = f(x[i], i) for one run, in vectors: where the elements are apart or not aligned, they are brought together in
+// a buffer. y may be x itself; the strides are in bytes.
 template <class T, class Function>
 [[gnu::always_inline]] inline void map_run(char* y, const char* x, int64_t y_stride, int64_t x_stride, int64_t length,
                                            Function f) {
@@ -98,8 +98,16 @@ template <class T, class Function>
     const T* xt = reinterpret_cast<const T*>(x);
 #pragma omp simd
     for (int64_t i = 0; i < length; ++i) yt[i] = f(xt[i], i);
-  } else {
-    for (int64_t i = 0; i < length; ++i) store<T>(y + i * y_stride, f(load<T>(x + i * x_stride), i));
+    return;
+  }
+  constexpr int64_t size = 128;
+  alignas(64) T buffer[size];
+  for (int64_t start = 0; start < length; start += size) {
+    const int64_t n = length - start < size ? length - start : size;
+    for (int64_t i = 0; i < n; ++i) buffer[i] = load<T>(x + (start + i) * x_stride);
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) buffer[i] = f(buffer[i], start + i);
+    for (int64_t i = 0; i < n; ++i) store<T>(y + (start + i) * y_stride, buffer[i]);
   }
 }
 
@@ -110,6 +118,36 @@ struct InnerStrides {
         mask(walk.axes ? walk.stride[ElementWalk::mask][walk.axes - 1] : 0) {}
   int64_t result, input, mask;
 };
+
+// One tile of a tiled walk: rows along memory, columns along the draws.
+struct DrawTile {
+  int64_t rows, columns;
+  int64_t at[ElementWalk::operands];  // of its first element
+};
+
+// visit(tile) for tiles first .. first + count.
+template <class Visit>
+inline void for_each_tile(const ElementWalk& walk, int64_t first, int64_t count, const Visit& visit) {
+  const int row_axis = walk.axes - 1, column_axis = walk.axes - 2;
+  for (int64_t i = first; i < first + count; ++i) {
+    int64_t rest = i;
+    const int64_t row = rest % row_tiles(walk) * kTileRows;
+    rest /= row_tiles(walk);
+    const int64_t column = rest % column_tiles(walk) * kTileColumns;
+    rest /= column_tiles(walk);
+    DrawTile tile;
+    for (int k = 0; k < ElementWalk::operands; ++k) {
+      tile.at[k] = row * walk.stride[k][row_axis] + column * walk.stride[k][column_axis];
+    }
+    for (int axis = column_axis - 1; axis >= 0; --axis) {
+      for (int k = 0; k < ElementWalk::operands; ++k) tile.at[k] += rest % walk.extent[axis] * walk.stride[k][axis];
+      rest /= walk.extent[axis];
+    }
+    tile.rows = walk.extent[row_axis] - row < kTileRows ? walk.extent[row_axis] - row : kTileRows;
+    tile.columns = walk.extent[column_axis] - column < kTileColumns ? walk.extent[column_axis] - column : kTileColumns;
+    visit(tile);
+  }
+}
 
 }  // namespace
 }  // namespace fastnorm
