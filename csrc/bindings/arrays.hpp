@@ -19,25 +19,30 @@ namespace py = pybind11;
 
 enum class Dtype { float32, float64, other };
 
-// What is asked of NumPy in every call, looked up once.
+// What is asked of NumPy in every call. Looked up while the module is imported: a static variable of a function would
+// be made under a lock of C++'s, and its maker, which may give the interpreter's lock away, would then wait for a
+// thread that has that one and waits for the first.
 struct NumPy {
-  const py::detail::npy_api& api = py::detail::npy_api::get();
-  PyTypeObject* const ndarray = api.PyArray_Type_;
-  PyObject* const float32 = py::dtype::of<float>().release().ptr();
-  PyObject* const float64 = py::dtype::of<double>().release().ptr();
+  const py::detail::npy_api* api = nullptr;
+  PyTypeObject* ndarray = nullptr;
+  PyObject *float32 = nullptr, *float64 = nullptr;
+
+  void load() {
+    api = &py::detail::npy_api::get();
+    ndarray = api->PyArray_Type_;
+    float32 = py::dtype::of<float>().release().ptr();
+    float64 = py::dtype::of<double>().release().ptr();
+  }
 };
 
-inline const NumPy& numpy() {
-  static const NumPy* const found = new NumPy;  // never destroyed: calls may come until the interpreter's very end
-  return *found;
-}
+inline NumPy numpy;
 
 // A view of an ndarray's fields. Subclasses (masked arrays above all) are left to the Python layer.
 class Array {
  public:
   Array() = default;
   explicit Array(py::handle object) : object_(object) {
-    is_array_ = Py_TYPE(object.ptr()) == numpy().ndarray;
+    is_array_ = Py_TYPE(object.ptr()) == numpy.ndarray;
     if (!is_array_) return;
     fields_ = py::detail::array_proxy(object.ptr());
     const auto* descr = py::detail::array_descriptor1_proxy(fields_->descr);
@@ -123,10 +128,9 @@ class Array {
 
 // A new array in C order, or with the given strides, of undefined values.
 inline py::object new_array(Dtype dtype, int rank, const py::ssize_t* shape, const py::ssize_t* strides = nullptr) {
-  const NumPy& np = numpy();
-  PyObject* descr = dtype == Dtype::float32 ? np.float32 : np.float64;
+  PyObject* descr = dtype == Dtype::float32 ? numpy.float32 : numpy.float64;
   Py_INCREF(descr);  // taken over by the array
-  PyObject* made = np.api.PyArray_NewFromDescr_(np.ndarray, descr, rank, shape, strides, nullptr, 0, nullptr);
+  PyObject* made = numpy.api->PyArray_NewFromDescr_(numpy.ndarray, descr, rank, shape, strides, nullptr, 0, nullptr);
   if (made == nullptr) throw py::error_already_set();
   return py::reinterpret_steal<py::object>(made);
 }
@@ -149,15 +153,14 @@ inline py::object new_like(const Array& x) {
 
 // A read-only view of doubles that `owner` keeps.
 inline py::object view_of(const double* values, py::ssize_t count, PyObject* owner) {
-  const NumPy& np = numpy();
-  Py_INCREF(np.float64);
+  Py_INCREF(numpy.float64);
   const py::ssize_t step = sizeof(double);
-  PyObject* made =
-      np.api.PyArray_NewFromDescr_(np.ndarray, np.float64, 1, &count, &step, const_cast<double*>(values), 0, nullptr);
+  PyObject* made = numpy.api->PyArray_NewFromDescr_(numpy.ndarray, numpy.float64, 1, &count, &step,
+                                                    const_cast<double*>(values), 0, nullptr);
   if (made == nullptr) throw py::error_already_set();
   py::object view = py::reinterpret_steal<py::object>(made);
   Py_INCREF(owner);
-  if (np.api.PyArray_SetBaseObject_(made, owner) != 0) throw py::error_already_set();
+  if (numpy.api->PyArray_SetBaseObject_(made, owner) != 0) throw py::error_already_set();
   return view;
 }
 

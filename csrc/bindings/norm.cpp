@@ -79,6 +79,7 @@ PyMethodDef methods[] = {
 }  // namespace
 
 void bind_norm(py::module_& m) {
+  numpy.load();
   bind_cache(m);
   bind_backward(m);
   bind_moments(m);

@@ -151,6 +151,8 @@ PyObject* restore(PyObject*, PyObject* args) {
 
 constexpr const char* kCacheDoc = R"(What a norm's forward keeps for its backward: references, no copies. Read-only.
 
+Can be copied and pickled; a pickle holds the arrays.
+
 Attributes
 ----------
 x, weight, bias : ndarray
