@@ -74,7 +74,9 @@ struct DropoutKernels {
                      const MaskDraw& draw, T factor);
   // s = residual + (keep ? x * factor : +0) for elements in a row, the first having the logical index `index`.
   void (*drop_add)(T* s, const T* x, const T* residual, int64_t index, int64_t count, const MaskDraw& draw, T factor);
-  // The same with a mask of bytes, not 0 = kept, given by the user.
+  // y += x, for elements in a row.
+  void (*add)(T* y, const T* x, int64_t count);
+  // The same as drop with a mask of bytes, not 0 = kept, given by the user.
   void (*apply_mask)(char* y, const char* x, const char* keep, const ElementWalk& walk, int64_t first, int64_t count,
                      T factor);
   // y = x + std * z, z being the normal variate of the element; the mask stride is the logical index.

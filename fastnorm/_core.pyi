@@ -136,3 +136,20 @@ def dropout_backward(dy: Any, cache: Any, out: Any, function: str, /) -> _Array 
 def take_offset(stream: Any, /) -> tuple[int, int]: ...
 def set_stream_type(type: type) -> None: ...
 def set_dropout_cache_type(type: type) -> None: ...
+def dropout_add_norm(
+    rms: bool,
+    x: Any,
+    residual: Any,
+    weight: Any,
+    bias: Any,
+    p: Any,
+    rng: Any,
+    axis: Any,
+    eps: Any,
+    out: Any,
+    cached: bool,
+    /,
+) -> Any: ...
+def dropout_add_norm_backward(
+    dy: Any, cache: NormCache, ds: Any, p: float, seed: int, offset: int, has_residual: bool, /
+) -> tuple[_Array, _Array | None, _Array | None, _Array | None] | None: ...

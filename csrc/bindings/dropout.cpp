@@ -328,6 +328,7 @@ void bind_dropout(py::module_& m) {
   m.def("philox4x32", &philox4x32, "counters"_a.noconvert(), "key0"_a, "key1"_a, "rounds"_a = 10,
         "The generator itself: the words of (n, 4) counters under one key.");
   bind_dropout_entries(m);
+  bind_dropout_add_norm(m);
 }
 
 }  // namespace fastnorm

@@ -1,5 +1,5 @@
-// What the two halves of dropout's bindings share: the work itself (dropout.cpp) and the entries that recognise the
-// common call (dropout_entries.cpp).
+// What the parts of dropout's bindings share: the work itself (dropout.cpp) and the entries that recognise the
+// common call (dropout_entries.cpp, dropout_add_norm.cpp).
 #pragma once
 
 #include "arrays.hpp"
@@ -31,6 +31,15 @@ T keep_scale(uint64_t threshold);
 // y = keep ? x * factor : 0 for two arrays of one shape and dtype, float32 or float64.
 void run_dropout(const Array& y, const Array& x, const MaskDraw& draw, const SharedAxes& shared, bool inverted);
 
+// What the entries accept as p (a number in [0, 1]), as a word of 64 bits, and as rng (a seed or a stream).
+bool accepts_probability(py::handle object, double* p);
+bool as_word(py::handle object, uint64_t* value);
+bool accepts_rng(py::handle rng);
+
+// The draws of this call; a stream moves on. To be called when nothing else can fail.
+PhiloxStream take(py::handle rng);
+
 void bind_dropout_entries(py::module_& m);
+void bind_dropout_add_norm(py::module_& m);
 
 }  // namespace fastnorm

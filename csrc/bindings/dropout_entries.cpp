@@ -36,22 +36,12 @@ void set_field(PyObject* object, PyObject* name, PyObject* value) {
   if (PyObject_GenericSetAttr(object, name, value) != 0) throw py::error_already_set();
 }
 
-bool as_word(PyObject* object, uint64_t* value) {
-  if (!PyLong_CheckExact(object)) return false;
-  *value = PyLong_AsUnsignedLongLong(object);
-  if (*value == UINT64_MAX && PyErr_Occurred()) {
-    PyErr_Clear();
-    return false;
-  }
-  return true;
-}
-
 // The seed and offset of this call; the stream moves on. No Python code runs between reading and writing, so that of
 // the threads that share a stream each gets an offset of its own.
 PhiloxStream take_from_stream(PyObject* stream) {
   const py::object seed = attribute(stream, names->own_seed), offset = attribute(stream, names->own_offset);
   PhiloxStream taken{};
-  if (!as_word(seed.ptr(), &taken.seed) || !as_word(offset.ptr(), &taken.offset)) {
+  if (!as_word(seed, &taken.seed) || !as_word(offset, &taken.offset)) {
     throw py::value_error("a Philox stream without a seed and an offset of 64 bits");
   }
   const py::object next = owned_or_throw(PyLong_FromUnsignedLongLong(taken.offset + 1));
@@ -60,22 +50,6 @@ PhiloxStream take_from_stream(PyObject* stream) {
 }
 
 bool is_stream(py::handle object) { return reinterpret_cast<PyObject*>(Py_TYPE(object.ptr())) == stream_type; }
-
-bool accepts_rng(py::handle rng) {
-  uint64_t seed;
-  return is_stream(rng) || as_word(rng.ptr(), &seed);
-}
-
-PhiloxStream take(py::handle rng) {
-  if (is_stream(rng)) return take_from_stream(rng.ptr());
-  PhiloxStream stream{};
-  as_word(rng.ptr(), &stream.seed);
-  return stream;
-}
-
-bool accepts_probability(py::handle object, double* p) {
-  return !PyBool_Check(object.ptr()) && as_number(object, p) && *p >= 0.0 && *p <= 1.0;
-}
 
 bool accepts_scale(py::handle object, bool* inverted) {
   *inverted = object.ptr() == names->inverted;
@@ -145,7 +119,7 @@ py::object cache_for(const Call& call, PyObject* function) {
   set_field(cache.ptr(), names->function, function);
   set_field(cache.ptr(), names->p, p.ptr());
   set_field(cache.ptr(), names->shape, shape.ptr());
-  set_field(cache.ptr(), names->dtype, call.x.dtype() == Dtype::float32 ? numpy().float32 : numpy().float64);
+  set_field(cache.ptr(), names->dtype, call.x.dtype() == Dtype::float32 ? numpy.float32 : numpy.float64);
   set_field(cache.ptr(), names->shared_axes, call.axes.ptr());
   set_field(cache.ptr(), names->scale, call.scale.ptr());
   return cache;
@@ -192,11 +166,10 @@ PyObject* dropout_backward(PyObject*, PyObject* const* args, Py_ssize_t count) {
     const py::object seed = attribute(cache, names->seed), offset = attribute(cache, names->offset);
     PhiloxStream stream{};
     if (!call.x.is_float() || !accepts_probability(p, &call.p) || !accepts_axes(axes, call.x.rank(), &call.shared) ||
-        !accepts_scale(scale, &call.inverted) || !as_word(seed.ptr(), &stream.seed) ||
-        !as_word(offset.ptr(), &stream.offset)) {
+        !accepts_scale(scale, &call.inverted) || !as_word(seed, &stream.seed) || !as_word(offset, &stream.offset)) {
       return py::none();
     }
-    if (dtype.ptr() != (call.x.dtype() == Dtype::float32 ? numpy().float32 : numpy().float64)) return py::none();
+    if (dtype.ptr() != (call.x.dtype() == Dtype::float32 ? numpy.float32 : numpy.float64)) return py::none();
     if (!PyTuple_CheckExact(shape.ptr()) || PyTuple_GET_SIZE(shape.ptr()) != call.x.rank()) return py::none();
     for (int axis = 0; axis < call.x.rank(); ++axis) {
       int64_t extent;
@@ -228,6 +201,32 @@ PyMethodDef entries[] = {
 };
 
 }  // namespace
+
+bool as_word(py::handle object, uint64_t* value) {
+  if (!PyLong_CheckExact(object.ptr())) return false;
+  *value = PyLong_AsUnsignedLongLong(object.ptr());
+  if (*value == UINT64_MAX && PyErr_Occurred()) {
+    PyErr_Clear();
+    return false;
+  }
+  return true;
+}
+
+bool accepts_rng(py::handle rng) {
+  uint64_t seed;
+  return is_stream(rng) || as_word(rng, &seed);
+}
+
+PhiloxStream take(py::handle rng) {
+  if (is_stream(rng)) return take_from_stream(rng.ptr());
+  PhiloxStream stream{};
+  as_word(rng, &stream.seed);
+  return stream;
+}
+
+bool accepts_probability(py::handle object, double* p) {
+  return !PyBool_Check(object.ptr()) && as_number(object, p) && *p >= 0.0 && *p <= 1.0;
+}
 
 void bind_dropout_entries(py::module_& m) {
   names = new Names;  // never freed: calls may come until the interpreter's very end

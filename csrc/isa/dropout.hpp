@@ -242,6 +242,12 @@ void drop_add(T* s, const T* x, const T* residual, int64_t index, int64_t count,
 }
 
 template <class T>
+void add(T* y, const T* x, int64_t count) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) y[i] += x[i];
+}
+
+template <class T>
 void apply_mask(char* y, const char* x, const char* keep, const ElementWalk& walk, int64_t first, int64_t count,
                 T factor) {
   const InnerStrides inner(walk);
@@ -303,8 +309,8 @@ inline void pack_bits(uint8_t* bits, const uint8_t* keep, int64_t count) {
 
 template <class T>
 constexpr DropoutKernels<T> dropout_table() {
-  return {drop<T>,        drop_tiles<T>, drop_add<T>, apply_mask<T>, gaussian_noise<T>,
-          noise_tiles<T>, keep_mask,     pack_bits,   philox_blocks};
+  return {drop<T>,           drop_tiles<T>,  drop_add<T>, add<T>,    apply_mask<T>,
+          gaussian_noise<T>, noise_tiles<T>, keep_mask,   pack_bits, philox_blocks};
 }
 
 }  // namespace

@@ -92,14 +92,20 @@ bool row_backward(const Plan& plan, const NormArgs<T>& args) {
     parallel_for(plan.threads, units, [&](int64_t unit) {
       for (int64_t set = 0; set < plan.sets; ++set) gradient(set, unit, unit + 1, sums[set * units], statistic(set));
     });
+    if (args.finished) args.finished(args.context, 0, plan.sets);
   } else {
     parallel_for(plan.threads, groups, [&](int64_t group) {
       const int64_t end = (group + 1) * per_group < plan.sets ? (group + 1) * per_group : plan.sets;
+      int64_t unfinished = group * per_group;
       for (int64_t set = group * per_group; set < end; ++set) {
         const Statistic s = statistic(set);
         SegmentSums total;
         for (int64_t unit = 0; unit < units; ++unit) total.add(row_unit_sums(plan, args, set, unit, s));
         gradient(set, 0, units, total, s);
+        if (args.finished && (set + 1 == end || set + 1 - unfinished >= args.sets_at_once)) {
+          args.finished(args.context, unfinished, set + 1);
+          unfinished = set + 1;
+        }
       }
     });
   }
