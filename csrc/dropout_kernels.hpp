@@ -72,7 +72,8 @@ struct DropoutKernels {
   // The same for tiles first .. first + count of a tiled walk. Not every element is kept, nor dropped.
   void (*drop_tiles)(char* y, const char* x, const ElementWalk& walk, int64_t first, int64_t count,
                      const MaskDraw& draw, T factor);
-  // s = residual + (keep ? x * factor : +0) for elements in a row, the first having the logical index `index`.
+  // s = residual + (keep ? x * factor : +0) for elements in a row, the first having the logical index `index`; without
+  // a residual s = keep ? x * factor : +0.
   void (*drop_add)(T* s, const T* x, const T* residual, int64_t index, int64_t count, const MaskDraw& draw, T factor);
   // y += x, for elements in a row.
   void (*add)(T* y, const T* x, int64_t count);

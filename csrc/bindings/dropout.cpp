@@ -17,9 +17,6 @@ namespace {
 
 constexpr int64_t kLeastBlock = 16384, kMostBlock = 1 << 20;  // multiples of every chunk of draws
 constexpr int64_t kBlocksPerThread = 8;
-// Read and written together, from here on past the caches: level below that even where the last cache could hold both,
-// and systems do not agree on what that is (a virtual machine was told of 384 MB, and has 32).
-constexpr int64_t kStreamedBytes = int64_t{16} << 20;
 constexpr int64_t kNoiseWeight = 4;  // a normal variate costs about as much as this many draws of a mask
 constexpr double kTwo32 = 4294967296.0;
 

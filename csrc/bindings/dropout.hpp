@@ -10,6 +10,10 @@ namespace fastnorm {
 
 constexpr uint64_t kKeepAll = uint64_t{1} << 32;
 
+// Read and written together, from here on past the caches: level below that even where the last cache could hold both,
+// and systems do not agree on what that is (a virtual machine was told of 384 MB, and has 32).
+constexpr int64_t kStreamedBytes = int64_t{16} << 20;
+
 // Axes that share one draw.
 class SharedAxes {
  public:

@@ -15,6 +15,7 @@ namespace fastnorm {
 namespace {
 
 constexpr int64_t kBlockBytes = 65536;   // of one array: a block of all four stays in the second-level cache
+constexpr int64_t kPieceBytes = 262144;  // of one array: what a thread takes at once
 constexpr int64_t kLongestRow = 262144;  // bytes
 
 bool in_one_piece(const Array& a) { return a.c_contiguous() && a.aligned(); }
@@ -82,7 +83,6 @@ void run_forward(const Step& step, const Sizes& sizes, const Array& x, const Arr
   const DropoutKernels<T>& dropout = dropout_kernels<T>();
   const NormKernels<T>& norm = norm_kernels<T>();
   const T factor = keep_scale<T>(step.draw.threshold);
-  const ElementWalk walk = in_a_row(sizes.total, sizeof(T));
   const int64_t last = rows.count % rows.block;
   const Plan whole = rows_plan(step.spec, rows.block, rows.length, sizeof(T), &s, &y, nullptr, nullptr);
   const Plan rest = last == 0 ? whole : rows_plan(step.spec, last, rows.length, sizeof(T), &s, &y, nullptr, nullptr);
@@ -94,24 +94,26 @@ void run_forward(const Step& step, const Sizes& sizes, const Array& x, const Arr
   std::atomic<bool> done{true};
   {
     const ReleaseForLargeWork release(sizes.total);
-    parallel_for(threads_for(sizes.total), rows.blocks(), [&](int64_t i) {
-      const int64_t row = i * rows.block, count = std::min(rows.block, rows.count - row);
-      const int64_t first = row * rows.length, elements = count * rows.length;
-      T* const sum = reinterpret_cast<T*>(s.data()) + first;
-      if (residual) {
-        dropout.drop_add(sum, reinterpret_cast<const T*>(x.data()) + first,
-                         reinterpret_cast<const T*>(residual->data()) + first, first, elements, step.draw, factor);
-      } else {
-        dropout.drop(s.data(), x.data(), walk, first, elements, step.draw, factor, false);
+    // Some blocks at a time, so that a plan is copied seldom.
+    const int64_t blocks = rows.blocks(), at_once = std::max<int64_t>(kPieceBytes / kBlockBytes, 1);
+    parallel_for(threads_for(sizes.total), (blocks + at_once - 1) / at_once, [&](int64_t piece) {
+      Plan plan = whole;
+      for (int64_t i = piece * at_once; i < std::min(blocks, (piece + 1) * at_once); ++i) {
+        const int64_t row = i * rows.block, count = std::min(rows.block, rows.count - row);
+        if (count < rows.block) plan = rest;
+        const int64_t first = row * rows.length, elements = count * rows.length;
+        const int64_t start = first * static_cast<int64_t>(sizeof(T));
+        dropout.drop_add(reinterpret_cast<T*>(s.data()) + first, reinterpret_cast<const T*>(x.data()) + first,
+                         residual ? reinterpret_cast<const T*>(residual->data()) + first : nullptr, first, elements,
+                         step.draw, factor);
+        plan.x.data = s.data() + start;
+        plan.y.data = y.data() + start;
+        NormArgs<T> own = args;
+        own.rstd = statistics.rstd + row;
+        if (statistics.mean) own.mean = statistics.mean + row;
+        if (statistics.mean_lo) own.mean_lo = statistics.mean_lo + row;
+        if (!norm.forward(plan, own)) done = false;
       }
-      Plan plan = count == rows.block ? whole : rest;
-      plan.x.data += first * static_cast<int64_t>(sizeof(T));
-      plan.y.data += first * static_cast<int64_t>(sizeof(T));
-      NormArgs<T> own = args;
-      own.rstd = statistics.rstd + row;
-      if (statistics.mean) own.mean = statistics.mean + row;
-      if (statistics.mean_lo) own.mean_lo = statistics.mean_lo + row;
-      if (!norm.forward(plan, own)) done = false;
     });
   }
   if (!done) throw std::bad_alloc();
@@ -187,14 +189,14 @@ struct Finish {
   T* dx;        // may be g
   T factor;
   ElementWalk walk;
-  bool drops;
+  bool drops, past_caches;
 
   void rows(int64_t begin, int64_t end) const {
     const int64_t first = begin * length, count = (end - begin) * length;
     if (ds) kernels.add(g + first, ds + first, count);
     if (drops || dx != g) {
       kernels.drop(reinterpret_cast<char*>(dx), reinterpret_cast<const char*>(g), walk, first, count, step.draw, factor,
-                   false);
+                   past_caches);
     }
   }
 };
@@ -223,7 +225,8 @@ void run_backward(const Step& step, const Sizes& sizes, const NormCache& cache, 
                          reinterpret_cast<T*>(dx.data()),
                          keep_scale<T>(step.draw.threshold),
                          in_a_row(sizes.total, sizeof(T)),
-                         step.draw.threshold != kKeepAll};
+                         step.draw.threshold != kKeepAll,
+                         dx.data() != g.data() && 2 * sizes.total * g.itemsize() >= kStreamedBytes};
   args.context = &finish;
   args.sets_at_once = rows.block;
   args.finished = [](const void* context, int64_t begin, int64_t end) {

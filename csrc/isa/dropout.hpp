@@ -56,7 +56,6 @@ class Direct {
   explicit Direct(T* y) : y_(y) {}
   T* chunk() { return y_; }
   void written() { y_ += kDrawChunk; }
-  static void expect(const T*) {}
   T* finish() { return y_; }
 
  private:
@@ -69,21 +68,23 @@ class Streamed {
   explicit Streamed(T* y) : out_(reinterpret_cast<char*>(y)) {}
   T* chunk() { return reinterpret_cast<T*>(out_.piece()); }
   void written() { out_.write(); }
-  // Out of memory, the rounds of the generator would have to wait for x: the processor looks ahead less far than this.
-  [[gnu::always_inline]] static inline void expect(const T* part) {
-    constexpr int64_t ahead = 4096;
-    for (int64_t at = 0; at < static_cast<int64_t>(kDrawChunk / kDrawParts * sizeof(T)); at += kLine) {
-      __builtin_prefetch(reinterpret_cast<const char*>(part) + ahead + at);
-    }
-  }
   T* finish() { return reinterpret_cast<T*>(out_.finish()); }
 
  private:
   StreamOut<static_cast<int64_t>(kDrawChunk * sizeof(T))> out_;
 };
 
+// Out of memory, the rounds of the generator would have to wait for x: the processor looks ahead less far than this.
+template <class T>
+[[gnu::always_inline]] inline void ask_ahead(const T* part) {
+  constexpr int64_t ahead = 4096;
+  for (int64_t at = 0; at < static_cast<int64_t>(kDrawChunk / kDrawParts * sizeof(T)); at += kLine) {
+    __builtin_prefetch(reinterpret_cast<const char*>(part) + ahead + at);
+  }
+}
+
 // A long row from logical index `index` on: while a chunk of draws is made, the one before it is used.
-template <bool add, class Out, class T>
+template <bool add, bool ahead, class Out, class T>
 void drop_long_row(T* y, const T* x, const T* residual, int64_t length, int64_t index, const MaskDraw& draw, T factor) {
   alignas(64) int16_t halves[2][kDrawChunk];
   MaskDraws draws(draw, static_cast<uint64_t>(index) / 8);
@@ -108,7 +109,8 @@ void drop_long_row(T* y, const T* x, const T* residual, int64_t length, int64_t 
     draws.next(halves[current ^ 1], [&](int part) __attribute__((always_inline)) {
       constexpr int64_t size = kDrawChunk / kDrawParts;
       const int64_t start = part * size;
-      Out::expect(from + start);
+      if (ahead) ask_ahead(from + start);
+      if (ahead && add) ask_ahead(other + start);
       drop_row<add>(to + start, from + start, add ? other + start : nullptr, ready + start, size, below, factor);
     });
     out.written();
@@ -197,9 +199,9 @@ void drop(char* y, const char* x, const ElementWalk& walk, int64_t first, int64_
       T* const to = reinterpret_cast<T*>(y + yo);
       const T* const from = reinterpret_cast<const T*>(x + xo);
       if (past_caches) {
-        drop_long_row<false, Streamed<T>>(to, from, static_cast<const T*>(nullptr), length, mask, draw, factor);
+        drop_long_row<false, true, Streamed<T>>(to, from, static_cast<const T*>(nullptr), length, mask, draw, factor);
       } else {
-        drop_long_row<false, Direct<T>>(to, from, static_cast<const T*>(nullptr), length, mask, draw, factor);
+        drop_long_row<false, false, Direct<T>>(to, from, static_cast<const T*>(nullptr), length, mask, draw, factor);
       }
       return;
     }
@@ -221,23 +223,35 @@ void drop(char* y, const char* x, const ElementWalk& walk, int64_t first, int64_
   });
 }
 
-// s = residual + drop(x), all three in one row.
-template <class T>
-void drop_add(T* s, const T* x, const T* residual, int64_t index, int64_t count, const MaskDraw& draw, T factor) {
+template <bool add, class T>
+void drop_block(T* s, const T* x, const T* residual, int64_t index, int64_t count, const MaskDraw& draw, T factor) {
   if (is_constant(draw)) {
     const bool keep = draw.threshold != 0;
 #pragma omp simd
-    for (int64_t i = 0; i < count; ++i) s[i] = residual[i] + kept(keep, x[i] * factor);
+    for (int64_t i = 0; i < count; ++i) {
+      const T value = kept(keep, x[i] * factor);
+      s[i] = add ? residual[i] + value : value;
+    }
   } else if (chunks_in_reach(index / 8) > (count + 7) / kDrawChunk) {
-    drop_long_row<true, Direct<T>>(s, x, residual, count, index, draw, factor);
+    // Two arrays are read: even the last cache is slow enough to be asked ahead.
+    drop_long_row<add, true, Direct<T>>(s, x, residual, count, index, draw, factor);
   } else {
     MaskWindow window(draw);
-    while (count > 0) {
-      int64_t part = count;
-      const int16_t* halves = window.at(index, &part);
-      drop_row<true>(s, x, residual, halves, part, window.below(), factor);
-      s += part, x += part, residual += part, index += part, count -= part;
+    for (int64_t i = 0, part; i < count; i += part) {
+      part = count - i;
+      const int16_t* halves = window.at(index + i, &part);
+      drop_row<add>(s + i, x + i, add ? residual + i : nullptr, halves, part, window.below(), factor);
     }
+  }
+}
+
+// s = residual + drop(x), all three in one row; without a residual s = drop(x).
+template <class T>
+void drop_add(T* s, const T* x, const T* residual, int64_t index, int64_t count, const MaskDraw& draw, T factor) {
+  if (residual) {
+    drop_block<true>(s, x, residual, index, count, draw, factor);
+  } else {
+    drop_block<false>(s, x, residual, index, count, draw, factor);
   }
 }
 
