@@ -75,8 +75,10 @@ struct DropoutKernels {
   // s = residual + (keep ? x * factor : +0) for elements in a row, the first having the logical index `index`; without
   // a residual s = keep ? x * factor : +0.
   void (*drop_add)(T* s, const T* x, const T* residual, int64_t index, int64_t count, const MaskDraw& draw, T factor);
-  // y += x, for elements in a row.
-  void (*add)(T* y, const T* x, int64_t count);
+  // g += ds, dx = keep ? g * factor : +0; g stays as it is without ds. dx may be g, unless past_caches: they are larger
+  // than any cache.
+  void (*add_drop)(T* dx, T* g, const T* ds, int64_t index, int64_t count, const MaskDraw& draw, T factor,
+                   bool past_caches);
   // The same as drop with a mask of bytes, not 0 = kept, given by the user.
   void (*apply_mask)(char* y, const char* x, const char* keep, const ElementWalk& walk, int64_t first, int64_t count,
                      T factor);

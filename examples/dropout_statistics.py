@@ -82,7 +82,11 @@ def noise(n: int, seed: int) -> Iterator[Row]:
     distance = float(max(np.max(steps[1:] - cdf), np.max(cdf - steps[:-1])))
     tail = min(2 * math.exp(-2 * some.size * distance**2), 1.0)  # Kolmogorov's distribution, its first term
     z_score = math.sqrt(max(-2 * math.log(tail), 0.0)) if tail < 1 else 0.0
-    yield "noise, Kolmogorov-Smirnov", z_score, f"distance {distance:.6f}, {math.sqrt(some.size) * distance:.3f} / sqrt n"
+    yield (
+        "noise, Kolmogorov-Smirnov",
+        z_score,
+        f"distance {distance:.6f}, {math.sqrt(some.size) * distance:.3f} / sqrt n",
+    )
 
 
 def main() -> int:

@@ -124,7 +124,7 @@ def test_out_of_any_layout_is_filled_and_returned(layout: str) -> None:
 @pytest.mark.parametrize("level", _core.isa_levels())
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_rows_that_begin_anywhere_in_a_chunk_of_draws(level: str, dtype: type) -> None:
-    """Rows of every length around the chunks of 64, 128 and 256 draws, at every phase of a block, with ties resolved."""
+    """Rows of every length around the chunks of 64, 128 and 256 draws, at every phase of a block."""
     _core.set_isa(level)
     wide = sample((40, 1400), dtype)
     for n in (1, 7, 63, 65, 127, 130, 255, 257, 511, 513, 769, 1029, 1303):
@@ -142,7 +142,7 @@ def test_rows_that_begin_anywhere_in_a_chunk_of_draws(level: str, dtype: type) -
     [(300, 130), (130, 513), (9, 70_000), (70_000, 9), (8, 3, 5, 67), (3, 65, 4, 9), (2, 9, 33, 31), (5, 249, 11)],
 )
 def test_memory_that_runs_along_another_axis_than_the_draws(shape: tuple[int, ...], dtype: type, level: str) -> None:
-    """Tiles: rows and columns around 8, 64 and 248, draws whose phase differs from row to row, rows that lie together."""
+    """Tiles: rows and columns around 8, 64 and 248, draws whose phase differs from row to row, rows in one."""
     _core.set_isa(level)
     x = sample(shape, dtype)
     expected, noise = reference.dropout(x, 0.3, rng=fn.Philox(9, 3)), reference.gaussian_noise(x, 0.5, rng=4)

@@ -64,12 +64,6 @@ Plan rows_plan(const Spec& spec, int64_t count, int64_t length, int64_t itemsize
   return make_plan(in);
 }
 
-ElementWalk in_a_row(int64_t count, int64_t itemsize) {
-  ElementWalk walk;
-  walk.append(count, itemsize, itemsize, 1);
-  return walk;
-}
-
 struct Step {
   Spec spec;
   double eps;
@@ -188,16 +182,12 @@ struct Finish {
   const T* ds;  // nullptr: there is none
   T* dx;        // may be g
   T factor;
-  ElementWalk walk;
-  bool drops, past_caches;
+  bool past_caches;
 
   void rows(int64_t begin, int64_t end) const {
-    const int64_t first = begin * length, count = (end - begin) * length;
-    if (ds) kernels.add(g + first, ds + first, count);
-    if (drops || dx != g) {
-      kernels.drop(reinterpret_cast<char*>(dx), reinterpret_cast<const char*>(g), walk, first, count, step.draw, factor,
-                   past_caches);
-    }
+    const int64_t first = begin * length;
+    kernels.add_drop(dx + first, g + first, ds ? ds + first : nullptr, first, (end - begin) * length, step.draw, factor,
+                     past_caches);
   }
 };
 
@@ -224,8 +214,6 @@ void run_backward(const Step& step, const Sizes& sizes, const NormCache& cache, 
                          ds ? reinterpret_cast<const T*>(ds->data()) : nullptr,
                          reinterpret_cast<T*>(dx.data()),
                          keep_scale<T>(step.draw.threshold),
-                         in_a_row(sizes.total, sizeof(T)),
-                         step.draw.threshold != kKeepAll,
                          dx.data() != g.data() && 2 * sizes.total * g.itemsize() >= kStreamedBytes};
   args.context = &finish;
   args.sets_at_once = rows.block;

@@ -15,10 +15,13 @@
 namespace fastnorm {
 namespace {
 
-// y = keep ? x * factor : +0, for n elements in a row; added to `residual` where there is one. y may be x.
-template <bool add, class T>
-[[gnu::always_inline]] inline void drop_row(T* y, const T* x, const T* residual, const int16_t* halves, int64_t n,
-                                            int16_t below, T factor) {
+// What else is done to a row while it is there. `after`: y = other + drop(x); `before`: x += other, y = drop(x).
+enum class WithSum { none, after, before };
+
+// y = drop(x) = keep ? x * factor : +0, for n elements in a row. y may be x.
+template <WithSum sum, class T>
+[[gnu::always_inline]] inline void drop_row(T* y, T* x, const T* other, const int16_t* halves, int64_t n, int16_t below,
+                                            T factor) {
   int64_t i = 0;
 #if defined(__clang__) || !defined(__AVX2__)
   // Spelled out where the plain loop below does not become what it says: a comparison, its result made as wide as x,
@@ -29,23 +32,26 @@ template <bool add, class T>
   typedef int16_t Narrow __attribute__((vector_size(2 * step)));
   for (; i + step <= n; i += step) {
     Narrow half;
-    Values value;
+    Values value, another = {};
     std::memcpy(&half, halves + i, sizeof half);
     std::memcpy(&value, x + i, sizeof value);
+    if (sum != WithSum::none) std::memcpy(&another, other + i, sizeof another);
+    if (sum == WithSum::before) {
+      value += another;
+      std::memcpy(x + i, &value, sizeof value);
+    }
     value =
         reinterpret_cast<Values>(reinterpret_cast<Wide>(value * factor) & __builtin_convertvector(half < below, Wide));
-    if (add) {
-      Values other;
-      std::memcpy(&other, residual + i, sizeof other);
-      value = other + value;
-    }
+    if (sum == WithSum::after) value = another + value;
     std::memcpy(y + i, &value, sizeof value);
   }
 #endif
 #pragma omp simd
   for (int64_t j = i; j < n; ++j) {
-    const T value = kept(halves[j] < below, x[j] * factor);
-    y[j] = add ? residual[j] + value : value;
+    const T from = sum == WithSum::before ? x[j] + other[j] : x[j];
+    if (sum == WithSum::before) x[j] = from;
+    const T value = kept(halves[j] < below, from * factor);
+    y[j] = sum == WithSum::after ? other[j] + value : value;
   }
 }
 
@@ -84,8 +90,8 @@ template <class T>
 }
 
 // A long row from logical index `index` on: while a chunk of draws is made, the one before it is used.
-template <bool add, bool ahead, class Out, class T>
-void drop_long_row(T* y, const T* x, const T* residual, int64_t length, int64_t index, const MaskDraw& draw, T factor) {
+template <WithSum sum, bool ahead, class Out, class T>
+void drop_long_row(T* y, T* x, const T* other, int64_t length, int64_t index, const MaskDraw& draw, T factor) {
   alignas(64) int16_t halves[2][kDrawChunk];
   MaskDraws draws(draw, static_cast<uint64_t>(index) / 8);
   const int16_t below = draws.below();
@@ -93,7 +99,7 @@ void drop_long_row(T* y, const T* x, const T* residual, int64_t length, int64_t 
   draws.next(halves[0], [](int) {});
   int64_t at = length < kDrawChunk - skipped ? length : kDrawChunk - skipped;
   if (skipped > 0 || at < kDrawChunk) {
-    drop_row<add>(y, x, residual, halves[0] + skipped, at, below, factor);
+    drop_row<sum>(y, x, other, halves[0] + skipped, at, below, factor);
     if (at == length) return;
     draws.next(halves[0], [](int) {});
   } else {
@@ -103,19 +109,21 @@ void drop_long_row(T* y, const T* x, const T* residual, int64_t length, int64_t 
   int current = 0;
   for (; length - at > kDrawChunk; at += kDrawChunk, current ^= 1) {
     T* const to = out.chunk();
-    const T* const from = x + at;
-    const T* const other = add ? residual + at : nullptr;
+    T* const from = x + at;
+    const T* const beside = sum != WithSum::none ? other + at : nullptr;
     const int16_t* const ready = halves[current];
     draws.next(halves[current ^ 1], [&](int part) __attribute__((always_inline)) {
       constexpr int64_t size = kDrawChunk / kDrawParts;
       const int64_t start = part * size;
       if (ahead) ask_ahead(from + start);
-      if (ahead && add) ask_ahead(other + start);
-      drop_row<add>(to + start, from + start, add ? other + start : nullptr, ready + start, size, below, factor);
+      if (ahead && sum != WithSum::none) ask_ahead(beside + start);
+      drop_row<sum>(to + start, from + start, sum != WithSum::none ? beside + start : nullptr, ready + start, size,
+                    below, factor);
     });
     out.written();
   }
-  drop_row<add>(out.finish(), x + at, add ? residual + at : nullptr, halves[current], length - at, below, factor);
+  drop_row<sum>(out.finish(), x + at, sum != WithSum::none ? other + at : nullptr, halves[current], length - at, below,
+                factor);
 }
 
 // The draws around the place last asked for. Runs ask in rising order nearly always, so most are made once.
@@ -197,11 +205,13 @@ void drop(char* y, const char* x, const ElementWalk& walk, int64_t first, int64_
     const bool in_rows = packed<T>(y + yo, x + xo, inner.result, inner.input);
     if (in_rows && length >= kLongRow && chunks_in_reach(mask / 8) > (length + 7) / kDrawChunk) {
       T* const to = reinterpret_cast<T*>(y + yo);
-      const T* const from = reinterpret_cast<const T*>(x + xo);
+      T* const from = reinterpret_cast<T*>(const_cast<char*>(x + xo));  // only read
       if (past_caches) {
-        drop_long_row<false, true, Streamed<T>>(to, from, static_cast<const T*>(nullptr), length, mask, draw, factor);
+        drop_long_row<WithSum::none, true, Streamed<T>>(to, from, static_cast<const T*>(nullptr), length, mask, draw,
+                                                        factor);
       } else {
-        drop_long_row<false, false, Direct<T>>(to, from, static_cast<const T*>(nullptr), length, mask, draw, factor);
+        drop_long_row<WithSum::none, false, Direct<T>>(to, from, static_cast<const T*>(nullptr), length, mask, draw,
+                                                       factor);
       }
       return;
     }
@@ -209,8 +219,8 @@ void drop(char* y, const char* x, const ElementWalk& walk, int64_t first, int64_
       int64_t part = length;
       const int16_t* halves = window.at(mask, &part);
       if (in_rows) {
-        drop_row<false>(reinterpret_cast<T*>(y + yo), reinterpret_cast<const T*>(x + xo),
-                        static_cast<const T*>(nullptr), halves, part, below, factor);
+        drop_row<WithSum::none>(reinterpret_cast<T*>(y + yo), reinterpret_cast<T*>(const_cast<char*>(x + xo)),
+                                static_cast<const T*>(nullptr), halves, part, below, factor);
       } else {
         map_run<T>(y + yo, x + xo, inner.result, inner.input, part,
                    [=](T value, int64_t i) { return kept(halves[i] < below, value * factor); });
@@ -223,42 +233,51 @@ void drop(char* y, const char* x, const ElementWalk& walk, int64_t first, int64_
   });
 }
 
-template <bool add, class T>
-void drop_block(T* s, const T* x, const T* residual, int64_t index, int64_t count, const MaskDraw& draw, T factor) {
+template <WithSum sum, class T>
+void drop_block(T* y, T* x, const T* other, int64_t index, int64_t count, const MaskDraw& draw, T factor,
+                bool past_caches) {
   if (is_constant(draw)) {
     const bool keep = draw.threshold != 0;
 #pragma omp simd
     for (int64_t i = 0; i < count; ++i) {
-      const T value = kept(keep, x[i] * factor);
-      s[i] = add ? residual[i] + value : value;
+      const T from = sum == WithSum::before ? x[i] + other[i] : x[i];
+      if (sum == WithSum::before) x[i] = from;
+      const T value = kept(keep, from * factor);
+      y[i] = sum == WithSum::after ? other[i] + value : value;
     }
-  } else if (chunks_in_reach(index / 8) > (count + 7) / kDrawChunk) {
-    // Two arrays are read: even the last cache is slow enough to be asked ahead.
-    drop_long_row<add, true, Direct<T>>(s, x, residual, count, index, draw, factor);
-  } else {
+  } else if (chunks_in_reach(index / 8) <= (count + 7) / kDrawChunk) {
     MaskWindow window(draw);
     for (int64_t i = 0, part; i < count; i += part) {
       part = count - i;
       const int16_t* halves = window.at(index + i, &part);
-      drop_row<add>(s + i, x + i, add ? residual + i : nullptr, halves, part, window.below(), factor);
+      drop_row<sum>(y + i, x + i, sum != WithSum::none ? other + i : nullptr, halves, part, window.below(), factor);
     }
+  } else if (past_caches) {
+    drop_long_row<sum, true, Streamed<T>>(y, x, other, count, index, draw, factor);
+  } else {
+    // Two arrays are read: even the last cache is slow enough to be asked ahead.
+    drop_long_row<sum, true, Direct<T>>(y, x, other, count, index, draw, factor);
   }
 }
 
-// s = residual + drop(x), all three in one row; without a residual s = drop(x).
 template <class T>
 void drop_add(T* s, const T* x, const T* residual, int64_t index, int64_t count, const MaskDraw& draw, T factor) {
+  T* const from = const_cast<T*>(x);  // only read
   if (residual) {
-    drop_block<true>(s, x, residual, index, count, draw, factor);
+    drop_block<WithSum::after>(s, from, residual, index, count, draw, factor, false);
   } else {
-    drop_block<false>(s, x, residual, index, count, draw, factor);
+    drop_block<WithSum::none>(s, from, residual, index, count, draw, factor, false);
   }
 }
 
 template <class T>
-void add(T* y, const T* x, int64_t count) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) y[i] += x[i];
+void add_drop(T* dx, T* g, const T* ds, int64_t index, int64_t count, const MaskDraw& draw, T factor,
+              bool past_caches) {
+  if (ds) {
+    drop_block<WithSum::before>(dx, g, ds, index, count, draw, factor, past_caches);
+  } else {
+    drop_block<WithSum::none>(dx, g, ds, index, count, draw, factor, past_caches);
+  }
 }
 
 template <class T>
@@ -323,8 +342,8 @@ inline void pack_bits(uint8_t* bits, const uint8_t* keep, int64_t count) {
 
 template <class T>
 constexpr DropoutKernels<T> dropout_table() {
-  return {drop<T>,           drop_tiles<T>,  drop_add<T>, add<T>,    apply_mask<T>,
-          gaussian_noise<T>, noise_tiles<T>, keep_mask,   pack_bits, philox_blocks};
+  return {drop<T>,           drop_tiles<T>,  drop_add<T>, add_drop<T>, apply_mask<T>,
+          gaussian_noise<T>, noise_tiles<T>, keep_mask,   pack_bits,   philox_blocks};
 }
 
 }  // namespace
