@@ -269,7 +269,7 @@ def test_cache_is_read_only() -> None:
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_one_pass_has_the_bits_of_the_separate_calls(dtype: type, norm: str, threads: int) -> None:
-    """Many blocks of rows, a last one that is shorter, groups of rows whose gradients are summed, rows that are split."""
+    """Many blocks of rows, a shorter last one, groups of rows whose gradients are summed, rows that are split."""
     for shape in [(1031, 97), (259, 768), (5, 12_000), (3, 30_001), (2, 140, 65)]:
         x, residual, dy, ds = (sample(shape, dtype, i) for i in range(4))
         settings = parameters(norm, shape[-1:], dtype)
