@@ -14,7 +14,7 @@
 namespace fastnorm {
 namespace {
 
-constexpr int64_t kBlockBytes = 65536;   // of one array: a block of all four stays in the second-level cache
+constexpr int64_t kBlockBytes = 131072;  // of one array: what is written of a block is still near when it is read
 constexpr int64_t kPieceBytes = 262144;  // of one array: what a thread takes at once
 constexpr int64_t kLongestRow = 262144;  // bytes
 

@@ -91,7 +91,8 @@ template <class T>
 
 // A long row from logical index `index` on: while a chunk of draws is made, the one before it is used.
 template <WithSum sum, bool ahead, class Out, class T>
-void drop_long_row(T* y, T* x, const T* other, int64_t length, int64_t index, const MaskDraw& draw, T factor) {
+[[gnu::noinline]] void drop_long_row(T* y, T* x, const T* other, int64_t length, int64_t index, const MaskDraw& draw,
+                                     T factor) {
   alignas(64) int16_t halves[2][kDrawChunk];
   MaskDraws draws(draw, static_cast<uint64_t>(index) / 8);
   const int16_t below = draws.below();
