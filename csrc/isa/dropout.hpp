@@ -89,8 +89,8 @@ template <class T>
   }
 }
 
-// A long row from logical index `index` on: while a chunk of draws is made, the one before it is used. Never inlined: in
-// a larger function GCC keeps less of the rounds in registers (7 instead of 10 G elements a second).
+// A long row from logical index `index` on: while a chunk of draws is made, the one before it is used. Never inlined:
+// in a larger function GCC keeps less of the rounds in registers (7 instead of 10 G elements a second).
 template <WithSum sum, bool ahead, class Out, class T>
 [[gnu::noinline]] void drop_long_row(T* y, T* x, const T* other, int64_t length, int64_t index, const MaskDraw& draw,
                                      T factor) {
