@@ -15,7 +15,7 @@ namespace fastnorm {
 namespace {
 
 constexpr int64_t kBlockBytes = 131072;  // of one array: what is written of a block is still near when it is read
-constexpr int64_t kPieceBytes = 262144;  // of one array: what a thread takes at once
+constexpr int64_t kBlocksAtOnce = 8;
 constexpr int64_t kLongestRow = 262144;  // bytes
 
 bool in_one_piece(const Array& a) { return a.c_contiguous() && a.aligned(); }
@@ -30,6 +30,10 @@ struct Rows {
 
   Rows(const Sizes& sizes, int64_t itemsize) : count(sizes.sets), length(sizes.per_set) {
     block = std::max<int64_t>(kBlockBytes / (length * itemsize) / 4 * 4, 1);
+  }
+  // Smaller blocks where there would be too few for the threads; any cut gives the same bits.
+  void share(int threads) {
+    if (threads > 1) block = std::max<int64_t>(std::min(block, count / (4 * threads) / 4 * 4), 1);
   }
   int64_t blocks() const { return (count + block - 1) / block; }
 };
@@ -73,7 +77,9 @@ struct Step {
 template <class T>
 void run_forward(const Step& step, const Sizes& sizes, const Array& x, const Array* residual, const Array& s,
                  const Array& y, const Optional& weight, const Optional& bias, const Statistics& statistics) {
-  const Rows rows(sizes, sizeof(T));
+  const int threads = threads_for(sizes.total);
+  Rows rows(sizes, sizeof(T));
+  rows.share(threads);
   const DropoutKernels<T>& dropout = dropout_kernels<T>();
   const NormKernels<T>& norm = norm_kernels<T>();
   const T factor = keep_scale<T>(step.draw.threshold);
@@ -89,8 +95,8 @@ void run_forward(const Step& step, const Sizes& sizes, const Array& x, const Arr
   {
     const ReleaseForLargeWork release(sizes.total);
     // Some blocks at a time, so that a plan is copied seldom.
-    const int64_t blocks = rows.blocks(), at_once = std::max<int64_t>(kPieceBytes / kBlockBytes, 1);
-    parallel_for(threads_for(sizes.total), (blocks + at_once - 1) / at_once, [&](int64_t piece) {
+    const int64_t blocks = rows.blocks(), at_once = threads == 1 ? kBlocksAtOnce : 1;
+    parallel_for(threads, (blocks + at_once - 1) / at_once, [&](int64_t piece) {
       Plan plan = whole;
       for (int64_t i = piece * at_once; i < std::min(blocks, (piece + 1) * at_once); ++i) {
         const int64_t row = i * rows.block, count = std::min(rows.block, rows.count - row);
