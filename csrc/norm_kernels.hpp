@@ -21,6 +21,11 @@ struct NormArgs {
   double* rstd = nullptr;  // (sets)
   T* dweight = nullptr;    // (params), nullptr: not wanted
   T* dbias = nullptr;
+  // Family::row's backward alone: called as soon as dx of sets [begin, end) is written, from the thread that wrote it;
+  // about sets_at_once of them at a time.
+  void (*finished)(const void* context, int64_t begin, int64_t end) = nullptr;
+  const void* context = nullptr;
+  int64_t sets_at_once = 1;
 };
 
 // Every kernel returns false when memory for its workspace could not be had, and has then written nothing.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from ._philox import Philox, Rng
 from ._results import Array
 
 Scale = Literal["inverted", "classic"]
-Mask = np.ndarray[Any, np.dtype[np.bool_]]
+Mask = np.ndarray[Any, np.dtype[np.bool_]] | np.ndarray[Any, np.dtype[np.uint8]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +55,9 @@ class DropoutCache:
     def keep_probability(self) -> float:
         """The probability of keeping that the generator realises: a multiple of 2^-32 within 2^-33 of 1 - p."""
         return round((1.0 - self.p) * 2.0**32) / 2.0**32
+
+
+_core.set_dropout_cache_type(DropoutCache)  # what the compiled forward returns
 
 
 def _scale(scale: Any) -> Scale:
@@ -173,8 +176,9 @@ def dropout(
     Srivastava, Hinton, Krizhevsky, Sutskever, Salakhutdinov, "Dropout: a simple way to prevent neural networks from
     overfitting", JMLR 15, 2014.
     """
-    y = _forward("dropout", x, p, rng, shared_axes, scale, out, cached=False)
-    assert isinstance(y, np.ndarray)
+    y = _core.dropout(x, p, rng, shared_axes, scale, out)
+    if y is None:
+        return cast(Array, _forward("dropout", x, p, rng, shared_axes, scale, out, cached=False))
     return y
 
 
@@ -207,9 +211,11 @@ def dropout_forward(
     TypeError, ValueError
         As `dropout`; `out` shares memory with x.
     """
-    result = _forward("dropout", x, p, rng, shared_axes, scale, out, cached=True)
-    assert isinstance(result, tuple)
-    return result
+    result = _core.dropout_forward(x, p, rng, shared_axes, scale, out, "dropout")
+    if result is None:
+        slow = _forward("dropout", x, p, rng, shared_axes, scale, out, cached=True)
+        return cast("tuple[Array, DropoutCache]", slow)
+    return cast("tuple[Array, DropoutCache]", result)
 
 
 def dropout_backward(dy: Any, cache: DropoutCache, *, out: Array | None = None) -> Array:
@@ -235,7 +241,8 @@ def dropout_backward(dy: Any, cache: DropoutCache, *, out: Array | None = None) 
     TypeError, ValueError
         cache of another function; dy of another shape or dtype; an `out` that does not fit.
     """
-    return _backward("dropout", dy, cache, out)
+    dx = _core.dropout_backward(dy, cache, out, "dropout")
+    return _backward("dropout", dy, cache, out) if dx is None else dx
 
 
 def dropout_mask(
@@ -245,6 +252,7 @@ def dropout_mask(
     rng: Rng,
     shared_axes: int | tuple[int, ...] = (),
     index_range: tuple[int, int] | None = None,
+    packed: bool = False,
 ) -> Mask:
     """The mask that `dropout` applies to an array of this shape: True = kept.
 
@@ -257,10 +265,14 @@ def dropout_mask(
         Only these elements of the flattened mask, ``dropout_mask(...).reshape(-1)[start:stop]``, computed without the
         others: a process can draw its part of a mask that would not fit in memory. 0 <= start <= stop <= size.
 
+    packed : bool, default False
+        One bit per element instead of one byte, in the order of `numpy.packbits`: the first element is the highest bit.
+
     Returns
     -------
     keep : bool array of `shape`, or of shape (stop - start,) with `index_range`
-        ``numpy.packbits(keep)`` packs it to one bit per element.
+        With ``packed=True`` ``numpy.packbits`` of that: a uint8 array of ceil(n / 8) bytes, n being the number of
+        elements, made without the bytes ever being there all at once; the last byte is filled up with zeros.
 
     Raises
     ------
@@ -291,15 +303,18 @@ def dropout_mask(
             raise ValueError(
                 f"index_range is {index_range!r}; expected 0 <= start <= stop <= {size}, the size of the mask"
             )
+    if not isinstance(packed, (bool, np.bool_)):
+        raise TypeError(f"packed is {packed!r} of type {type(packed).__name__}; expected True or False")
     _philox.require(rng)
-    keep = np.empty(stop - start, np.bool_)
+    count = stop - start
+    keep: Mask = np.empty(-(-count // 8), np.uint8) if packed else np.empty(count, np.bool_)
     seed, offset = _philox.take(rng)
 
     def kernel() -> Mask:
-        _core.keep_mask(keep, extents, start, p, seed, offset, axes)
-        return keep if index_range is not None else keep.reshape(extents)
+        _core.keep_mask(keep, extents, start, count, p, seed, offset, axes, bool(packed))
+        return keep if packed or index_range is not None else keep.reshape(extents)
 
-    kwargs = {"rng": Philox(seed, offset), "shared_axes": axes, "index_range": index_range}
+    kwargs = {"rng": Philox(seed, offset), "shared_axes": axes, "index_range": index_range, "packed": packed}
     result: Mask = _checked("dropout_mask", kernel, (extents, p), kwargs)
     return result
 
@@ -374,8 +389,9 @@ def drop_connect(weight: Any, p: float, *, rng: Rng, out: Array | None = None) -
     -----
     Wan, Zeiler, Zhang, LeCun, Fergus, "Regularization of neural networks using DropConnect", ICML 2013.
     """
-    y = _forward("drop_connect", weight, p, rng, (), "inverted", out, cached=False)
-    assert isinstance(y, np.ndarray)
+    y = _core.dropout(weight, p, rng, (), "inverted", out)
+    if y is None:
+        return cast(Array, _forward("drop_connect", weight, p, rng, (), "inverted", out, cached=False))
     return y
 
 
@@ -399,9 +415,11 @@ def drop_connect_forward(weight: Any, p: float, *, rng: Rng, out: Array | None =
     TypeError, ValueError
         As `drop_connect`; `out` shares memory with weight.
     """
-    result = _forward("drop_connect", weight, p, rng, (), "inverted", out, cached=True)
-    assert isinstance(result, tuple)
-    return result
+    result = _core.dropout_forward(weight, p, rng, (), "inverted", out, "drop_connect")
+    if result is None:
+        slow = _forward("drop_connect", weight, p, rng, (), "inverted", out, cached=True)
+        return cast("tuple[Array, DropoutCache]", slow)
+    return cast("tuple[Array, DropoutCache]", result)
 
 
 def drop_connect_backward(dy: Any, cache: DropoutCache, *, out: Array | None = None) -> Array:
@@ -425,7 +443,8 @@ def drop_connect_backward(dy: Any, cache: DropoutCache, *, out: Array | None = N
     TypeError, ValueError
         As `dropout_backward`.
     """
-    return _backward("drop_connect", dy, cache, out)
+    dweight = _core.dropout_backward(dy, cache, out, "drop_connect")
+    return _backward("drop_connect", dy, cache, out) if dweight is None else dweight
 
 
 def gaussian_noise(x: Any, std: float, *, rng: Rng, out: Array | None = None) -> Array:

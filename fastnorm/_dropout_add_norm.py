@@ -1,7 +1,8 @@
 """The transformer's residual step: s = residual + dropout(x), y = norm(s), and its gradients.
 
-Promises the bits of the separate calls `dropout`, `+` and `layer_norm` or `rms_norm`, from which it is composed. Every
-check comes before the random stream moves. Refuses `rng=None` unless p is 0.
+Promises the bits of the separate calls `dropout`, `+` and `layer_norm` or `rms_norm`: where arrays lie in one piece
+they are done in one pass over memory, elsewhere one after the other. Every check comes before the random stream moves.
+Refuses `rng=None` unless p is 0.
 """
 
 from __future__ import annotations
@@ -67,7 +68,16 @@ def _forward(
     *,
     cached: bool,
 ) -> Any:
-    """Every check, then `_step`, compared with the reference while verification is on."""
+    """The pass of the common call, or every check and then `_step`, compared with the reference while that is on."""
+    fused = _core.dropout_add_norm(norm == "rms_norm", x, residual, weight, bias, p, rng, axis, eps, out, cached)
+    if fused is not None:
+        if not cached:
+            return fused
+        y, s, norm_cache, seed, offset = fused
+        dropped = None
+        if p > 0.0:
+            dropped = DropoutCache("dropout", seed, offset, float(p), x.shape, x.dtype, (), "inverted")
+        return (y, s), DropoutAddNormCache(f"dropout_add_{norm}", norm_cache, dropped, residual is not None)
     x = _check.array("x", x)
     _check.rank("x", x, 1)
     if residual is not None:
@@ -143,6 +153,10 @@ def _step(
 def _backward(norm: str, dy: Any, cache: Any, ds: Any) -> DropoutAddNormGrads:
     function = f"dropout_add_{norm}"
     _check.cache(cache, DropoutAddNormCache, function)
+    p, seed, offset = (0.0, 0, 0) if (d := cache.dropout) is None else (d.p, d.seed, d.offset)
+    fused = _core.dropout_add_norm_backward(dy, cache.norm, ds, p, seed, offset, cache.has_residual)
+    if fused is not None:
+        return DropoutAddNormGrads(*fused)
     dy = _check.same("dy", dy, cache.s.shape, cache.s.dtype, of="the forward's x")
     if ds is not None:
         ds = _check.same("ds", ds, cache.s.shape, cache.s.dtype, of="the forward's s")

@@ -8,26 +8,13 @@ by the kernels, from (seed, offset) alone: docs/dropout.md.
 from __future__ import annotations
 
 import operator
-import os
-import threading
 from typing import Any, TypeAlias
 
 import numpy as np
 
+from . import _core
+
 _WORD = 2**64
-
-# One for all streams: it is held for two lines. A child process gets a new one, for the thread that held it in the
-# parent does not exist there.
-_lock = threading.Lock()
-
-
-def _renew_lock() -> None:
-    global _lock
-    _lock = threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_lock)
 
 
 def _word(name: str, value: Any, expected: str = "an integer") -> int:
@@ -106,11 +93,8 @@ class Philox:
         return type(self)(self._seed, self._offset)
 
     def _take(self) -> tuple[int, int]:
-        """This call's (seed, offset); the stream moves on."""
-        with _lock:
-            offset = self._offset
-            self._offset = (offset + 1) % _WORD
-        return self._seed, offset
+        """This call's (seed, offset); the stream moves on. One step for all threads: the interpreter's lock is held."""
+        return _core.take_offset(self)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(seed={self._seed}, offset={self._offset})"
@@ -123,6 +107,8 @@ class Philox:
     def __reduce__(self) -> tuple[type[Philox], tuple[int, int]]:
         return type(self), (self._seed, self._offset)
 
+
+_core.set_stream_type(Philox)  # what the compiled entries accept besides an int
 
 Rng: TypeAlias = "int | np.random.Generator | Philox"
 

@@ -121,6 +121,86 @@ def test_out_of_any_layout_is_filled_and_returned(layout: str) -> None:
     assert_same_bits(out, reference.dropout(x, 0.4, rng=21))
 
 
+@pytest.mark.parametrize("level", _core.isa_levels())
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_rows_that_begin_anywhere_in_a_chunk_of_draws(level: str, dtype: type) -> None:
+    """Rows of every length around the chunks of 64, 128 and 256 draws, at every phase of a block."""
+    _core.set_isa(level)
+    wide = sample((40, 1400), dtype)
+    for n in (1, 7, 63, 65, 127, 130, 255, 257, 511, 513, 769, 1029, 1303):
+        x = wide[:9, 3 : 3 + n]  # rows apart in memory: row r begins at draw r * n
+        assert_same_bits(fn.dropout(x, 0.4, rng=2), reference.dropout(x, 0.4, rng=2))
+        flat = np.ascontiguousarray(x)
+        out = np.full(flat.size + 1, np.nan, dtype)[1:].reshape(flat.shape)
+        assert_same_bits(fn.dropout(flat, 0.4, rng=2, out=out), reference.dropout(flat, 0.4, rng=2))
+
+
+@pytest.mark.parametrize("level", _core.isa_levels())
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(
+    "shape",
+    [(300, 130), (130, 513), (9, 70_000), (70_000, 9), (8, 3, 5, 67), (3, 65, 4, 9), (2, 9, 33, 31), (5, 249, 11)],
+)
+def test_memory_that_runs_along_another_axis_than_the_draws(shape: tuple[int, ...], dtype: type, level: str) -> None:
+    """Tiles: rows and columns around 8, 64 and 248, draws whose phase differs from row to row, rows in one."""
+    _core.set_isa(level)
+    x = sample(shape, dtype)
+    expected, noise = reference.dropout(x, 0.3, rng=fn.Philox(9, 3)), reference.gaussian_noise(x, 0.5, rng=4)
+    for layout in ("fortran", "channels_last"):
+        view = LAYOUTS[layout](x)
+        assert_same_bits(fn.dropout(view, 0.3, rng=fn.Philox(9, 3)), expected)
+        wide = np.repeat(view, 2, axis=0)[::2]
+        assert_same_bits(fn.dropout(wide, 0.3, rng=fn.Philox(9, 3)), expected)
+    if x.size < 50_000:
+        assert_same_bits(fn.gaussian_noise(np.asfortranarray(x), 0.5, rng=4), fn.gaussian_noise(x, 0.5, rng=4))
+        np.testing.assert_allclose(fn.gaussian_noise(np.asfortranarray(x), 0.5, rng=4), noise, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("level", _core.isa_levels())
+@pytest.mark.parametrize("skip", [0, 1, 13])
+def test_arrays_larger_than_the_caches(level: str, skip: int) -> None:
+    """From 16 MB on results are streamed, in lines of 64 bytes whatever the array's address: nothing is left out."""
+    _core.set_isa(level)
+    n = 2**21 + 8197
+    x, memory = sample((n,), np.float32), np.full(n + skip + 16, 7, np.float32)
+    out = memory[skip : skip + n]
+    for threads in (1, 2):
+        out[:] = np.nan
+        with fn.num_threads(threads):
+            assert fn.dropout(x, 0.25, rng=fn.Philox(5, 6), out=out) is out
+        np.testing.assert_array_equal(out != 0, fn.dropout_mask(n, 0.25, rng=fn.Philox(5, 6)))
+        np.testing.assert_array_equal(out[out != 0], (x * np.float32(4 / 3))[out != 0])
+        assert np.all(memory[:skip] == 7)
+        assert np.all(memory[skip + n :] == 7)
+
+
+def test_draws_beyond_32_bits_of_blocks() -> None:
+    """x of 2^36 elements that are all one in memory: rows on both sides of block 2^32, and one that crosses it."""
+    x = np.broadcast_to(np.float32(1.0), (2**27, 1, 512))
+    for row in (2**26 - 2, 2**26 - 1, 2**26):
+        part = fn.dropout_mask(x.shape, 0.25, rng=6, index_range=(row * 512 + 300, row * 512 + 1300))
+        wanted = (row * 512 + 300, row * 512 + 1300)
+        np.testing.assert_array_equal(part, reference.dropout_mask(x.shape, 0.25, rng=6, index_range=wanted))
+
+
+@pytest.mark.parametrize("shape", [(0,), (1,), (7,), (8,), (9, 113), (3, 5, 4096), (70_001,)])
+@pytest.mark.parametrize("level", _core.isa_levels())
+def test_packed_mask_is_packbits_of_the_mask(shape: tuple[int, ...], level: str) -> None:
+    _core.set_isa(level)
+    for shared in ((), (0,)):
+        keep = fn.dropout_mask(shape, 0.3, rng=8, shared_axes=shared)
+        bits = fn.dropout_mask(shape, 0.3, rng=8, shared_axes=shared, packed=True)
+        assert bits.dtype == np.uint8
+        np.testing.assert_array_equal(bits, np.packbits(keep))
+        np.testing.assert_array_equal(np.unpackbits(bits, count=keep.size).astype(bool), keep.reshape(-1))
+        np.testing.assert_array_equal(bits, reference.dropout_mask(shape, 0.3, rng=8, shared_axes=shared, packed=True))
+        if keep.size > 100:
+            part = fn.dropout_mask(shape, 0.3, rng=8, shared_axes=shared, index_range=(3, 94), packed=True)
+            np.testing.assert_array_equal(part, np.packbits(keep.reshape(-1)[3:94]))
+    with pytest.raises(TypeError, match="packed is 1 of type int; expected True or False"):
+        fn.dropout_mask(shape, 0.3, rng=8, packed=1)  # type: ignore[arg-type]
+
+
 def test_broadcast_and_read_only_inputs() -> None:
     x = np.broadcast_to(sample((1, 7), np.float32), (50, 7))
     assert_same_bits(fn.dropout(x, 0.5, rng=3), reference.dropout(np.ascontiguousarray(x), 0.5, rng=3))
@@ -450,6 +530,53 @@ def test_p_0_and_1_advance_a_stream_as_well() -> None:
     assert rng.offset == 3
 
 
+def test_the_compiled_entries_take_the_common_call_and_leave_the_rest() -> None:
+    x, rng = sample((3, 5), np.float32), fn.Philox(3, 4)
+    for common in [(x, 0.5, 7, (), "inverted", None), (x, 0, rng, (0, 1), "classic", np.empty_like(x))]:
+        assert _core.dropout(*common) is not None
+    assert rng.offset == 5
+    odd: list[tuple[object, ...]] = [
+        ([1.0], 0.5, 7, (), "inverted", None),
+        (np.ma.array(x), 0.5, 7, (), "inverted", None),
+        (x.astype(np.float16), 0.5, 7, (), "inverted", None),
+        (x, np.float64(1.5), rng, (), "inverted", None),
+        (x, True, rng, (), "inverted", None),
+        (x, "0.5", rng, (), "inverted", None),
+        (x, 0.5, True, (), "inverted", None),
+        (x, 0.5, -1, (), "inverted", None),
+        (x, 0.5, 2**64, (), "inverted", None),
+        (x, 0.5, np.random.default_rng(1), (), "inverted", None),
+        (x, 0.5, rng, [0], "inverted", None),
+        (x, 0.5, rng, (1, 0), "inverted", None),
+        (x, 0.5, rng, (-1,), "inverted", None),
+        (x, 0.5, rng, (2,), "inverted", None),
+        (x, 0.5, rng, (), None, None),
+        (x, 0.5, rng, (), "inverted", x[::-1]),
+        (x, 0.5, rng, (), "inverted", np.empty((3, 5))),
+    ]
+    for call in odd:
+        assert _core.dropout(*call) is None, call
+        assert _core.dropout_forward(*call, "dropout") is None, call
+    assert _core.dropout_forward(x, 0.5, rng, (), "inverted", x, "dropout") is None
+    assert rng.offset == 5
+    with pytest.raises(TypeError, match="arguments"):
+        _core.dropout(x)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_both_ways_into_the_kernels_give_the_same_cache_and_bits(dtype: type) -> None:
+    x = sample((6, 7), dtype)
+    y, cache = fn.dropout_forward(x, 0.25, rng=fn.Philox(1, 2), shared_axes=(1,), scale="classic")
+    with fn.verify():  # declined by the compiled entry
+        slow_y, slow = fn.dropout_forward(x, 0.25, rng=fn.Philox(1, 2), shared_axes=[-1], scale="classic")
+    assert cache == slow
+    assert repr(cache) == repr(slow)
+    assert [type(getattr(cache, n)) for n in cache.__slots__] == [type(getattr(slow, n)) for n in slow.__slots__]
+    assert_same_bits(y, slow_y)
+    dy = sample((6, 7), dtype, 1)
+    assert_same_bits(fn.dropout_backward(dy, cache), fn.dropout_backward(dy, pickle.loads(pickle.dumps(slow))))
+
+
 CALLS = {
     "dropout": lambda x, **k: fn.dropout(x, k.pop("p", 0.5), **k),
     "dropout_forward": lambda x, **k: fn.dropout_forward(x, k.pop("p", 0.5), **k),
@@ -628,7 +755,10 @@ def test_core_is_safe_on_its_own() -> None:
     with pytest.raises(ValueError, match="shapes"):
         _core.apply_mask(y, x, np.ones((5, 3), bool), 0.5)
     with pytest.raises(ValueError, match="range"):
-        _core.keep_mask(np.empty(4, bool), (3,), 0, 0.5, 1, 0, ())
+        _core.keep_mask(np.empty(4, bool), (3,), 0, 4, 0.5, 1, 0, (), False)
+    for size, packed in [(4, False), (2, True), (0, True)]:
+        with pytest.raises(ValueError, match="size"):
+            _core.keep_mask(np.empty(size, np.uint8), (3,), 0, 3, 0.5, 1, 0, (), packed)
     assert not y.any()
 
 

@@ -263,3 +263,64 @@ def test_cache_is_read_only() -> None:
     assert (cache.dropout.seed, cache.dropout.offset, cache.dropout.p) == (6, 7, 0.5)
     with pytest.raises(AttributeError):
         cache.norm = None  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_one_pass_has_the_bits_of_the_separate_calls(dtype: type, norm: str, threads: int) -> None:
+    """Many blocks of rows, a shorter last one, groups of rows whose gradients are summed, rows that are split."""
+    for shape in [(1031, 97), (259, 768), (5, 12_000), (3, 30_001), (2, 140, 65)]:
+        x, residual, dy, ds = (sample(shape, dtype, i) for i in range(4))
+        settings = parameters(norm, shape[-1:], dtype)
+        for with_residual, with_ds, p in [
+            (True, True, 0.3),
+            (False, True, 0.3),
+            (True, False, 0.0),
+            (False, False, 0.9),
+        ]:
+            r = residual if with_residual else None
+            with fn.num_threads(threads):
+                (y, s), cache = function(norm, "_forward")(x, r, p=p, rng=fn.Philox(5, 6), **settings)
+                grads = function(norm, "_backward")(dy, cache, ds=ds if with_ds else None)
+            wanted_y, wanted_s, dropout_cache, norm_cache = separate(norm, x, r, p, fn.Philox(5, 6), **settings)
+            assert_same_bits(s, wanted_s)
+            assert_same_bits(y, wanted_y)
+            g, dweight, dbias = getattr(fn, f"{norm}_backward")(dy, norm_cache)
+            g = g + ds if with_ds else g
+            assert_same_bits(grads.dx, fn.dropout_backward(g, dropout_cache))
+            assert (grads.dresidual is None) == (r is None)
+            if grads.dresidual is not None:
+                assert_same_bits(grads.dresidual, g)
+                assert not np.shares_memory(grads.dresidual, grads.dx)
+            assert_same_bits(grads.dweight, dweight)
+            if norm == "layer_norm":
+                assert_same_bits(grads.dbias, dbias)
+
+
+def test_the_compiled_step_takes_rows_in_one_piece_and_leaves_the_rest() -> None:
+    x, w, rng = sample((4, 9), np.float32), sample((9,), np.float32), fn.Philox(1, 2)
+
+    def step(**changes: Any) -> Any:
+        call: dict[str, Any] = {"rms": False, "x": x, "residual": x, "weight": w, "bias": w, "p": 0.5, "rng": rng}
+        call |= {"axis": -1, "eps": 1e-5, "out": None, "cached": False}
+        return _core.dropout_add_norm(*(call | changes).values())
+
+    assert step() is not None
+    assert step(axis=1, eps=0, p=0, rng=None, residual=None, out=x.copy()) is not None
+    assert rng.offset == 3
+    for odd in (
+        {"x": x[:, ::-1]}, {"x": np.asfortranarray(x)}, {"x": x.tolist()}, {"residual": x[:3]},
+        {"residual": x.astype(np.float64)}, {"residual": np.asfortranarray(x)}, {"weight": w[:8]}, {"weight": w[::-1]},
+        {"bias": np.ones(9)}, {"rms": True}, {"p": 2.0}, {"p": True}, {"p": math.nan}, {"rng": None}, {"rng": -1},
+        {"rng": np.random.default_rng(1)}, {"axis": 2}, {"axis": 1.0}, {"eps": -1.0}, {"eps": math.nan},
+        {"out": x[::-1]}, {"out": x, "cached": True}, {"out": np.empty((4, 9))}, {"x": x[:0], "residual": x[:0]},
+        {"x": x[:, :0].copy()},
+    ):  # fmt: skip
+        assert step(**odd) is None, odd
+    assert rng.offset == 3
+    (_, _), cache = fn.dropout_add_layer_norm_forward(x, x, w, w, p=0.5, rng=7)
+    good = (x, cache.norm, None, 0.5, 7, 0, True)
+    assert _core.dropout_add_norm_backward(*good) is not None
+    for i, value in [(0, x[:3]), (0, x.T), (1, None), (1, cache), (2, x[:3]), (3, 2.0), (4, -1), (5, 2**64)]:
+        assert _core.dropout_add_norm_backward(*good[:i], value, *good[i + 1 :]) is None, (i, value)

@@ -33,3 +33,18 @@ def test_train_step_learns_the_spiral() -> None:
     assert losses[0] == pytest.approx(0.6931, abs=1e-4)
     assert losses[-1] < 0.1
     assert accuracy > 97
+
+
+def test_dropout_statistics_stay_within_their_limit() -> None:
+    code = f"""
+    import runpy, sys, warnings
+    warnings.simplefilter("error")
+    sys.argv = ["dropout_statistics.py", "--elements", "300000"]
+    try:
+        runpy.run_path({str(FOLDER / "dropout_statistics.py")!r}, run_name="__main__")
+    except SystemExit as stopped:
+        print("status", stopped.code)
+    """
+    shown = output_of(code)
+    assert len(re.findall(r"z = ", shown)) > 30
+    assert shown.endswith("status 0")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import importlib
 import pickle
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -59,6 +60,39 @@ def test_random_counters_agree_with_the_reference(level: str, rounds: int) -> No
         key = int(rng.integers(0, 2**64, dtype=np.uint64))
         found = _core.philox4x32(counters, key % 2**32, key // 2**32, rounds)
         np.testing.assert_array_equal(found, reference.philox4x32(counters, key, rounds))
+
+
+@pytest.mark.parametrize("level", _core.isa_levels())
+def test_a_million_counters_agree_with_jax(level: str) -> None:
+    """JAX's philox4x32 primitive, where installed: another program's words for 2^20 counters of docs/dropout.md."""
+    philox = jax_philox()
+    _core.set_isa(level)
+    seed, offset, first = 2**63 + 987_654_321, 2**40 + 12_345, 2**31 - 2**19
+    q = np.arange(first, first + 2**20, dtype=np.uint64)
+    halves = np.uint64(2**32 - 1)
+    counters = np.stack([q & halves, q >> np.uint64(32), *np.full((2, q.size), 0, np.uint64)], axis=1).astype(np.uint32)
+    counters[:, 2:] = offset % 2**32, offset // 2**32
+    words = philox(counters, (seed % 2**32, seed // 2**32))
+    np.testing.assert_array_equal(_core.philox4x32(counters, seed % 2**32, seed // 2**32), words)
+    # The mask that follows from those words: sixteen bits each, low half first; p = 1/2 needs no more.
+    expected = words.astype("<u4").view("<u2").reshape(-1) < 2**15
+    keep = fn.dropout_mask(2**40, 0.5, rng=fn.Philox(seed, offset), index_range=(8 * first, 8 * (first + q.size)))
+    np.testing.assert_array_equal(keep, expected)
+
+
+def jax_philox() -> Callable[[np.ndarray, tuple[int, int]], np.ndarray]:
+    """JAX's own implementation; it is private there, so that its place may change."""
+    jax = pytest.importorskip("jax")
+    try:
+        primitive = importlib.import_module("jax._src.random.philox4x32").philox4x32_p
+    except (ImportError, AttributeError):
+        pytest.skip(f"jax {jax.__version__} has no philox4x32 where this test looks for it")
+
+    @jax.jit
+    def philox(key: np.ndarray, counters: np.ndarray) -> object:
+        return jax.numpy.stack(primitive.bind(key[0], key[1], *counters), axis=1)
+
+    return lambda counters, key: np.asarray(philox(np.array(key, np.uint32), np.ascontiguousarray(counters.T)))
 
 
 def test_core_refuses_other_shapes_and_rounds() -> None:

@@ -208,7 +208,7 @@ def others_ran_during(work: object) -> bool:
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_the_gil_is_released_for_large_work(name: str) -> None:
-    call = OPERATIONS[name].make(fn, (64, 16, 48, 32))
+    call = OPERATIONS[name].make(fn, (256, 16, 48, 32))  # a millisecond or more: the other thread has to wake up in it
     # One success is proof; one failure may be the scheduler's doing. One thread: the other one needs a core, too.
     with fn.num_threads(1):
         assert any(others_ran_during(call) for _ in range(300))

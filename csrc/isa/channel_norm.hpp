@@ -18,8 +18,11 @@ struct SegmentSums {
 };
 
 // Float32 data not too far from zero: sum(dy * xhat) is (sum(dy * x) - mean * sum(dy)) * rstd, with exact products and
-// digits to spare for the difference.
-inline bool sums_plainly(const Statistic& s) { return std::fabs(s.mean) * s.rstd < 0x1p16; }
+// digits to spare for the difference. Not where the variance is nothing beside eps: the dy * xhat of a constant set are
+// exactly 0, and so has to be their sum.
+inline bool sums_plainly(const Statistic& s, double eps) {
+  return std::fabs(s.mean) * s.rstd < 0x1p16 && eps * s.rstd * s.rstd < 0.999;
+}
 
 // Sums of dy and of dy * x of float32 data, in plain lanes of double.
 struct PlainGradientSums {
@@ -237,7 +240,7 @@ bool channel_backward(const Plan& plan, const NormArgs<T>& args) {
   const auto statistic = [&](int64_t set) { return kept_statistic(plan, args, set); };
   const auto measure = [&](int64_t set, int64_t unit, const Statistic& s) {
     if constexpr (!kMayOverflow<T>) {
-      if (sums_plainly(s)) return plain_unit_sums(plan, run, set, unit, s);
+      if (sums_plainly(s, args.eps)) return plain_unit_sums(plan, run, set, unit, s);
     }
     return unit_sums<T>(plan, run, set, unit, s, [](int64_t) { return None{}; });
   };
@@ -259,7 +262,7 @@ bool channel_backward(const Plan& plan, const NormArgs<T>& args) {
       for (int64_t set = begin; set < end; ++set) {
         const Statistic s = statistic(set);
         if constexpr (!kMayOverflow<T>) {
-          if (run > 0 && chunks == 1 && !args.constant_stats && sums_plainly(s)) {
+          if (run > 0 && chunks == 1 && !args.constant_stats && sums_plainly(s, args.eps)) {
             plain_set_sums(plan, run, set, s, &sums[set * segments]);
             const GradientMeans means = channel_means(plan, args, set, s, &sums[set * segments]);
             if (means.in_float) {

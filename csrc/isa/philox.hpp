@@ -72,32 +72,5 @@ inline void philox_blocks(uint32_t* words, const uint32_t* counters, int64_t n, 
   }
 }
 
-// keep[i] = 1 where element 8 * block + i is kept, for the 8 * kGroupBlocks elements of one group.
-inline void keep_group(uint8_t* keep, uint64_t block, const MaskDraw& draw) {
-  uint32_t words[4][kGroupBlocks];
-  philox_group(words, block, kMaskHighDomain, draw.stream);
-  const uint32_t high = static_cast<uint32_t>(draw.threshold >> 16);
-  const uint32_t low = static_cast<uint32_t>(draw.threshold & 0xFFFF);
-  uint32_t ties = 0;
-#pragma omp simd reduction(| : ties)
-  for (int j = 0; j < kGroupBlocks; ++j) {
-    for (int h = 0; h < 8; ++h) {
-      const uint32_t half = words[h / 2][j] >> (h % 2 * 16) & 0xFFFF;
-      keep[8 * j + h] = half < high;
-      ties |= half == high;
-    }
-  }
-  if (ties == 0 || low == 0) return;
-  // One element in 65536 needs its other sixteen bits.
-  for (int j = 0; j < kGroupBlocks; ++j) {
-    for (int h = 0; h < 8; ++h) {
-      if ((words[h / 2][j] >> (h % 2 * 16) & 0xFFFF) != high) continue;
-      const PhiloxWords rest = philox_block(block + j, kMaskLowDomain, draw.stream);
-      const uint32_t word[4] = {rest.w0, rest.w1, rest.w2, rest.w3};
-      keep[8 * j + h] = (word[h / 2] >> (h % 2 * 16) & 0xFFFF) < low;
-    }
-  }
-}
-
 }  // namespace
 }  // namespace fastnorm

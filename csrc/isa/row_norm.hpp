@@ -256,11 +256,17 @@ bool row_backward(const Plan& plan, const NormArgs<T>& args) {
         backward.gradient(set, unit, s, sums[set * units]);
       }
     });
+    if (args.finished) args.finished(args.context, 0, plan.sets);
   } else {
     for_results(plan, args, groups, [&](int64_t group) {
       const ParameterSums to = want_params ? group_params(group) : ParameterSums{};
-      const int64_t end = (group + 1) * per_group;
-      backward.sets(group * per_group, end < plan.sets ? end : plan.sets, want_params ? &to : nullptr);
+      const int64_t end = (group + 1) * per_group, last = end < plan.sets ? end : plan.sets;
+      const int64_t step = args.finished ? args.sets_at_once : per_group;
+      for (int64_t set = group * per_group; set < last; set += step) {
+        const int64_t stop = set + step < last ? set + step : last;
+        backward.sets(set, stop, want_params ? &to : nullptr);
+        if (args.finished) args.finished(args.context, set, stop);
+      }
     });
   }
 

@@ -104,15 +104,22 @@ FASTNORM_LOOPS inline PlainTotals plain_unit(const Plan& plan, int64_t run, int6
   return totals;
 }
 
-// The same for a set that lies in x as one run.
-FASTNORM_LOOPS inline PlainTotals plain_run(const Plan& plan, int64_t set) {
-  const float* x = reinterpret_cast<const float*>(plan.x.data + plan.x.set.offset(set));
-  const int64_t distance = reading_ahead<float>(plan, plan.x, plan.whole.count);
+// The same for a set of several segments, read as x has it: the segments of a group often are one run.
+FASTNORM_LOOPS inline PlainTotals plain_whole(const Plan& plan, int64_t set) {
+  alignas(64) float buffer[kBlock];
+  const Port<float> port = whole_port<float>(plan, set);
+  const int64_t distance = reading_ahead<float>(plan, plan.x, plan.whole.inner_size());
   PlainSums sums;
-  for_packs(plan.whole.count, [&](auto at) {
-    prefetch(x + at.start, distance);
-    sums.add(at, x);
-  });
+  for (int64_t start = 0; start < plan.whole.count; start += kBlock) {
+    const int64_t left = plan.whole.count - start, n = left < kBlock ? left : kBlock;
+    const float* x = port.read(start, n, buffer);
+    PlainSums inner = sums;
+    for_packs(n, [&](auto at) {
+      prefetch(x + at.start, distance);
+      inner.add(at, x);
+    });
+    sums = inner;
+  }
   PlainTotals totals;
   totals.add(sums, (plan.whole.count + kPack - 1) / kPack);
   return totals;
@@ -121,9 +128,7 @@ FASTNORM_LOOPS inline PlainTotals plain_run(const Plan& plan, int64_t set) {
 // Totals of one of the measured_units of a set.
 inline PlainTotals plain_totals(const Plan& plan, int64_t run, int64_t set, int64_t index) {
   if (measured_units(plan) > 1) return plain_unit(plan, run, set, index, 1);
-  if (plan.segments > 1 && contiguous<float>(plan.whole, plan.x.aligned, 0, plan.whole.count)) {
-    return plain_run(plan, set);
-  }
+  if (plan.segments > 1) return plain_whole(plan, set);
   return plain_unit(plan, run, set, 0, units_per_set(plan));
 }
 

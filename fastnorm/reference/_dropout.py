@@ -204,14 +204,17 @@ def dropout_mask(
     rng: Rng,
     shared_axes: int | tuple[int, ...] = (),
     index_range: tuple[int, int] | None = None,
+    packed: bool = False,
 ) -> Array:
-    """True where kept; with ``index_range`` only those elements of the flattened mask."""
+    """True where kept; with ``index_range`` only those elements of the flattened mask; ``packed``: `numpy.packbits`."""
     extents = shape if isinstance(shape, tuple) else (shape,)
     axes = _axes(shared_axes, len(extents))
     start, stop = index_range if index_range is not None else (0, math.prod(extents))
     p = _probability(p)
     require(rng)
     keep = _keep(_draw_index(extents, axes, start, stop), p, *take(rng))
+    if packed:
+        return np.packbits(keep)
     return keep if index_range is not None else keep.reshape(extents)
 
 

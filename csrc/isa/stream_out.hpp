@@ -1,0 +1,88 @@
+// Results written past the caches: for arrays that no cache holds, whose lines would else be read before they are
+// written. Promises that every byte is in memory order once `finish` has run; refuses nothing, any address will do.
+// Compiled once per instruction-set level, inside an anonymous namespace; no standard containers.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace fastnorm {
+namespace {
+
+constexpr int64_t kLine = 64;
+
+// One line of 64 bytes; `to` is a multiple of 64.
+[[gnu::always_inline]] inline void stream_line(char* to, const char* from) {
+#if defined(__AVX512F__)
+  typedef long long Line __attribute__((vector_size(64)));
+#elif defined(__AVX2__)
+  typedef long long Line __attribute__((vector_size(32)));
+#else
+  typedef long long Line __attribute__((vector_size(16)));
+#endif
+  for (int64_t at = 0; at < kLine; at += sizeof(Line)) {
+    Line line;
+    std::memcpy(&line, from + at, sizeof line);
+    Line* const target = reinterpret_cast<Line*>(to + at);
+#if defined(__clang__)
+    __builtin_nontemporal_store(line, target);
+#elif defined(__AVX512F__)
+    __builtin_ia32_movntdq512(target, line);
+#elif defined(__AVX2__)
+    __builtin_ia32_movntdq256(target, line);
+#elif defined(__SSE2__)
+    __builtin_ia32_movntdq(target, line);
+#else
+    *target = line;
+#endif
+  }
+}
+
+// What streamed stores need before another thread may be told of them.
+inline void finish_streaming() {
+#if defined(__SSE2__)
+  __builtin_ia32_sfence();
+#endif
+}
+
+// A stretch of an array, written in order in pieces of `size` bytes: fill `piece()`, then `write`. Only whole lines are
+// streamed; what is left of a piece waits in the buffer for the next one.
+template <int64_t size>
+class StreamOut {
+  static_assert(size % kLine == 0, "a piece is a whole number of lines");
+
+ public:
+  explicit StreamOut(char* to)
+      : head_(static_cast<int64_t>(reinterpret_cast<uintptr_t>(to) % kLine)), line_(to - head_), first_(head_ > 0) {}
+
+  // Where the next piece goes; aligned as the array is.
+  char* piece() { return buffer_ + head_; }
+
+  void write() {
+    int64_t at = 0;
+    if (first_) {
+      std::memcpy(line_ + head_, buffer_ + head_, static_cast<size_t>(kLine - head_));
+      first_ = false;
+      at = kLine;
+    }
+    for (; at < size; at += kLine) stream_line(line_ + at, buffer_ + at);
+    std::memcpy(buffer_, buffer_ + size, kLine);
+    line_ += size;
+  }
+
+  // The next byte of the array; nothing waits any more.
+  char* finish() {
+    if (!first_) std::memcpy(line_, buffer_, static_cast<size_t>(head_));
+    finish_streaming();
+    return line_ + head_;
+  }
+
+ private:
+  int64_t head_;  // bytes of the first line that are before the array
+  char* line_;
+  bool first_;
+  alignas(64) char buffer_[size + kLine];
+};
+
+}  // namespace
+}  // namespace fastnorm
