@@ -345,7 +345,11 @@ template <class T>
 inline void forward_sets(const Plan& plan, const NormArgs<T>& args, int64_t run, int64_t begin, int64_t end) {
   if constexpr (!kMayOverflow<T>) {
     const bool small = plan.set_size() * static_cast<int64_t>(sizeof(T)) <= kPairedBytes;
-    if (run > 0 && small && plan.blocks.count <= kChunkBlocks) return forward_batches(plan, args, run, begin, end);
+    // A weight per value wants all values in one run.
+    const bool lines_alike = plan.family == Family::channel || run == plan.elements;
+    if (run > 0 && small && lines_alike && plan.blocks.count <= kChunkBlocks) {
+      return forward_batches(plan, args, run, begin, end);
+    }
   }
   for (int64_t set = begin; set < end; ++set) {
     const Statistic s = measure_set(plan, args, run, set);
