@@ -77,7 +77,7 @@ def calls(draw: st.DrawFn, stem: str) -> tuple[dict[str, Any], Any]:
     if stem == "batch_norm":
         arguments["momentum"] = draw(st.sampled_from([0.0, 0.1, 1.0, None]))
         if math.prod(shape) == shape[axis]:
-            shape[axis - 1] += 1
+            shape[(axis + 1) % len(shape)] += 1
             if math.prod(shape) == shape[axis]:
                 shape.append(2)
                 arguments["channel_axis"] = axis % (len(shape) - 1)
