@@ -17,6 +17,50 @@ struct SegmentSums {
   }
 };
 
+// Float32 data not too far from zero: sum(dy * xhat) is (sum(dy * x) - mean * sum(dy)) * rstd, with exact products and
+// digits to spare for the difference.
+inline bool sums_plainly(const Statistic& s) { return std::fabs(s.mean) * s.rstd < 0x1p16; }
+
+// Sums of dy and of dy * x of float32 data, in plain lanes of double.
+struct PlainGradientSums {
+  Pack<double> dy_sum = Pack<double>(0.0), product_sum = Pack<double>(0.0);
+  Size size;
+
+  template <class At>
+  FASTNORM_INLINE void add(At at, const float* x, const float* dy) {
+    const Pack<double> g = at.template load<double>(dy);
+    dy_sum += g;
+    product_sum = add_exact_product(g, at.template load<double>(x), product_sum);
+    size.add(at, dy);
+  }
+  SegmentSums total(const Statistic& s) const {
+    SegmentSums sums;
+    const double dy = fold(dy_sum);
+    sums.dy.add(dy);
+    sums.dy_xhat.add((fold(product_sum) - s.mean * dy) * s.rstd);
+    sums.size = size.total();
+    return sums;
+  }
+};
+
+FASTNORM_LOOPS inline SegmentSums plain_unit_sums(const Plan& plan, int64_t run, int64_t set, int64_t unit,
+                                                  const Statistic& s) {
+  const Operands<2, false> operands{{&plan.x, &plan.dy}, nullptr};
+  const int64_t x_ahead = reading_ahead<float>(plan, plan.x, run), dy_ahead = reading_ahead<float>(plan, plan.dy, run);
+  PlainGradientSums sums;
+  visit_unit<float>(plan, operands, run, set, unit, [&](const float* const* in, float*, int64_t, int64_t n) {
+    const float *x = in[0], *dy = in[1];
+    PlainGradientSums inner = sums;
+    for_packs(n, [&](auto at) {
+      prefetch(x + at.start, x_ahead);
+      prefetch(dy + at.start, dy_ahead);
+      inner.add(at, x, dy);
+    });
+    sums = inner;
+  });
+  return sums.total(s);
+}
+
 // The sums of one unit, weighted or not. Float32 data is added in plain lanes of double; float64 data has no digits to
 // spare and is added in trees.
 template <class T, class WeightAt>
@@ -136,6 +180,9 @@ bool channel_backward(const Plan& plan, const NormArgs<T>& args) {
 
   const auto statistic = [&](int64_t set) { return kept_statistic(plan, args, set); };
   const auto measure = [&](int64_t set, int64_t unit, const Statistic& s) {
+    if constexpr (!kMayOverflow<T>) {
+      if (sums_plainly(s)) return plain_unit_sums(plan, run, set, unit, s);
+    }
     return unit_sums<T>(plan, run, set, unit, s, [](int64_t) { return None{}; });
   };
   const auto gradient = [&](int64_t set, int64_t first_unit, int64_t end_unit, const Statistic& s) {

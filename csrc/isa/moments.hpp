@@ -155,8 +155,8 @@ struct PlainSums {
   template <class At>
   FASTNORM_INLINE void add(At at, const float* x) {
     const Pack<double> v = at.template load<double>(x);
-    sum += v;
-    squares += v * v;
+    sum = add_exact_product(v, Pack<double>(1.0), sum);  // an addition, on the units that multiply
+    squares = add_exact_product(v, v, squares);
   }
 };
 

@@ -48,6 +48,16 @@ FASTNORM_LOOPS inline void add_parameter_gradients(const T* x, const T* dy, int6
   });
 }
 
+// sum + v * weight, v a float32 value in double.
+template <class At>
+FASTNORM_INLINE Pack<double> add_times(At, const Pack<double>& v, None, const Pack<double>& sum) {
+  return sum + v;
+}
+template <class At>
+FASTNORM_INLINE Pack<double> add_times(At at, const Pack<double>& v, Each<float> weight, const Pack<double>& sum) {
+  return add_exact_product(v, at.template load<double>(weight.values), sum);
+}
+
 // The sums of kRows sets of float32 data and their part of the parameters' gradients, in one reading.
 template <int kRows, class Weight>
 FASTNORM_LOOPS inline void sum_rows(const float* const* x, const float* const* dy, int64_t n, const Statistic* s,
@@ -65,7 +75,8 @@ FASTNORM_LOOPS inline void sum_rows(const float* const* x, const float* const* d
     prefetch(dy[r] + at.start, distance);
     const Pack<double> g = at.template load<double>(dy[r]);
     const Pack<double> g_xhat = g * ((at.template load<double>(x[r]) - mean[r]) * rstd[r]);
-    lanes[r] += PackPair{times(at, g, weight), times(at, g_xhat, weight)};
+    lanes[r].first = add_times(at, g, weight, lanes[r].first);
+    lanes[r].second += times(at, g_xhat, weight);
     size[r].add(at, dy[r]);
     gradient += PackPair{g, g_xhat};
   };

@@ -89,6 +89,23 @@ FASTNORM_INLINE Vector<float, 16> convert(const Vector<double, 32>& v) {
 }
 #endif
 
+// a * b + c where the product is exact in double, as those of two float32 values are: then one rounding or two give the
+// same bits, and a level that has the fused instruction may use it.
+FASTNORM_INLINE Pack<double> add_exact_product(const Pack<double>& a, const Pack<double>& b, const Pack<double>& c) {
+#if defined(__AVX512F__)
+  Pack<double> sum;
+  for (int k = 0; k < Pack<double>::kParts; ++k) sum.part[k] = _mm512_fmadd_pd(a.part[k], b.part[k], c.part[k]);
+  return sum;
+#elif defined(__FMA__)
+  Pack<double> sum;
+  FASTNORM_UNROLL
+  for (int k = 0; k < Pack<double>::kParts; ++k) sum.part[k] = _mm256_fmadd_pd(a.part[k], b.part[k], c.part[k]);
+  return sum;
+#else
+  return a * b + c;
+#endif
+}
+
 // The first `count` values at p (none if count <= 0, all if there is no more room), zeros after them; nothing else is
 // read.
 template <class V, class T>
