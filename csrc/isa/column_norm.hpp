@@ -17,12 +17,15 @@ namespace {
 
 constexpr int kSlab = 8;                    // rows summed in a tree
 constexpr int64_t kChunkBytes = 128 << 10;  // of a tile of x, whose sums are kept apart: what one thread takes
-constexpr int64_t kMinChunkRows = 64, kMaxChunkRows = 4096;
-constexpr int64_t kMaxGroups = 64;       // of outer indices, with a workspace each
-constexpr int64_t kPanel = 4096;         // values of an operand at hand at a time
-constexpr int64_t kMaxPanelRows = 64;    // a multiple of kSlab, as is kPanel / kColumnTile
-constexpr int64_t kFewColumns = 48;      // fewer are read several rows at a time
-constexpr int64_t kAheadBytes = 8192;    // see reading_ahead (runs.hpp)
+constexpr int64_t kMinChunkRows = 128, kMaxChunkRows = 4096;
+constexpr int64_t kMaxGroups = 64;  // of outer indices, with a workspace each
+template <class T>
+constexpr int64_t kTile = 4096 / sizeof(T);  // values of a line worked on together
+template <class T>
+constexpr int64_t kPanel = 32768 / sizeof(T);  // values of an operand at hand at a time
+constexpr int64_t kMaxPanelRows = 64;          // a multiple of kSlab, as is kPanel / kTile
+constexpr int64_t kFewColumns = 48;            // fewer are read several rows at a time
+constexpr int64_t kAheadBytes = 8192;          // see reading_ahead (runs.hpp)
 constexpr int64_t kLargeBytes = 3 << 20;
 constexpr bool kManyRegisters = kVectorBytes == 64;
 
@@ -46,6 +49,8 @@ template <class T>
 struct Panel {
   T* data;
   int64_t stride;  // from line to line
+
+  Panel from(int64_t line) const { return {data + line * stride, stride}; }
 };
 
 // A tile of one operand, read or written some lines at a time: where it lies if the tile's values are neighbours there
@@ -105,8 +110,18 @@ class Tile {
   char* base_;
   int64_t column_, step_;
   bool together_;
-  alignas(64) T buffer_[kPanel];
+  alignas(64) T buffer_[kPanel<T>];
 };
+
+// visit(first, lines) for a panel: some lines at a time where they are long and come from memory, which likes to be
+// read in order.
+template <class T, int64_t kBand, class Visit>
+FASTNORM_INLINE void for_bands(int64_t count, int64_t width, int64_t lines_ahead, const Visit& visit) {
+  constexpr int64_t kLong = 1024;  // bytes
+  const bool banded = lines_ahead != 0 && width * static_cast<int64_t>(sizeof(T)) > kLong;
+  const int64_t band = banded ? kBand : count;
+  for (int64_t first = 0; first < count; first += band) visit(first, count - first < band ? count - first : band);
+}
 
 // body(place, packs) along a line of n values: places of as many whole packs as registers hold, then of fewer.
 template <int kPacks>
@@ -169,12 +184,12 @@ class Columns {
   Columns(const Plan& plan, const NormArgs<T>& args)
       : plan_(plan), args_(args), lines_(plan.elements, plan.columns), columns_(plan.columns), rows_(plan.elements) {
     constexpr int64_t kBytes = sizeof(T);
-    const int64_t tile = lines_.length < kColumnTile ? lines_.length : kColumnTile;
+    const int64_t tile = lines_.length < kTile<T> ? lines_.length : kTile<T>;
     const int64_t wanted = kChunkBytes / (tile * kBytes) / kSlab * kSlab;
     chunk_lines_ = wanted < kMinChunkRows ? kMinChunkRows : wanted > kMaxChunkRows ? kMaxChunkRows : wanted;
     chunks_ = (lines_.count + chunk_lines_ - 1) / chunk_lines_;
-    tiles_ = (lines_.length + kColumnTile - 1) / kColumnTile;
-    const int64_t fitting = kPanel / tile / kSlab * kSlab;
+    tiles_ = (lines_.length + kTile<T> - 1) / kTile<T>;
+    const int64_t fitting = kPanel<T> / tile / kSlab * kSlab;
     panel_lines_ = fitting < kMaxPanelRows ? fitting : kMaxPanelRows;
     lines_ahead_ =
         plan.sets * rows_ * columns_ * kBytes < kLargeBytes ? 0 : (kAheadBytes + tile * kBytes - 1) / (tile * kBytes);
@@ -198,9 +213,7 @@ class Columns {
     return plan_.set_param.offset(outer) + column * plan_.column_param;
   }
   // The longest chain of additions behind a plain sum of a set.
-  double additions() const {
-    return static_cast<double>(chunk_lines_ + chunks_ + lines_.fold + plan_.columns_per_set);
-  }
+  double additions() const { return static_cast<double>(chunk_lines_ + chunks_ + lines_.fold + plan_.columns_per_set); }
 
   // body(outer) for all outer indices, group by group (`begin_group(group)` comes first): each with one thread, or one
   // after the other with all threads on each.
@@ -218,8 +231,8 @@ class Columns {
     const int64_t count = chunks_ * tiles_, length = lines_.length;
     parallel_for(across_sets_ ? 1 : plan_.threads, count, [&](int64_t i) {
       const int64_t index = backwards ? count - 1 - i : i;
-      const int64_t column = index % tiles_ * kColumnTile;
-      piece(index / tiles_, column, length - column < kColumnTile ? length - column : kColumnTile);
+      const int64_t column = index % tiles_ * kTile<T>;
+      piece(index / tiles_, column, length - column < kTile<T> ? length - column : kTile<T>);
       if (args_.past_cache) finish_stores();
     });
   }
@@ -329,22 +342,23 @@ FASTNORM_INLINE void add_plainly(const ColumnSums& to, int64_t count, int64_t wi
                                  int64_t lines_ahead) {
   const int64_t distance = lines_ahead * x.stride * static_cast<int64_t>(sizeof(float));
   for_pack_groups<float>(width, [&](auto at, auto packs) {
-    PlainSums sums[packs];
+    constexpr int kPacks = decltype(packs)::value;
+    PlainSums sums[kPacks];
     FASTNORM_UNROLL
-    for (int k = 0; k < packs; ++k) {
+    for (int k = 0; k < kPacks; ++k) {
       sums[k].sum = at.template load<double>(to.first + k * kPack);
       sums[k].squares = at.template load<double>(to.second + k * kPack);
     }
     const float* from = x.data;
     for (int64_t line = 0; line < count; ++line, from += x.stride) {
       FASTNORM_UNROLL
-      for (int k = 0; k < packs; ++k) {
+      for (int k = 0; k < kPacks; ++k) {
         prefetch(from + at.start + k * kPack, distance);
         sums[k].add(at, from + k * kPack);
       }
     }
     FASTNORM_UNROLL
-    for (int k = 0; k < packs; ++k) {
+    for (int k = 0; k < kPacks; ++k) {
       at.store(to.first + k * kPack, sums[k].sum);
       at.store(to.second + k * kPack, sums[k].squares);
     }
@@ -357,9 +371,10 @@ FASTNORM_INLINE void add_plainly(const ColumnSums& to, int64_t count, int64_t wi
   const int64_t x_distance = lines_ahead * x.stride * static_cast<int64_t>(sizeof(float));
   const int64_t dy_distance = lines_ahead * dy.stride * static_cast<int64_t>(sizeof(float));
   for_pack_groups<float>(width, [&](auto at, auto packs) {
-    PlainGradientSums sums[packs];
+    constexpr int kPacks = decltype(packs)::value;
+    PlainGradientSums sums[kPacks];
     FASTNORM_UNROLL
-    for (int k = 0; k < packs; ++k) {
+    for (int k = 0; k < kPacks; ++k) {
       sums[k].dy_sum = at.template load<double>(to.first + k * kPack);
       sums[k].product_sum = at.template load<double>(to.second + k * kPack);
       sums[k].size.sum = at.template load<float>(to.size + k * kPack);
@@ -367,14 +382,14 @@ FASTNORM_INLINE void add_plainly(const ColumnSums& to, int64_t count, int64_t wi
     const float *values = x.data, *gradients = dy.data;
     for (int64_t line = 0; line < count; ++line, values += x.stride, gradients += dy.stride) {
       FASTNORM_UNROLL
-      for (int k = 0; k < packs; ++k) {
+      for (int k = 0; k < kPacks; ++k) {
         prefetch(values + at.start + k * kPack, x_distance);
         prefetch(gradients + at.start + k * kPack, dy_distance);
         sums[k].add(at, values + k * kPack, gradients + k * kPack);
       }
     }
     FASTNORM_UNROLL
-    for (int k = 0; k < packs; ++k) {
+    for (int k = 0; k < kPacks; ++k) {
       at.store(to.first + k * kPack, sums[k].dy_sum);
       at.store(to.second + k * kPack, sums[k].product_sum);
       at.store(to.size + k * kPack, sums[k].size.sum);
@@ -424,8 +439,8 @@ inline void first_means(const Columns<T>& columns, int64_t outer, double* pivots
   constexpr int64_t kSample = kMayOverflow<T> ? 8 * kSlab : kSlab;
   const int64_t rows = columns.rows() < kSample ? columns.rows() : kSample, width = plan.columns_per_set;
   const Lines rows_apart(0, columns.columns());  // no folding
-  for (int64_t column = 0; column < columns.columns(); column += kColumnTile) {
-    const int64_t left = columns.columns() - column, tile = left < kColumnTile ? left : kColumnTile;
+  for (int64_t column = 0; column < columns.columns(); column += kTile<T>) {
+    const int64_t left = columns.columns() - column, tile = left < kTile<T> ? left : kTile<T>;
     Tile<T> tiles(plan.x, rows_apart, outer, column);
     for (int64_t c = 0; c < tile; ++c) pivots[column + c] = 0;
     for (int64_t first = 0; first < rows; first += kSlab) {
@@ -455,7 +470,7 @@ inline void repeat(const Lines& lines, V* values) {
 template <class T>
 struct ColumnSpace {
   double *sums, *pivots, *done;       // done: per set, 1 once its moments are known
-  double *centre[4];                  // mean, rstd, and for float64 mean_lo and scale, per place
+  double* centre[4];                  // mean, rstd, and for float64 mean_lo and scale, per place
   double *dy, *dy_xhat, *size;        // sums per column
   T *mean, *mean_lo, *factor, *bias;  // y = ((x - mean) - mean_lo) * factor + bias, per place
   T *rstd, *a, *b;                    // dx = rstd * ((dy * weight - a) - centred * b)
@@ -549,19 +564,19 @@ inline void outer_moments(const Columns<T>& columns, int64_t outer, const Column
   first_means(columns, outer, space.pivots);
   for (const bool again : {false, true}) {
     repeat(columns.lines(), space.pivots);
-    columns.template sum<1>(
-        outer, operands, space.sums,
-        [&](const ColumnSums& to, int64_t column, int64_t lines, int64_t n, const Panel<T>& x) {
-          const int64_t distance = ahead * x.stride * static_cast<int64_t>(sizeof(T));
-          add_in_trees<T>(to, lines, n, [&](auto place) {
-            return [=, about = place.template load<double>(space.pivots + column)](auto at, int64_t line) {
-              const T* from = x.data + line * x.stride;
-              prefetch(from + at.start, distance);
-              const Pack<double> d = at.template load<double>(from) - about;
-              return PackPair{d, d * d};
-            };
-          });
-        });
+    columns.template sum<1>(outer, operands, space.sums,
+                            [&](const ColumnSums& to, int64_t column, int64_t lines, int64_t n, const Panel<T>& x) {
+                              const int64_t distance = ahead * x.stride * static_cast<int64_t>(sizeof(T));
+                              add_in_trees<T>(to, lines, n, [&](auto place) {
+                                return [=, about = place.template load<double>(space.pivots + column)](auto at,
+                                                                                                       int64_t line) {
+                                  const T* from = x.data + line * x.stride;
+                                  prefetch(from + at.start, distance);
+                                  const Pack<double> d = at.template load<double>(from) - about;
+                                  return PackPair{d, d * d};
+                                };
+                              });
+                            });
     const ColumnSums sums = columns.sums_at(space.sums, 0);
     int64_t far = 0;
     for (int64_t set = 0; set < sets; ++set) {
@@ -620,8 +635,8 @@ inline void prepare_normalise(const Columns<T>& columns, int64_t outer, const Co
     const T mean_lo = static_cast<T>((s.mean - static_cast<double>(mean)) + s.mean_lo);
     for (int64_t c = set * width; c < (set + 1) * width; ++c) {
       const double factor = s.rstd * (args.weight ? static_cast<double>(args.weight[param + c * step]) : 1);
-      const bool plain = kMayOverflow<T> ? std::fabs(factor) < 0x1p1000 && std::fabs(factor) > 0x1p-1000
-                                         : moderate(factor);
+      const bool plain =
+          kMayOverflow<T> ? std::fabs(factor) < 0x1p1000 && std::fabs(factor) > 0x1p-1000 : moderate(factor);
       space.mean[c] = mean;
       space.mean_lo[c] = mean_lo;
       space.factor[c] = static_cast<T>(factor);
@@ -655,7 +670,7 @@ inline Pack<T> mend(At at, Pack<T> pack, const T* plain, int64_t width, const Va
   return pack;
 }
 
-// store(place, line, pack) for what result(place, line) gives, along a panel.
+// body(IntoCache or PastCache) for a panel of results.
 template <class T, class Body>
 FASTNORM_INLINE void with_panel_store(bool past_cache, const Panel<T>& panel, const Body& body) {
   const bool even = panel.stride * static_cast<int64_t>(sizeof(T)) % kVectorBytes == 0;
@@ -681,42 +696,50 @@ inline void normalise_outer(const Columns<T>& columns, int64_t outer, const Colu
     Tile<T> x_tile(plan.x, columns.lines(), outer, column), y_tile(plan.y, columns.lines(), outer, column);
     columns.for_panels(chunk, column, width, [&](int64_t first, int64_t count, int64_t n) {
       const Panel<T> x = x_tile.read(first, count, n), y = y_tile.open(first, count, n);
+      const int64_t distance = columns.lines_ahead() * x.stride * static_cast<int64_t>(sizeof(T));
       with_panel_store(args.past_cache, y, [&](auto out) {
-        for_pack_groups<T>(n, [&](auto at, auto packs) {
-          constexpr int kPacks = decltype(packs)::value;
-          Pack<T> mean[kPacks], mean_lo[kPacks], factor[kPacks], bias[kPacks];
-          FASTNORM_UNROLL
-          for (int k = 0; k < kPacks; ++k) {
-            const int64_t place = column + k * kPack;
-            mean[k] = at.template load<T>(space.mean + place);
-            mean_lo[k] = at.template load<T>(space.mean_lo + place);
-            factor[k] = at.template load<T>(space.factor + place);
-            bias[k] = at.template load<T>(space.bias + place);
-          }
-          const auto result = [&](const T* from, int k) {
-            return ((at.template load<T>(from + k * kPack) - mean[k]) - mean_lo[k]) * factor[k] + bias[k];
-          };
-          const T* from = x.data;
-          T* to = y.data;
-          if (all_plain(space, column + at.start, kPacks)) {
-            for (int64_t line = 0; line < count; ++line, from += x.stride, to += y.stride) {
-              FASTNORM_UNROLL
-              for (int k = 0; k < kPacks; ++k) out.store(at, to + k * kPack, result(from, k));
-            }
-            return;
-          }
-          for (int64_t line = 0; line < count; ++line, from += x.stride, to += y.stride) {
-            for (int k = 0; k < kPacks; ++k) {
-              const int64_t group = k * kPack;
-              const Pack<T> mended =
-                  mend(at, result(from, k), space.plain + column + group, n - group, [&](int64_t lane) {
-                    const int64_t c = (column + group + at.start + lane) % columns.columns();
-                    return normalised(columns, outer, space.statistics[c / per_set], c, from[group + at.start + lane]);
-                  });
-              out.store(at, to + group, mended);
-            }
-          }
-        });
+        for_bands<T, kMayOverflow<T> ? 2 : kMaxPanelRows>(
+            count, n, columns.lines_ahead(), [&](int64_t band, int64_t lines) {
+              for_pack_groups<T>(n, [&](auto at, auto packs) {
+                constexpr int kPacks = decltype(packs)::value;
+                Pack<T> mean[kPacks], mean_lo[kPacks], factor[kPacks], bias[kPacks];
+                FASTNORM_UNROLL
+                for (int k = 0; k < kPacks; ++k) {
+                  const int64_t place = column + k * kPack;
+                  mean[k] = at.template load<T>(space.mean + place);
+                  mean_lo[k] = at.template load<T>(space.mean_lo + place);
+                  factor[k] = at.template load<T>(space.factor + place);
+                  bias[k] = at.template load<T>(space.bias + place);
+                }
+                const auto result = [&](const T* from, int k) {
+                  return ((at.template load<T>(from + k * kPack) - mean[k]) - mean_lo[k]) * factor[k] + bias[k];
+                };
+                const T* from = x.from(band).data;
+                T* to = y.from(band).data;
+                if (all_plain(space, column + at.start, kPacks)) {
+                  for (int64_t line = 0; line < lines; ++line, from += x.stride, to += y.stride) {
+                    FASTNORM_UNROLL
+                    for (int k = 0; k < kPacks; ++k) {
+                      prefetch(from + at.start + k * kPack, distance);
+                      out.store(at, to + k * kPack, result(from, k));
+                    }
+                  }
+                  return;
+                }
+                for (int64_t line = 0; line < lines; ++line, from += x.stride, to += y.stride) {
+                  for (int k = 0; k < kPacks; ++k) {
+                    const int64_t group = k * kPack;
+                    const Pack<T> mended =
+                        mend(at, result(from, k), space.plain + column + group, n - group, [&](int64_t lane) {
+                          const int64_t c = (column + group + at.start + lane) % columns.columns();
+                          return normalised(columns, outer, space.statistics[c / per_set], c,
+                                            from[group + at.start + lane]);
+                        });
+                    out.store(at, to + group, mended);
+                  }
+                }
+              });
+            });
       });
       y_tile.commit(y, first, count, n);
     });
@@ -787,9 +810,13 @@ inline void gradient_outer_sums(const Columns<T>& columns, int64_t outer, const 
   bool all = !kMayOverflow<T>;
   for (int64_t set = 0; set < sets; ++set) space.done[set] = 0;
   if constexpr (!kMayOverflow<T>) {
-    columns.template sum<2>(outer, operands, space.sums,
-                            [ahead](const ColumnSums& to, int64_t, int64_t lines, int64_t n, const Panel<T>& x,
-                                    const Panel<T>& dy) { add_plainly(to, lines, n, x, dy, ahead); });
+    columns.template sum<2>(
+        outer, operands, space.sums,
+        [ahead](const ColumnSums& to, int64_t, int64_t lines, int64_t n, const Panel<T>& x, const Panel<T>& dy) {
+          for_bands<T, 2>(lines, n, ahead, [&](int64_t first, int64_t band) {
+            add_plainly(to, band, n, x.from(first), dy.from(first), ahead);
+          });
+        });
     for (int64_t set = 0; set < sets; ++set) {
       const Statistic& s = space.statistics[set];
       const bool plain = sums_plainly(s);
@@ -927,49 +954,58 @@ inline void gradient_outer(const Columns<T>& columns, int64_t outer, const Colum
     columns.for_panels(chunk, column, width, [&](int64_t first, int64_t count, int64_t n) {
       const Panel<T> x = x_tile.read(first, count, n), dy = dy_tile.read(first, count, n),
                      dx = dx_tile.open(first, count, n);
+      const int64_t x_distance = columns.lines_ahead() * x.stride * static_cast<int64_t>(sizeof(T));
+      const int64_t dy_distance = columns.lines_ahead() * dy.stride * static_cast<int64_t>(sizeof(T));
       with_panel_store(args.past_cache, dx, [&](auto out) {
-        for_pack_groups<T>(n, [&](auto at, auto packs) {
-          constexpr int kPacks = decltype(packs)::value;
-          Pack<T> mean[kPacks], mean_lo[kPacks], weight[kPacks], a[kPacks], b[kPacks], rstd[kPacks];
-          FASTNORM_UNROLL
-          for (int k = 0; k < kPacks; ++k) {
-            const int64_t place = column + k * kPack;
-            mean[k] = at.template load<T>(space.mean + place);
-            mean_lo[k] = at.template load<T>(space.mean_lo + place);
-            weight[k] = at.template load<T>(space.factor + place);
-            a[k] = at.template load<T>(space.a + place);
-            b[k] = at.template load<T>(space.b + place);
-            rstd[k] = at.template load<T>(space.rstd + place);
-          }
-          const auto result = [&](const T* values, const T* gradients, int k) {
-            Pack<T> centred = (at.template load<T>(values + k * kPack) - mean[k]) - mean_lo[k];
-            if constexpr (kMayOverflow<T>) centred = centred * rstd[k];  // folded with b it could overflow
-            return rstd[k] * ((at.template load<T>(gradients + k * kPack) * weight[k] - a[k]) - centred * b[k]);
-          };
-          const T *values = x.data, *gradients = dy.data;
-          T* to = dx.data;
-          if (all_plain(space, column + at.start, kPacks)) {
-            for (int64_t line = 0; line < count; ++line) {
-              FASTNORM_UNROLL
-              for (int k = 0; k < kPacks; ++k) out.store(at, to + k * kPack, result(values, gradients, k));
+        for_bands<T, 2>(count, n, columns.lines_ahead(), [&](int64_t band, int64_t band_lines) {
+          for_pack_groups<T>(n, [&](auto at, auto packs) {
+            constexpr int kPacks = decltype(packs)::value;
+            Pack<T> mean[kPacks], mean_lo[kPacks], weight[kPacks], a[kPacks], b[kPacks], rstd[kPacks];
+            FASTNORM_UNROLL
+            for (int k = 0; k < kPacks; ++k) {
+              const int64_t place = column + k * kPack;
+              mean[k] = at.template load<T>(space.mean + place);
+              mean_lo[k] = at.template load<T>(space.mean_lo + place);
+              weight[k] = at.template load<T>(space.factor + place);
+              a[k] = at.template load<T>(space.a + place);
+              b[k] = at.template load<T>(space.b + place);
+              rstd[k] = at.template load<T>(space.rstd + place);
+            }
+            const auto result = [&](const T* values, const T* gradients, int k) {
+              Pack<T> centred = (at.template load<T>(values + k * kPack) - mean[k]) - mean_lo[k];
+              if constexpr (kMayOverflow<T>) centred = centred * rstd[k];  // folded with b it could overflow
+              return rstd[k] * ((at.template load<T>(gradients + k * kPack) * weight[k] - a[k]) - centred * b[k]);
+            };
+            const T *values = x.from(band).data, *gradients = dy.from(band).data;
+            T* to = dx.from(band).data;
+            if (all_plain(space, column + at.start, kPacks)) {
+              for (int64_t line = 0; line < band_lines; ++line) {
+                FASTNORM_UNROLL
+                for (int k = 0; k < kPacks; ++k) {
+                  prefetch(values + at.start + k * kPack, x_distance);
+                  prefetch(gradients + at.start + k * kPack, dy_distance);
+                  out.store(at, to + k * kPack, result(values, gradients, k));
+                }
+                values += x.stride, gradients += dy.stride, to += dx.stride;
+              }
+              return;
+            }
+            for (int64_t line = 0; line < band_lines; ++line) {
+              for (int k = 0; k < kPacks; ++k) {
+                const int64_t group = k * kPack;
+                const Pack<T> mended =
+                    mend(at, result(values, gradients, k), space.plain + column + group, n - group, [&](int64_t lane) {
+                      const int64_t i = group + at.start + lane, c = (column + i) % columns.columns(),
+                                    set = c / per_set;
+                      const double w = args.weight ? static_cast<double>(args.weight[columns.param(outer, c)]) : 1;
+                      return input_gradient(args, space.statistics[set], static_cast<double>(gradients[i]) * w,
+                                            space.mean_g[set], space.mean_g_xhat[set], values[i]);
+                    });
+                out.store(at, to + group, mended);
+              }
               values += x.stride, gradients += dy.stride, to += dx.stride;
             }
-            return;
-          }
-          for (int64_t line = 0; line < count; ++line) {
-            for (int k = 0; k < kPacks; ++k) {
-              const int64_t group = k * kPack;
-              const Pack<T> mended = mend(
-                  at, result(values, gradients, k), space.plain + column + group, n - group, [&](int64_t lane) {
-                    const int64_t i = group + at.start + lane, c = (column + i) % columns.columns(), set = c / per_set;
-                    const double w = args.weight ? static_cast<double>(args.weight[columns.param(outer, c)]) : 1;
-                    return input_gradient(args, space.statistics[set], static_cast<double>(gradients[i]) * w,
-                                          space.mean_g[set], space.mean_g_xhat[set], values[i]);
-                  });
-              out.store(at, to + group, mended);
-            }
-            values += x.stride, gradients += dy.stride, to += dx.stride;
-          }
+          });
         });
       });
       dx_tile.commit(dx, first, count, n);
