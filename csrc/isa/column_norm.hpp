@@ -819,14 +819,18 @@ inline void gradient_outer_sums(const Columns<T>& columns, int64_t outer, const 
         });
     for (int64_t set = 0; set < sets; ++set) {
       const Statistic& s = space.statistics[set];
-      const bool plain = sums_plainly(s);
+      bool plain = sums_plainly(s);
+      for (int64_t c = set * per_set; c < (set + 1) * per_set; ++c) {
+        const double difference = sums.second[c] - s.mean * sums.first[c];
+        space.dy[c] = sums.first[c];
+        space.dy_xhat[c] = difference * s.rstd;
+        space.size[c] = static_cast<double>(sums.size[c]);
+        // No more than what the additions may have lost: a constant column's has to be exactly 0.
+        const double loss = (columns.additions() + kPack) * 0x1p-52 * std::fabs(s.mean) * space.size[c];
+        if (loss > 0 && std::fabs(difference) <= loss) plain = false;
+      }
       space.done[set] = plain;
       all = all && plain;
-      for (int64_t c = set * per_set; c < (set + 1) * per_set; ++c) {
-        space.dy[c] = sums.first[c];
-        space.dy_xhat[c] = (sums.second[c] - s.mean * sums.first[c]) * s.rstd;
-        space.size[c] = static_cast<double>(sums.size[c]);
-      }
     }
   }
   if (all) return;
