@@ -195,4 +195,5 @@ def test_each_level_is_made_of_its_own_instructions(objects: dict[str, Path]) ->
     assert "zmm" in wide["avx512"]
     # Contraction would give each level bits of its own. Sums of exact products are the exception (vec.hpp).
     for level in ("avx2", "avx512"):
-        assert not re.search(r"\tvf(nm(add|sub)|msub)\d{3}[ps][sd]|\tvfmadd\d{3}(ps|ss|sd)", instructions(objects[level])), level
+        contracted = r"\tvf(nm(add|sub)|msub)\d{3}[ps][sd]|\tvfmadd\d{3}(ps|ss|sd)"
+        assert not re.search(contracted, instructions(objects[level])), level
