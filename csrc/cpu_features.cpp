@@ -1,8 +1,7 @@
 // Asks the compiler's runtime; on other machines than x86-64 there is the baseline alone.
 #include "cpu_features.hpp"
 
-#include <unistd.h>
-
+#include <cstdio>
 #include <cstring>
 
 namespace fastnorm {
@@ -22,13 +21,29 @@ bool cpu_supports(const char* level) {
   return false;
 }
 
+namespace {
+
+// What this CPU shares of a cache level, in bytes; 0 if the system does not say. (sysconf adds up a whole socket.)
+int64_t cache_bytes(int level) {
+  char path[64];
+  std::snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu0/cache/index%d/size", level);
+  std::FILE* file = std::fopen(path, "r");
+  if (file == nullptr) return 0;
+  long long size = 0;
+  char unit = 0;
+  const int read = std::fscanf(file, "%lld%c", &size, &unit);
+  std::fclose(file);
+  if (read < 1) return 0;
+  return size * (unit == 'K' ? 1 << 10 : unit == 'M' ? 1 << 20 : 1);
+}
+
+}  // namespace
+
 bool exceeds_cache(int64_t bytes) {
+  constexpr int64_t kUnknown = 32 << 20;
   static const int64_t cache = [] {
-#if defined(_SC_LEVEL3_CACHE_SIZE)
-    const long size = sysconf(_SC_LEVEL3_CACHE_SIZE);
-    if (size > 0) return static_cast<int64_t>(size);
-#endif
-    return int64_t{32} << 20;
+    const int64_t last = cache_bytes(3) > 0 ? cache_bytes(3) : cache_bytes(2);
+    return last > 0 ? last : kUnknown;
   }();
   return bytes > cache / 2;
 }

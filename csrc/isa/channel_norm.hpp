@@ -80,8 +80,7 @@ FASTNORM_LOOPS inline void plain_set_gradient(const Plan& plan, const NormArgs<f
     for (int64_t line = 0; line < lines; ++line) {
       const float *x = x_line.at(line, 0), *dy = dy_line.at(line, 0);
       float* dx = dx_line.at(line, 0);
-      with_store(args.past_cache, dx,
-                 [&](auto out) { for_packs(run, [&](auto at) { out.store(at, dx, gradient(at, x, dy)); }); });
+      for_stored_packs(args.past_cache, dx, run, [&](auto at, auto out) { out.store(at, dx, gradient(at, x, dy)); });
     }
   }
 }
@@ -170,8 +169,7 @@ FASTNORM_LOOPS inline void channel_unit_gradient(const Plan& plan, const NormArg
     const T *x = in[0], *dy = in[1];
     if (args.constant_stats) return input_gradient_constant(dy, dx, n, s, Same<double>(weight));
     const auto along = [&](const auto& gradient) {
-      with_store(args.past_cache, dx,
-                 [&](auto out) { for_packs(n, [&](auto at) { out.store(at, dx, gradient(at, x, dy)); }); });
+      for_stored_packs(args.past_cache, dx, n, [&](auto at, auto out) { out.store(at, dx, gradient(at, x, dy)); });
     };
     if constexpr (!kMayOverflow<T>) {
       if (means.in_float) return along(InputGradient<T, T, Same<T>>(s, means.a, means.b, Same<T>(weight)));

@@ -181,8 +181,7 @@ class RowBackward {
   FASTNORM_LOOPS static void write(const T* x, const T* dy, T* dx, int64_t n, const Statistic& s,
                                    const GradientMeans& means, Weight weight, bool past_cache) {
     const auto along = [&](const auto& gradient) {
-      with_store(past_cache, dx,
-                 [&](auto out) { for_packs(n, [&](auto at) { out.store(at, dx, gradient(at, x, dy)); }); });
+      for_stored_packs(past_cache, dx, n, [&](auto at, auto out) { out.store(at, dx, gradient(at, x, dy)); });
     };
     if constexpr (!kMayOverflow<T>) {
       if (means.in_float) return along(InputGradient<T, T, Weight>(s, means.a, means.b, weight));

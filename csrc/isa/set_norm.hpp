@@ -67,8 +67,7 @@ FASTNORM_LOOPS inline void normalise_unit(const Plan& plan, const NormArgs<T>& a
   visit_unit<T>(plan, operands, run, set, unit, [&](const T* const* in, T* y, int64_t first, int64_t n) {
     const T* x = in[0];
     const auto along = [&](const auto& normalise) {
-      with_store(args.past_cache, y,
-                 [&](auto out) { for_packs(n, [&](auto at) { out.store(at, y, normalise(at, x)); }); });
+      for_stored_packs(args.past_cache, y, n, [&](auto at, auto out) { out.store(at, y, normalise(at, x)); });
     };
     if (!in_float(plan, args, s, param)) {
       with_normalise<T, double>(plan, args, s, param, first, along);
@@ -263,15 +262,30 @@ FASTNORM_LOOPS inline void normalise_and_measure(const Plan& plan, const NormArg
     for (int64_t line = 0; line < lines; ++line) {
       const float *x = from.at(line, 0), *coming = ahead.at(line, 0);
       float* y = to.at(line, 0);
-      with_store(args.past_cache, y, [&](auto out) {
-        PlainSums inner = sums;
+      PlainSums inner = sums;
+      if (args.past_cache) {
+        // Stores past the cache are aligned, the lanes of the sums are not: the one runs a few values ahead of the
+        // other.
+        const int64_t unaligned = unaligned_values(y), lead = unaligned < run ? unaligned : run;
+        if (lead > 0) Partial{0, lead}.store(y, normalise(Partial{0, lead}, x));
         for_packs(run, [&](auto at) {
           prefetch(coming + at.start, distance);
           inner.add(at, coming);
-          out.store(at, y, normalise(at, x));
+          const int64_t i = at.start + lead;
+          if (i + kPack <= run) {
+            Whole{i}.store_past(y, normalise(Whole{i}, x));
+          } else if (i < run) {
+            Partial{i, run - i}.store(y, normalise(Partial{i, run - i}, x));
+          }
         });
-        sums = inner;
-      });
+      } else {
+        for_packs(run, [&](auto at) {
+          prefetch(coming + at.start, distance);
+          inner.add(at, coming);
+          at.store(y, normalise(at, x));
+        });
+      }
+      sums = inner;
     }
     PlainTotals totals;
     totals.add(sums, packs);
@@ -295,8 +309,8 @@ FASTNORM_LOOPS inline void normalise_segments(const Plan& plan, const NormArgs<f
     for (int64_t line = 0; line < lines; ++line) {
       const float* x = from.at(line, 0);
       float* y = to.at(line, 0);
-      with_store(args.past_cache, y,
-                 [&](auto out) { for_packs(run, [&](auto at) { out.store(at, y, centre(at, x) * scale + bias); }); });
+      for_stored_packs(args.past_cache, y, run,
+                       [&](auto at, auto out) { out.store(at, y, centre(at, x) * scale + bias); });
     }
   }
 }

@@ -319,12 +319,29 @@ FASTNORM_INLINE void with_store(bool past_cache, const void* p, const Call& call
   }
 }
 
+// Values from p to the first place where a vector may be stored past the cache.
+template <class T>
+FASTNORM_INLINE int64_t unaligned_values(const T* p) {
+  return static_cast<int64_t>(-reinterpret_cast<uintptr_t>(p) % kVectorBytes / sizeof(T));
+}
+
 // body(place) along a run of n values.
 template <class Body>
 FASTNORM_INLINE void for_packs(int64_t n, const Body& body) {
   int64_t i = 0;
   for (; i + kPack <= n; i += kPack) body(Whole{i});
   if (i < n) body(Partial{i, n - i});
+}
+
+// body(place, how) along a run of n results at p, `how` being IntoCache or PastCache.
+template <class T, class Body>
+FASTNORM_INLINE void for_stored_packs(bool past_cache, const T* p, int64_t n, const Body& body) {
+  if (!past_cache) return for_packs(n, [&](auto at) { body(at, IntoCache{}); });
+  int64_t i = unaligned_values(p);
+  if (i > n) i = n;
+  if (i > 0) body(Partial{0, i}, IntoCache{});
+  for (; i + kPack <= n; i += kPack) body(Whole{i}, PastCache{});
+  if (i < n) body(Partial{i, n - i}, IntoCache{});
 }
 
 // The sum of the lanes, in a tree: lane + 8, then 4, 2, 1.
