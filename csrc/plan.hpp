@@ -58,7 +58,7 @@ struct Operand {
   Walk set;
   Walk segment;
   Walk element;
-  int64_t column_stride = 0;  // Family::columns only
+  int64_t column_stride = 0;  // Family::column only
   bool aligned = true;        // every element lies at a multiple of its size
 };
 
@@ -93,7 +93,6 @@ constexpr int64_t kSumLeaf = 128;   // divides kBlock
 constexpr int64_t kShortRun = 512;  // shorter runs share a block
 // Blocks in a chunk, which is what one thread takes of a set.
 constexpr int64_t kChunkBlocks = 64;
-constexpr int64_t kColumnTile = 256;  // columns worked on together
 
 // The fixed cut of `elements`, of which runs of `run` lie together.
 Blocks cut_blocks(int64_t elements, int64_t run);

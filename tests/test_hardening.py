@@ -245,3 +245,60 @@ def test_a_weight_of_zero_leaves_no_trace_of_an_infinite_value() -> None:
     running[:] = np.nan
     fn.batch_norm_forward(x, running_mean=running, momentum=1.0)
     np.testing.assert_array_equal(running, [1.5, np.nan])
+
+
+@pytest.mark.parametrize(("shape", "groups"), [((2, 4, 33000), 2), ((3, 2, 65536), 1), ((1, 4, 16000), 1)])
+def test_a_group_larger_than_a_batch_is_measured_whole(shape: tuple[int, ...], groups: int) -> None:
+    """Sets of several segments around the sizes where they stop being measured in one go."""
+    x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    x[:, 1] += 5
+    exact = np.asarray(fn.reference.group_norm(x, groups))
+    for threads in (1, 2):
+        with fn.num_threads(threads):
+            assert np.abs(fn.group_norm(x, groups) - exact).max() < 1e-5
+
+
+@pytest.mark.parametrize("layout", ["channels first", "columns"])
+def test_gradients_where_one_value_makes_up_the_variance(layout: str) -> None:
+    """dweight is a difference of large sums there, which plain sums would lose."""
+    x = np.full(1 << 18, 3.0, np.float32)
+    x[12345] += np.float32(3e-2)
+    dy = np.full_like(x, 0.7)
+    dy[12345] = -1.3
+    if layout == "columns":
+        x, dy = (np.stack([a] * 32, axis=1) for a in (x, dy))
+    else:
+        x, dy = (a.reshape(1, 1, -1) for a in (x, dy))
+    weight = np.ones(x.shape[1], np.float32)
+    _, cache = fn.batch_norm_forward(x, weight, eps=0.0)
+    _, exact_cache = fn.reference.batch_norm_forward(x, weight, eps=0.0)
+    got, exact = fn.batch_norm_backward(dy, cache), fn.reference.batch_norm_backward(dy, exact_cache)
+    terms = float(np.sum(np.abs(dy.astype(np.float64)).ravel()[:: weight.size]))
+    assert np.abs(got.dweight - np.asarray(exact.dweight, np.float64)).max() <= 8 * 2.0**-24 * terms / 512
+
+
+def test_an_infinite_gradient_gives_the_same_bits_at_every_thread_count() -> None:
+    x, dy = np.random.default_rng(1).standard_normal((2, 1, 8, 40000)).astype(np.float32)
+    dy[0, 2, 77] = np.inf
+    weight = np.ones(8, np.float32)
+    _, cache = fn.group_norm_forward(x, 2, weight, weight)
+    results = []
+    for threads in (1, 2, 4):
+        with fn.num_threads(threads):
+            results.append(fn.group_norm_backward(dy, cache))
+    for result in results[1:]:
+        for one, other in zip(results[0], result, strict=True):
+            assert one.tobytes() == other.tobytes()
+    assert np.isinf(results[0].dbias[2])
+
+
+@pytest.mark.parametrize("strange", [0.0, np.nan, 1e30])
+def test_a_weight_changes_no_other_group(strange: float) -> None:
+    x, dy = np.random.default_rng(2).standard_normal((2, 6, 64)).astype(np.float32)
+    results = []
+    for first in (1.0, strange):
+        weight = np.linspace(0.5, 1.5, 64).astype(np.float32)
+        weight[0] = first
+        _, cache = fn.group_norm_forward(x, 2, weight)
+        results.append(fn.group_norm_backward(dy, cache).dx[:, 32:])
+    assert results[0].tobytes() == results[1].tobytes()

@@ -18,10 +18,17 @@ struct SegmentSums {
 };
 
 // Float32 data not too far from zero: sum(dy * xhat) is (sum(dy * x) - mean * sum(dy)) * rstd, with exact products and
-// digits to spare for the difference. Not where the variance is nothing beside eps: the dy * xhat of a constant set are
-// exactly 0, and so has to be their sum.
-inline bool sums_plainly(const Statistic& s, double eps) {
-  return std::fabs(s.mean) * s.rstd < 0x1p16 && eps * s.rstd * s.rstd < 0.999;
+// digits to spare for the difference: what `additions` in a chain may lose of it stays a small part of a float32 unit
+// even of a sum that one value far from the others makes up. Not where the variance is nothing beside eps: the
+// dy * xhat of a constant set are exactly 0, and so has to be their sum.
+inline bool sums_plainly(const Statistic& s, double eps, double additions) {
+  return std::fabs(s.mean) * s.rstd * (additions + kPack) < 0x1p22 && eps * s.rstd * s.rstd < 0.999;
+}
+
+// Packs in the longest chain of a unit's sums, at most.
+inline double additions_of(const Plan& plan, int64_t run) {
+  const int64_t longest = kBlock * kChunkBlocks, elements = plan.elements < longest ? plan.elements : longest;
+  return static_cast<double>(elements / kPack + (run > 0 ? elements / run : plan.blocks.count));
 }
 
 // Sums of dy and of dy * x of float32 data, in plain lanes of double.
@@ -189,13 +196,12 @@ inline void accumulate(Sum& sum, const Sum& term) {
 }
 
 // Parameter gradients from sums per parameter, merged over those that share one, in order: `count` rows of `width`
-// sums, the first parameter of row i being param(i), the others `step` apart.
+// sums, the first parameter of row i being param(i), the others `step` apart; `totals` are plan.params zeros.
 template <class T, class Param>
-inline bool reduce_parameter_gradients(const Plan& plan, const NormArgs<T>& args, const SegmentSums* sums,
-                                       int64_t count, int64_t width, int64_t step, const Param& param) {
-  if (!args.dweight && !args.dbias) return true;
-  const Workspace<SegmentSums> totals(plan.params);
-  if (!totals) return false;
+inline void reduce_parameter_gradients(const Plan& plan, const NormArgs<T>& args, const SegmentSums* sums,
+                                       int64_t count, int64_t width, int64_t step, const Param& param,
+                                       SegmentSums* totals) {
+  if (!args.dweight && !args.dbias) return;
   for (int64_t i = 0; i < count; ++i) {
     SegmentSums* to = &totals[param(i)];
     for (int64_t j = 0; j < width; ++j) {
@@ -207,7 +213,6 @@ inline bool reduce_parameter_gradients(const Plan& plan, const NormArgs<T>& args
     if (args.dweight) args.dweight[p] = static_cast<T>(totals[p].dy_xhat.value());
     if (args.dbias) args.dbias[p] = static_cast<T>(totals[p].dy.value());
   }
-  return true;
 }
 
 template <class T>
@@ -231,14 +236,16 @@ template <class T>
 bool channel_backward(const Plan& plan, const NormArgs<T>& args) {
   const int64_t units = units_per_set(plan), chunks = chunks_per_segment(plan), segments = plan.segments;
   const int64_t run = shared_run<T>(plan, {&plan.x, &plan.dy, &plan.dx});
-  const bool split = split_sets(plan);
-  const Workspace<SegmentSums> sums(plan.sets * segments), partial(split ? plan.sets * units : 0);
-  if (!sums || !partial) return false;
+  const double additions = additions_of(plan, run);
+  const bool split = split_sets(plan), want_params = args.dweight || args.dbias;
+  const Workspace<SegmentSums> sums(plan.sets * segments), partial(split ? plan.sets * units : 0),
+      totals(want_params ? plan.params : 0);
+  if (!sums || !partial || !totals) return false;
 
   const auto statistic = [&](int64_t set) { return kept_statistic(plan, args, set); };
   const auto measure = [&](int64_t set, int64_t unit, const Statistic& s) {
     if constexpr (!kMayOverflow<T>) {
-      if (sums_plainly(s, args.eps)) return plain_unit_sums(plan, run, set, unit, s);
+      if (sums_plainly(s, args.eps, additions)) return plain_unit_sums(plan, run, set, unit, s);
     }
     return unit_sums<T>(plan, run, set, unit, s, [](int64_t) { return None{}; });
   };
@@ -260,7 +267,7 @@ bool channel_backward(const Plan& plan, const NormArgs<T>& args) {
       for (int64_t set = begin; set < end; ++set) {
         const Statistic s = statistic(set);
         if constexpr (!kMayOverflow<T>) {
-          if (run > 0 && chunks == 1 && !args.constant_stats && sums_plainly(s, args.eps)) {
+          if (run > 0 && chunks == 1 && !args.constant_stats && sums_plainly(s, args.eps, additions)) {
             plain_set_sums(plan, run, set, s, &sums[set * segments]);
             const GradientMeans means = channel_means(plan, args, set, s, &sums[set * segments]);
             if (means.in_float) {
@@ -276,8 +283,10 @@ bool channel_backward(const Plan& plan, const NormArgs<T>& args) {
       }
     });
   }
-  return reduce_parameter_gradients(plan, args, sums.data(), plan.sets, segments, 1,
-                                    [&](int64_t set) { return plan.set_param.offset(set); });
+  reduce_parameter_gradients(
+      plan, args, sums.data(), plan.sets, segments, 1, [&](int64_t set) { return plan.set_param.offset(set); },
+      totals.data());
+  return true;
 }
 
 }  // namespace

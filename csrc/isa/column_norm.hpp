@@ -819,7 +819,7 @@ inline void gradient_outer_sums(const Columns<T>& columns, int64_t outer, const 
         });
     for (int64_t set = 0; set < sets; ++set) {
       const Statistic& s = space.statistics[set];
-      const bool plain = sums_plainly(s, columns.args().eps);
+      const bool plain = sums_plainly(s, columns.args().eps, columns.additions());
       for (int64_t c = set * per_set; c < (set + 1) * per_set; ++c) {
         const double difference = sums.second[c] - s.mean * sums.first[c];
         space.dy[c] = sums.first[c];
@@ -1024,8 +1024,8 @@ bool column_backward(const Plan& plan, const NormArgs<T>& args) {
   bool owns = false;
   for (int axis = 0; axis < plan.set_param.rank; ++axis) owns = owns || plan.set_param.stride[axis] != 0;
   const int64_t own = owns ? plan.sets : columns.groups();
-  const Workspace<SegmentSums> partial(want_params ? own * width : 0);
-  if (!workspace || !partial) return false;
+  const Workspace<SegmentSums> partial(want_params ? own * width : 0), totals(want_params ? plan.params : 0);
+  if (!workspace || !partial || !totals) return false;
   columns.for_outer([&](int64_t group, int64_t outer) {
     const ColumnSpace<T> space(&workspace[group * size], columns);
     for (int64_t set = 0; set < columns.sets_in_outer(); ++set) {
@@ -1042,8 +1042,10 @@ bool column_backward(const Plan& plan, const NormArgs<T>& args) {
     }
     gradient_outer(columns, outer, space);
   });
-  return reduce_parameter_gradients(plan, args, partial.data(), want_params ? own : 0, width, plan.column_param,
-                                    [&](int64_t i) { return columns.param(owns ? i : 0, 0); });
+  reduce_parameter_gradients(
+      plan, args, partial.data(), want_params ? own : 0, width, plan.column_param,
+      [&](int64_t i) { return columns.param(owns ? i : 0, 0); }, totals.data());
+  return true;
 }
 
 }  // namespace

@@ -48,7 +48,8 @@ struct Sum {
     add(other.hi);
     lo += other.lo;
   }
-  double value() const { return hi + lo; }
+  // What an infinite sum has lost is NaN, and means nothing.
+  double value() const { return std::fabs(hi) < HUGE_VAL ? hi + lo : hi; }
 };
 
 struct Moments {

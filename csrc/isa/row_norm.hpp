@@ -115,9 +115,7 @@ class RowBackward {
         units_(units_per_set(plan)),
         together_(!kMayOverflow<T> && run_ == plan.elements && plan.elements <= kTogetherElements &&
                   plan.params == plan.params_per_set) {
-    for (int64_t p = 0; args.weight && p < plan.params; ++p) {
-      plain_weights_ = plain_weights_ && moderate(static_cast<double>(args.weight[p]));
-    }
+    if (plan.params == plan.params_per_set) plain_weights_ = plain_weights(0);
   }
 
   Statistic statistic(int64_t set) const { return kept_statistic(plan_, args_, set); }
@@ -163,7 +161,7 @@ class RowBackward {
   }
 
   void gradient(int64_t set, int64_t unit, const Statistic& s, const SegmentSums& total) const {
-    const GradientMeans means = means_of(s, total);
+    const GradientMeans means = means_of(set, s, total);
     const T* weight = args_.weight ? args_.weight + plan_.set_param.offset(set) : nullptr;
     const Operands<2, true> operands{{&plan_.x, &plan_.dy}, &plan_.dx};
     visit_unit<T>(plan_, operands, run_, set, unit, [&](const T* const* in, T* dx, int64_t first, int64_t n) {
@@ -172,9 +170,20 @@ class RowBackward {
   }
 
  private:
-  GradientMeans means_of(const Statistic& s, const SegmentSums& total) const {
+  // Are the weights from `param` on such that float32 does? (Those of a set alone: others must not change its bits.)
+  bool plain_weights(int64_t param) const {
+    bool plain = true;
+    for (int64_t p = 0; args_.weight && p < plan_.params_per_set; ++p) {
+      plain = plain && moderate(static_cast<double>(args_.weight[param + p]));
+    }
+    return plain;
+  }
+
+  GradientMeans means_of(int64_t set, const Statistic& s, const SegmentSums& total) const {
+    const bool plain_weights_here =
+        plan_.params == plan_.params_per_set ? plain_weights_ : plain_weights(plan_.set_param.offset(set));
     return GradientMeans::of<T>(total.dy, total.dy_xhat, total.size, static_cast<double>(plan_.elements), args_.centred,
-                                plain_weights_, s);
+                                plain_weights_here, s);
   }
 
   template <class Weight>
@@ -207,7 +216,7 @@ class RowBackward {
       sum_rows<kRows>(x, dy, plan_.elements, s, w, params ? &to : nullptr, totals, distance_);
       for (int r = 0; r < kRows; ++r) {
         T* dx = Line<float>(plan_.dx, set + r, 0, run_).at(0, 0);
-        write(x[r], dy[r], dx, plan_.elements, s[r], means_of(s[r], totals[r]), w, args_.past_cache);
+        write(x[r], dy[r], dx, plan_.elements, s[r], means_of(set + r, s[r], totals[r]), w, args_.past_cache);
       }
     });
   }

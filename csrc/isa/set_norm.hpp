@@ -361,7 +361,7 @@ inline void forward_sets(const Plan& plan, const NormArgs<T>& args, int64_t run,
     const bool small = plan.set_size() * static_cast<int64_t>(sizeof(T)) <= kPairedBytes;
     // A weight per value wants all values in one run.
     const bool lines_alike = plan.family == Family::channel || run == plan.elements;
-    if (run > 0 && small && lines_alike && plan.blocks.count <= kChunkBlocks) {
+    if (run > 0 && small && lines_alike && plan.blocks.count <= kChunkBlocks && measured_units(plan) == 1) {
       return forward_batches(plan, args, run, begin, end);
     }
   }
