@@ -1,7 +1,7 @@
 // The kernels behind the table: each hands the plan to the family that reads this layout well.
 #pragma once
 
-#include "isa/column_norm.hpp"
+#include "isa/column_backward.hpp"
 #include "isa/row_norm.hpp"
 
 namespace fastnorm {

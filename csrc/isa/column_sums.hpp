@@ -1,0 +1,268 @@
+// Two sums per column, over all rows: cut into chunks by the shape alone, added in plain lanes of double where the
+// terms are exact there, in trees of eight rows where they are not. Nothing here knows what is summed.
+#pragma once
+
+#include "isa/column_lines.hpp"
+
+namespace fastnorm {
+namespace {
+
+// Two sums per column. Float64 sums keep what they lose to rounding.
+struct ColumnSums {
+  double *first, *second, *first_lo, *second_lo;
+  float* size;  // about the sum of |dy|: float32 gradients only
+
+  ColumnSums operator+(int64_t c) const { return {first + c, second + c, first_lo + c, second_lo + c, size + c}; }
+};
+
+inline void add_exactly(double* hi, double* lo, int64_t c, double value) {
+  const TwoTerm sum = two_sum(hi[c], value);
+  hi[c] = sum.hi;
+  lo[c] += sum.lo;
+}
+
+// A running sum of packs that keeps what float64 terms lose.
+template <class T>
+struct PackSum {
+  Pack<double> hi, lo;
+
+  template <class At>
+  FASTNORM_INLINE PackSum(At at, const double* from, const double* from_lo) : hi(at.template load<double>(from)) {
+    if constexpr (kMayOverflow<T>) lo = at.template load<double>(from_lo);
+  }
+  FASTNORM_INLINE void add(const Pack<double>& terms) {
+    const Pack<double> before = hi;
+    hi = before + terms;
+    if constexpr (kMayOverflow<T>) {
+      const Pack<double> part = hi - before;
+      lo += (before - (hi - part)) + (terms - part);
+    }
+  }
+  template <class At>
+  FASTNORM_INLINE void store(At at, double* to, double* to_lo) const {
+    at.store(to, hi);
+    if constexpr (kMayOverflow<T>) at.store(to_lo, lo);
+  }
+};
+
+template <class T>
+class Columns {
+ public:
+  Columns(const Plan& plan, const NormArgs<T>& args)
+      : plan_(plan), args_(args), lines_(plan.elements, plan.columns), columns_(plan.columns), rows_(plan.elements) {
+    constexpr int64_t kBytes = sizeof(T);
+    const int64_t tile = lines_.length < kTile<T> ? lines_.length : kTile<T>;
+    const int64_t wanted = kChunkBytes / (tile * kBytes) / kSlab * kSlab;
+    chunk_lines_ = wanted < kMinChunkRows ? kMinChunkRows : wanted > kMaxChunkRows ? kMaxChunkRows : wanted;
+    chunks_ = (lines_.count + chunk_lines_ - 1) / chunk_lines_;
+    tiles_ = (lines_.length + kTile<T> - 1) / kTile<T>;
+    const int64_t fitting = kPanel<T> / tile / kSlab * kSlab;
+    panel_lines_ = fitting < kMaxPanelRows ? fitting : kMaxPanelRows;
+    lines_ahead_ =
+        plan.sets * rows_ * columns_ * kBytes < kLargeBytes ? 0 : (kAheadBytes + tile * kBytes - 1) / (tile * kBytes);
+    per_group_ = (plan.sets + kMaxGroups - 1) / kMaxGroups;
+    groups_ = (plan.sets + per_group_ - 1) / per_group_;
+    across_sets_ = plan.threads == 1 || groups_ >= 2 * plan.threads;
+  }
+
+  int64_t groups() const { return groups_; }
+  int64_t sets_in_outer() const { return columns_ / plan_.columns_per_set; }
+  // Doubles that the sums of one outer index take, chunk by chunk.
+  int64_t sums_space() const { return chunks_ * kRowsOfSums * lines_.length; }
+
+  ColumnSums sums_at(double* space, int64_t chunk) const {
+    const int64_t length = lines_.length;
+    double* at = space + chunk * kRowsOfSums * length;
+    return {at, at + length, at + 3 * length, at + 4 * length, reinterpret_cast<float*>(at + 2 * length)};
+  }
+  int64_t stat(int64_t outer, int64_t set) const { return plan_.set_stat.offset(outer) + set * plan_.column_stat; }
+  int64_t param(int64_t outer, int64_t column) const {
+    return plan_.set_param.offset(outer) + column * plan_.column_param;
+  }
+  // The longest chain of additions behind a plain sum of a set.
+  double additions() const { return static_cast<double>(chunk_lines_ + chunks_ + lines_.fold + plan_.columns_per_set); }
+
+  // body(outer) for all outer indices, group by group (`begin_group(group)` comes first): each with one thread, or one
+  // after the other with all threads on each.
+  template <class Body>
+  void for_outer(const Body& body) const {
+    parallel_for(across_sets_ ? plan_.threads : 1, groups_, [&](int64_t group) {
+      const int64_t end = (group + 1) * per_group_ < plan_.sets ? (group + 1) * per_group_ : plan_.sets;
+      for (int64_t outer = group * per_group_; outer < end; ++outer) body(group, outer);
+    });
+  }
+
+  // piece(chunk, column, width) for the chunks and tiles of one outer index.
+  template <class Piece>
+  void for_pieces_of(bool backwards, const Piece& piece) const {
+    const int64_t count = chunks_ * tiles_, length = lines_.length;
+    parallel_for(across_sets_ ? 1 : plan_.threads, count, [&](int64_t i) {
+      const int64_t index = backwards ? count - 1 - i : i;
+      const int64_t column = index % tiles_ * kTile<T>;
+      piece(index / tiles_, column, length - column < kTile<T> ? length - column : kTile<T>);
+      if (args_.past_cache) finish_stores();
+    });
+  }
+
+  // visit(first line, lines, width) for the panels of a chunk; only the last line may be shorter than the others.
+  template <class Visit>
+  FASTNORM_INLINE void for_panels(int64_t chunk, int64_t column, int64_t width, const Visit& visit) const {
+    const int64_t whole = lines_.last == lines_.length ? lines_.count : lines_.count - 1;
+    const int64_t begin = chunk * chunk_lines_, past = begin + chunk_lines_;
+    const int64_t end = past < whole ? past : whole;
+    for (int64_t first = begin; first < end; first += panel_lines_) {
+      visit(first, end - first < panel_lines_ ? end - first : panel_lines_, width);
+    }
+    if (past > whole && whole < lines_.count && column < lines_.last) {
+      visit(whole, int64_t{1}, lines_.last - column < width ? lines_.last - column : width);
+    }
+  }
+
+  // Sums over the lines of all chunks, per column, into space: add(sums, lines, width, panels) adds those of a panel of
+  // each operand. Chunk 0 ends up with the totals, its first `columns` places with those of all folds.
+  template <int kOperands, class Add>
+  void sum(int64_t outer, const Operand* const (&operands)[kOperands], double* space, const Add& add) const {
+    for_pieces_of(false, [&](int64_t chunk, int64_t column, int64_t width) FASTNORM_LOOPS {
+      const ColumnSums to = sums_at(space, chunk) + column;
+      for (int64_t c = 0; c < width; ++c) {
+        to.first[c] = to.second[c] = 0;
+        if constexpr (kMayOverflow<T>) to.first_lo[c] = to.second_lo[c] = 0;
+        if constexpr (!kMayOverflow<T>) to.size[c] = 0;
+      }
+      Tile<T> first(*operands[0], lines_, outer, column), second(*operands[kOperands - 1], lines_, outer, column);
+      for_panels(chunk, column, width, [&](int64_t line, int64_t count, int64_t n) {
+        const Panel<T> x = first.read(line, count, n);
+        if constexpr (kOperands == 1) add(to, column, count, n, x);
+        if constexpr (kOperands == 2) add(to, column, count, n, x, second.read(line, count, n));
+      });
+    });
+    merge_chunks(space);
+  }
+
+  const Plan& plan() const { return plan_; }
+  const NormArgs<T>& args() const { return args_; }
+  const Lines& lines() const { return lines_; }
+  int64_t columns() const { return columns_; }
+  int64_t rows() const { return rows_; }
+  // How far ahead a first reading asks for what comes, in lines; 0 where the nearer caches hold the array anyway.
+  int64_t lines_ahead() const { return lines_ahead_; }
+
+ private:
+  // first, second, size; and for float64 what the first two have lost
+  static constexpr int64_t kRowsOfSums = kMayOverflow<T> ? 5 : 3;
+
+  static void add_sums(const ColumnSums& total, const ColumnSums& part, int64_t n) {
+    for (int64_t c = 0; c < n; ++c) {
+      if constexpr (kMayOverflow<T>) {
+        add_exactly(total.first, total.first_lo, c, part.first[c]);
+        add_exactly(total.second, total.second_lo, c, part.second[c]);
+        total.first_lo[c] += part.first_lo[c];
+        total.second_lo[c] += part.second_lo[c];
+      } else {
+        total.first[c] += part.first[c];
+        total.second[c] += part.second[c];
+        total.size[c] += part.size[c];
+      }
+    }
+  }
+
+  void merge_chunks(double* space) const {
+    const ColumnSums total = sums_at(space, 0);
+    for (int64_t chunk = 1; chunk < chunks_; ++chunk) add_sums(total, sums_at(space, chunk), lines_.length);
+    for (int64_t row = 1; row < lines_.fold; ++row) add_sums(total, total + row * columns_, columns_);
+  }
+
+  const Plan& plan_;
+  const NormArgs<T>& args_;
+  Lines lines_;
+  int64_t columns_, rows_, chunk_lines_, chunks_, tiles_, panel_lines_, lines_ahead_, per_group_, groups_;
+  bool across_sets_;
+};
+
+// Adds up the values of a panel in trees of eight lines: terms(at) gives, for the columns there, term(at, line).
+template <class T, class Terms>
+FASTNORM_INLINE void add_in_trees(const ColumnSums& to, int64_t count, int64_t width, const Terms& terms) {
+  for_packs(width, [&](auto at) {
+    PackSum<T> first(at, to.first, to.first_lo), second(at, to.second, to.second_lo);
+    const auto term = terms(at);
+    int64_t line = 0;
+    for (; line + kSlab <= count; line += kSlab) {
+      const auto pair = [&](int64_t i) { return term(at, line + i) + term(at, line + i + 1); };
+      PackPair half = pair(0) + pair(2);
+      half += pair(4) + pair(6);
+      first.add(half.first);
+      second.add(half.second);
+    }
+    if (line < count) {
+      PackPair rest = term(at, line);
+      while (++line < count) rest += term(at, line);
+      first.add(rest.first);
+      second.add(rest.second);
+    }
+    first.store(at, to.first, to.first_lo);
+    second.store(at, to.second, to.second_lo);
+  });
+}
+
+// Sums of x and of x * x of float32 data in plain chains of double (PlainSums, moments.hpp).
+FASTNORM_INLINE void add_plainly(const ColumnSums& to, int64_t count, int64_t width, const Panel<float>& x,
+                                 int64_t lines_ahead) {
+  const int64_t distance = lines_ahead * x.stride * static_cast<int64_t>(sizeof(float));
+  for_pack_groups<float>(width, [&](auto at, auto packs) {
+    constexpr int kPacks = decltype(packs)::value;
+    PlainSums sums[kPacks];
+    FASTNORM_UNROLL
+    for (int k = 0; k < kPacks; ++k) {
+      sums[k].sum = at.template load<double>(to.first + k * kPack);
+      sums[k].squares = at.template load<double>(to.second + k * kPack);
+    }
+    const float* from = x.data;
+    for (int64_t line = 0; line < count; ++line, from += x.stride) {
+      FASTNORM_UNROLL
+      for (int k = 0; k < kPacks; ++k) {
+        prefetch(from + at.start + k * kPack, distance);
+        sums[k].add(at, from + k * kPack);
+      }
+    }
+    FASTNORM_UNROLL
+    for (int k = 0; k < kPacks; ++k) {
+      at.store(to.first + k * kPack, sums[k].sum);
+      at.store(to.second + k * kPack, sums[k].squares);
+    }
+  });
+}
+
+// Sums of dy and of dy * x in the same way, and of |dy|.
+FASTNORM_INLINE void add_plainly(const ColumnSums& to, int64_t count, int64_t width, const Panel<float>& x,
+                                 const Panel<float>& dy, int64_t lines_ahead) {
+  const int64_t x_distance = lines_ahead * x.stride * static_cast<int64_t>(sizeof(float));
+  const int64_t dy_distance = lines_ahead * dy.stride * static_cast<int64_t>(sizeof(float));
+  for_pack_groups<float>(width, [&](auto at, auto packs) {
+    constexpr int kPacks = decltype(packs)::value;
+    PlainGradientSums sums[kPacks];
+    FASTNORM_UNROLL
+    for (int k = 0; k < kPacks; ++k) {
+      sums[k].dy_sum = at.template load<double>(to.first + k * kPack);
+      sums[k].product_sum = at.template load<double>(to.second + k * kPack);
+      sums[k].size.sum = at.template load<float>(to.size + k * kPack);
+    }
+    const float *values = x.data, *gradients = dy.data;
+    for (int64_t line = 0; line < count; ++line, values += x.stride, gradients += dy.stride) {
+      FASTNORM_UNROLL
+      for (int k = 0; k < kPacks; ++k) {
+        prefetch(values + at.start + k * kPack, x_distance);
+        prefetch(gradients + at.start + k * kPack, dy_distance);
+        sums[k].add(at, values + k * kPack, gradients + k * kPack);
+      }
+    }
+    FASTNORM_UNROLL
+    for (int k = 0; k < kPacks; ++k) {
+      at.store(to.first + k * kPack, sums[k].dy_sum);
+      at.store(to.second + k * kPack, sums[k].product_sum);
+      at.store(to.size + k * kPack, sums[k].size.sum);
+    }
+  });
+}
+
+}  // namespace
+}  // namespace fastnorm
