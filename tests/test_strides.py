@@ -201,3 +201,25 @@ def test_a_reused_out_causes_no_page_fault() -> None:
     for line in lines:
         *_, reused, fresh = line.split()
         assert int(reused) == 0 < int(fresh), f"{line}: page faults of a call with out and of one without"
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("stem", ["layer_norm", "rms_norm", "group_norm", "instance_norm", "batch_norm"])
+def test_large_results_are_the_same_past_the_cache(stem: str, layout: str) -> None:
+    """Results of odd sizes at odd places, larger than what many machines' caches hold, against fresh arrays."""
+    rng = np.random.default_rng(3)
+    for dtype, shape in ((np.float32, (41, 67, 1031)), (np.float64, (23, 70, 1029))):
+        x, dy = (LAYOUTS[layout](rng.standard_normal(shape).astype(dtype)) for _ in range(2))
+        arguments = (1,) if stem == "group_norm" else ()
+        forward, backward = getattr(fn, f"{stem}_forward"), getattr(fn, f"{stem}_backward")
+        y, cache = forward(x, *arguments)
+        dx = backward(dy, cache).dx
+        for offset in (0, 4, 5):
+            room = np.empty(x.size + 16, dtype)
+            place = room[offset : offset + x.size]
+            axes = np.argsort([-stride for stride in x.strides], kind="stable")
+            out = place.reshape([shape[axis] for axis in axes]).transpose(np.argsort(axes))
+            room[:offset] = room[offset + x.size :] = 7
+            assert forward(x, *arguments, out=out)[0].tobytes() == y.tobytes()
+            assert backward(dy, cache, out=out).dx.tobytes() == dx.tobytes()
+            assert np.all(room[:offset] == 7) and np.all(room[offset + x.size :] == 7)

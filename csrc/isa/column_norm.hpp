@@ -59,11 +59,10 @@ inline Pack<T> mend(At at, Pack<T> pack, const T* plain, int64_t width, const Va
   return pack;
 }
 
-// body(IntoCache or PastCache) for a panel of results.
+// body(how to store) for a panel of results.
 template <class T, class Body>
 FASTNORM_INLINE void with_panel_store(bool past_cache, const Panel<T>& panel, const Body& body) {
-  const bool even = panel.stride * static_cast<int64_t>(sizeof(T)) % kVectorBytes == 0;
-  with_store(past_cache && even, panel.data, body);
+  with_store(past_cache, panel.data, panel.stride * static_cast<int64_t>(sizeof(T)), body);
 }
 
 // Are all the packs of a group plain?

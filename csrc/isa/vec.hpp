@@ -24,6 +24,7 @@ constexpr int kVectorBytes = 16;
 #endif
 
 constexpr int kPack = 16;
+constexpr int kQuarterLine = 16;  // bytes
 
 template <class T, int kBytes>
 struct VectorOf {
@@ -309,13 +310,39 @@ struct PastCache {
   }
 };
 
-// call(IntoCache or PastCache) for a run of results at p.
+// Past the cache in quarters of a line, which NumPy's arrays are multiples of.
+struct PastCacheInQuarters {
+  template <class C>
+  FASTNORM_INLINE static void store(Whole at, C* p, const Pack<C>& pack) {
+    using Quarter = Vector<C, kQuarterLine>;
+    Quarter quarters[sizeof pack / sizeof(Quarter)];
+    std::memcpy(quarters, &pack, sizeof pack);
+    char* to = reinterpret_cast<char*>(p + at.start);
+    FASTNORM_UNROLL
+    for (int k = 0; k < static_cast<int>(sizeof pack) / kQuarterLine; ++k) {
+#if defined(__SSE2__)
+      _mm_stream_si128(reinterpret_cast<__m128i*>(to) + k, reinterpret_cast<__m128i>(quarters[k]));
+#else
+      std::memcpy(to + k * kQuarterLine, &quarters[k], kQuarterLine);
+#endif
+    }
+  }
+  template <class At, class C, class T>
+  FASTNORM_INLINE static void store(At at, T* p, const Pack<C>& pack) {
+    at.store(p, pack);
+  }
+};
+
+// call(IntoCache, PastCache or PastCacheInQuarters) for results at p and at multiples of `stride` bytes from it.
 template <class Call>
-FASTNORM_INLINE void with_store(bool past_cache, const void* p, const Call& call) {
-  if (past_cache && reinterpret_cast<uintptr_t>(p) % kVectorBytes == 0) {
+FASTNORM_INLINE void with_store(bool past_cache, const void* p, int64_t stride, const Call& call) {
+  const uint64_t bits = reinterpret_cast<uintptr_t>(p) | static_cast<uint64_t>(stride);
+  if (!past_cache || bits % kQuarterLine != 0) {
+    call(IntoCache{});
+  } else if (bits % kVectorBytes == 0) {
     call(PastCache{});
   } else {
-    call(IntoCache{});
+    call(PastCacheInQuarters{});
   }
 }
 
