@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from typing import Any
 
 import numpy as np
@@ -298,6 +299,7 @@ def test_one_pass_has_the_bits_of_the_separate_calls(dtype: type, norm: str, thr
                 assert_same_bits(grads.dbias, dbias)
 
 
+@pytest.mark.skipif("FASTNORM_VERIFY" in os.environ, reason="while verification is on, they leave every call")
 def test_the_compiled_step_takes_rows_in_one_piece_and_leaves_the_rest() -> None:
     x, w, rng = sample((4, 9), np.float32), sample((9,), np.float32), fn.Philox(1, 2)
 
