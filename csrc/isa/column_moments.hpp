@@ -176,15 +176,22 @@ inline void outer_moments(const Columns<T>& columns, int64_t outer, const Column
     columns.template sum<1>(outer, operands, space.sums,
                             [&](const ColumnSums& to, int64_t column, int64_t lines, int64_t n, const Panel<T>& x) {
                               const int64_t distance = ahead * x.stride * static_cast<int64_t>(sizeof(T));
-                              add_in_trees<T>(to, lines, n, [&](auto place) {
-                                return [=, about = place.template load<double>(space.pivots + column)](auto at,
-                                                                                                       int64_t line) {
-                                  const T* from = x.data + line * x.stride;
-                                  prefetch(from + at.start, distance);
-                                  const Pack<double> d = at.template load<double>(from) - about;
-                                  return PackPair{d, d * d};
-                                };
-                              });
+                              const auto add = [&](auto deviations_from) {
+                                add_in_trees<T>(to, lines, n, [&](auto place) {
+                                  return [=, about = place.template load<double>(space.pivots + column)](auto at,
+                                                                                                         int64_t line) {
+                                    const T* from = x.data + line * x.stride;
+                                    prefetch(from + at.start, distance);
+                                    return deviations_from(at.template load<double>(from), about);
+                                  };
+                                });
+                              };
+                              add([](const Pack<double>& values, const Pack<double>& about)
+                                      FASTNORM_LOOPS { return deviations(values, about); });
+                              if (few_terms<T>(columns.rows() * width)) {
+                                add([](const Pack<double>& values, const Pack<double>& about)
+                                        FASTNORM_LOOPS { return lost_deviations(values, about); });
+                              }
                             });
     const ColumnSums sums = columns.sums_at(space.sums, 0);
     int64_t far = 0;
@@ -195,7 +202,7 @@ inline void outer_moments(const Columns<T>& columns, int64_t outer, const Column
         first.add(column_sum<T>(sums.first, sums.first_lo, c));
         second.add(column_sum<T>(sums.second, sums.second_lo, c));
       }
-      Moments moments = moments_about(space.pivots[set * width], count, first.value(), second.value());
+      Moments moments = moments_about(space.pivots[set * width], count, first, second);
       if (again || near_mean<T>(moments.m2.value(), second.value())) {
         space.done[set] = 1;
         finish(set, moments);

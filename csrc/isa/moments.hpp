@@ -92,24 +92,22 @@ struct Moments {
   }
 };
 
-// Moments from the sums of d and d * d, d = x - pivot. The pivot need not be the mean, only near it.
-inline Moments moments_about(double pivot, double count, double sum, double squares) {
-  const double correction = sum / count;
-  TwoTerm mean = two_sum(pivot, correction);
-  double m2 = squares - sum * correction;
-  if (!(m2 > 0.99 * squares)) {
-    // Cancellation: the data lie closer to each other than to the pivot. Deviations are then few bits long and their
-    // sums exact, so that all is well if the rest of the formula is.
-    const TwoTerm scaled = two_product(squares, count), square = two_product(sum, sum);
-    m2 = ((scaled.hi - square.hi) + (scaled.lo - square.lo)) / count;
-    const TwoTerm whole = two_product(correction, count);
-    mean.lo += ((sum - whole.hi) - whole.lo) / count;
-  }
+// Moments from the sums of d and d * d, d = x - pivot. The pivot need not be the mean, only near it: products and
+// differences to twice the precision lose nothing where the data lie closer to each other than to the pivot, and leave
+// 0 where they are all the same.
+inline Moments moments_about(double pivot, double count, const Sum& sums, const Sum& squares) {
+  const double sum = sums.value(), correction = sum / count;
+  const TwoTerm whole = two_product(correction, count);
+  const double correction_lo = ((sum - whole.hi) - whole.lo) / count;
+  const TwoTerm mean = two_sum(pivot, correction);
+  const TwoTerm product = two_product(sum, correction), m2 = two_sum(squares.hi, -product.hi);
   Moments moments;
   moments.count = count;
   moments.mean = mean.hi;
-  moments.mean_lo = mean.lo;
-  moments.m2.hi = m2 < 0 ? 0 : m2;  // NaN stays NaN
+  moments.mean_lo = mean.lo + correction_lo;
+  if (m2.hi <= 0) return moments;  // NaN goes on
+  moments.m2.hi = m2.hi;
+  moments.m2.lo = m2.lo + (squares.lo - (product.lo + sum * correction_lo));
   return moments;
 }
 
@@ -120,6 +118,23 @@ FASTNORM_INLINE Pack<double> wide(At at, const T* x, const Pack<double>& scale) 
   return kMayOverflow<T> ? values * scale : values;
 }
 
+// d and d * d of values about a pivot, and what rounding took from the two.
+FASTNORM_INLINE PackPair deviations(const Pack<double>& values, const Pack<double>& pivot) {
+  const Pack<double> d = values - pivot;
+  return {d, d * d};
+}
+FASTNORM_INLINE PackPair lost_deviations(const Pack<double>& values, const Pack<double>& pivot) {
+  const Pack<double> d = values - pivot, part = d - values;
+  const Pack<double> lost = (values - (d - part)) - (pivot + part), square = d * d;
+  return {lost, lost_in_product(d, d, square) + (d + d) * lost};
+}
+
+// Roundings of many terms cancel each other; those of a few float64 terms have to be kept.
+template <class T>
+inline bool few_terms(int64_t count) {
+  return kMayOverflow<T> && count <= 64;
+}
+
 // Moments of n contiguous values times `scale`.
 template <class T>
 inline Moments block_moments(const T* x, int64_t n, double scale) {
@@ -127,11 +142,10 @@ inline Moments block_moments(const T* x, int64_t n, double scale) {
   const Pack<double> scales(scale);
   const double pivot = sum(n, [&](auto at) { return wide(at, x, scales); }) / count;
   const Pack<double> pivots(pivot);
-  const Pair sums = sum(n, [&](auto at) {
-    const Pack<double> d = wide(at, x, scales) - pivots;
-    return PackPair{d, d * d};
-  });
-  return moments_about(pivot, count, sums.first, sums.second);
+  const Pair sums = sum(n, [&](auto at) { return deviations(wide(at, x, scales), pivots); });
+  Pair lost{0, 0};
+  if (few_terms<T>(n)) lost = sum(n, [&](auto at) { return lost_deviations(wide(at, x, scales), pivots); });
+  return moments_about(pivot, count, {sums.first, lost.first}, {sums.second, lost.second});
 }
 
 // The same around zero, for RMS norm.
@@ -230,9 +244,9 @@ inline bool needs_scale(const Moments& moments, double eps) {
   return !(m2 < 0x1p1000) || !(std::fabs(moments.mean) < 0x1p1000) || (m2 < 0x1p-900 * moments.count && eps < 0x1p-900);
 }
 
-// Subtracting the low part of the mean costs a rounding; it is left out where it is worth less than an eighth of one.
+// Subtracting the low part of the mean costs a rounding; it is left out where it is worth less than half of one.
 inline void drop_negligible(Statistic& s) {
-  if (std::fabs(s.mean_lo) * s.rstd < 0x1p-56) s.mean_lo = 0;
+  if (std::fabs(s.mean_lo) * s.rstd < 0x1p-54) s.mean_lo = 0;
 }
 
 // Statistics of a set from its moments, which were taken of x * scale.
