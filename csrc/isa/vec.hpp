@@ -90,6 +90,27 @@ FASTNORM_INLINE Vector<float, 16> convert(const Vector<double, 32>& v) {
 }
 #endif
 
+// The same sixteen values in double.
+FASTNORM_INLINE Pack<double> widen(const Pack<float>& pack) {
+  using Half = Vector<float, kVectorBytes / 2>;
+  Pack<double> wide;
+  FASTNORM_UNROLL
+  for (int k = 0; k < Pack<float>::kParts; ++k) {
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
+    const Half low = _mm512_castps512_ps256(pack.part[k]), high = _mm512_extractf32x8_ps(pack.part[k], 1);
+#elif defined(__AVX__)
+    const Half low = _mm256_castps256_ps128(pack.part[k]), high = _mm256_extractf128_ps(pack.part[k], 1);
+#else
+    Half low, high;
+    std::memcpy(&low, &pack.part[k], sizeof low);
+    std::memcpy(&high, reinterpret_cast<const char*>(&pack.part[k]) + sizeof low, sizeof high);
+#endif
+    wide.part[2 * k] = convert<typename Pack<double>::Part>(low);
+    wide.part[2 * k + 1] = convert<typename Pack<double>::Part>(high);
+  }
+  return wide;
+}
+
 // a * b + c where the product is exact in double, as those of two float32 values are: then one rounding or two give the
 // same bits, and a level that has the fused instruction may use it.
 FASTNORM_INLINE Pack<double> add_exact_product(const Pack<double>& a, const Pack<double>& b, const Pack<double>& c) {
