@@ -42,7 +42,8 @@ template <class T>
 inline T normalised(const Columns<T>& columns, int64_t outer, const Statistic& s, int64_t c, T x) {
   const NormArgs<T>& args = columns.args();
   const int64_t param = columns.param(outer, c);
-  const double xhat = ((static_cast<double>(x) * s.scale - s.mean) - s.mean_lo) * s.rstd;
+  const double scaled = static_cast<double>(x) * s.scale;
+  const double xhat = (s.mean_lo == 0 ? scaled - s.mean : less_mean(scaled, s.mean, s.mean_lo)) * s.rstd;
   return static_cast<T>(xhat * (args.weight ? static_cast<double>(args.weight[param]) : 1) +
                         (args.bias ? static_cast<double>(args.bias[param]) : 0));
 }
@@ -80,6 +81,8 @@ inline void normalise_outer(const Columns<T>& columns, int64_t outer, const Colu
   const NormArgs<T>& args = columns.args();
   const Plan& plan = columns.plan();
   const int64_t per_set = plan.columns_per_set;
+  bool two_means = false;  // for float64: is there a column whose mean_lo counts?
+  for (int64_t c = 0; kMayOverflow<T> && c < columns.columns(); ++c) two_means = two_means || space.mean_lo[c] != 0;
   columns.for_pieces_of(true, [&](int64_t chunk, int64_t column, int64_t width) FASTNORM_LOOPS {
     Tile<T> x_tile(plan.x, columns.lines(), outer, column), y_tile(plan.y, columns.lines(), outer, column);
     columns.for_panels(chunk, column, width, [&](int64_t first, int64_t count, int64_t n) {
@@ -100,7 +103,11 @@ inline void normalise_outer(const Columns<T>& columns, int64_t outer, const Colu
                   bias[k] = at.template load<T>(space.bias + place);
                 }
                 const auto result = [&](const T* from, int k) {
-                  return ((at.template load<T>(from + k * kPack) - mean[k]) - mean_lo[k]) * factor[k] + bias[k];
+                  const Pack<T> v = at.template load<T>(from + k * kPack);
+                  if constexpr (kMayOverflow<T>) {
+                    return (two_means ? less_mean(v, mean[k], mean_lo[k]) : v - mean[k]) * factor[k] + bias[k];
+                  }
+                  return ((v - mean[k]) - mean_lo[k]) * factor[k] + bias[k];
                 };
                 const T* from = x.from(band).data;
                 T* to = y.from(band).data;

@@ -244,9 +244,9 @@ inline bool needs_scale(const Moments& moments, double eps) {
   return !(m2 < 0x1p1000) || !(std::fabs(moments.mean) < 0x1p1000) || (m2 < 0x1p-900 * moments.count && eps < 0x1p-900);
 }
 
-// Subtracting the low part of the mean costs a rounding; it is left out where it is worth less than half of one.
+// The low part of the mean costs time; it is left out where it is worth less than an eighth of a unit.
 inline void drop_negligible(Statistic& s) {
-  if (std::fabs(s.mean_lo) * s.rstd < 0x1p-54) s.mean_lo = 0;
+  if (std::fabs(s.mean_lo) * s.rstd < 0x1p-56) s.mean_lo = 0;
 }
 
 // Statistics of a set from its moments, which were taken of x * scale.

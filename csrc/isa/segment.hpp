@@ -62,6 +62,14 @@ inline bool moderate(double v) { return std::fabs(v) > 0x1p-40 && std::fabs(v) <
 // Can float32 data with these statistics be normalised in float32?
 inline bool fits(const Statistic& s) { return moderate(s.rstd) && std::fabs(s.mean) < 0x1p100; }
 
+// v - mean - mean_lo in float64, rounded once: a second rounding is more than float64 results can bear. Where mean_lo
+// is 0 there is but one anyway (and infinities may pass).
+template <class V>  // double or a pack of them
+FASTNORM_INLINE V less_mean(const V& v, const V& mean, const V& mean_lo) {
+  const V d = v - mean, part = d - v;
+  return d + (((v - (d - part)) - (mean + part)) - mean_lo);
+}
+
 // x - mean.
 template <class T, class C>
 class Centre {
@@ -69,18 +77,23 @@ class Centre {
   explicit Centre(const Statistic& s)
       : mean_(static_cast<C>(s.mean)),
         mean_lo_(static_cast<C>((s.mean - static_cast<double>(static_cast<C>(s.mean))) + s.mean_lo)),
-        scale_(static_cast<C>(s.scale)) {}
+        scale_(static_cast<C>(s.scale)),
+        exact_(s.mean_lo == 0) {}
 
   template <class At>
   FASTNORM_INLINE Pack<C> operator()(At at, const T* x) const {
     const Pack<C> v = at.template load<C>(x);
     if constexpr (sizeof(C) > sizeof(T)) return v - mean_;  // a double holds the mean of float32 data
-    if constexpr (kMayOverflow<T>) return (v * scale_ - mean_) - mean_lo_;
+    if constexpr (kMayOverflow<T>) {
+      const Pack<C> scaled = v * scale_;
+      return exact_ ? scaled - mean_ : less_mean(scaled, mean_, mean_lo_);
+    }
     return (v - mean_) - mean_lo_;
   }
 
  private:
   Pack<C> mean_, mean_lo_, scale_;
+  bool exact_;
 };
 
 template <class T, class C, class Weight, class Bias>
