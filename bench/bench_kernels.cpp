@@ -258,7 +258,7 @@ class Dropout {
 
  private:
   void drop(int64_t first, int64_t count) {
-    dropout_kernels<T>().drop(y_.bytes(), x_.bytes(), walk_, first, count, draw_, factor_, false);
+    dropout_kernels<T>().drop(y_.bytes(), x_.bytes(), walk_, first, count, draw_, factor_, {});
   }
   void mask(int64_t first, int64_t count) {
     dropout_kernels<T>().keep_mask(keep_.data() + first, walk_, first, count, draw_);

@@ -62,23 +62,26 @@ inline int64_t tiles_of(const ElementWalk& walk) {
 
 }  // namespace
 
+// Where the arrays of a call are: what no cache holds is asked for ahead, and written past the caches unless its pages
+// are new (the system clears those, and their lines are in the cache already).
+struct Reach {
+  bool ask_ahead = false, past_cache = false;
+};
+
 // y, x: the addresses of element 0. first, count: the elements to work on, which lie inside the walk.
 template <class T>
 struct DropoutKernels {
-  // y = keep ? x * factor : +0, keep being drawn. The innermost mask stride is 0 or 1; past_caches: the arrays are
-  // larger than any cache.
+  // y = keep ? x * factor : +0, keep being drawn. The innermost mask stride is 0 or 1.
   void (*drop)(char* y, const char* x, const ElementWalk& walk, int64_t first, int64_t count, const MaskDraw& draw,
-               T factor, bool past_caches);
+               T factor, Reach reach);
   // The same for tiles first .. first + count of a tiled walk. Not every element is kept, nor dropped.
   void (*drop_tiles)(char* y, const char* x, const ElementWalk& walk, int64_t first, int64_t count,
                      const MaskDraw& draw, T factor);
   // s = residual + (keep ? x * factor : +0) for elements in a row, the first having the logical index `index`; without
   // a residual s = keep ? x * factor : +0.
   void (*drop_add)(T* s, const T* x, const T* residual, int64_t index, int64_t count, const MaskDraw& draw, T factor);
-  // g += ds, dx = keep ? g * factor : +0; g stays as it is without ds. dx may be g, unless past_caches: they are larger
-  // than any cache.
-  void (*add_drop)(T* dx, T* g, const T* ds, int64_t index, int64_t count, const MaskDraw& draw, T factor,
-                   bool past_caches);
+  // g += ds, dx = keep ? g * factor : +0; g stays as it is without ds. dx may be g.
+  void (*add_drop)(T* dx, T* g, const T* ds, int64_t index, int64_t count, const MaskDraw& draw, T factor);
   // The same as drop with a mask of bytes, not 0 = kept, given by the user.
   void (*apply_mask)(char* y, const char* x, const char* keep, const ElementWalk& walk, int64_t first, int64_t count,
                      T factor);

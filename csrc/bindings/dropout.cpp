@@ -9,6 +9,7 @@
 #include <cmath>
 #include <vector>
 
+#include "cpu_features.hpp"
 #include "kernel_table.hpp"
 #include "parallel.hpp"
 
@@ -107,7 +108,7 @@ void run_tiles(const ElementWalk& walk, int64_t total, int64_t weight, const Bod
 }
 
 template <class T>
-void run_drop(const Array& y, const Array& x, const MaskDraw& draw, const SharedAxes& shared, T factor) {
+void run_drop(const Array& y, const Array& x, const MaskDraw& draw, const SharedAxes& shared, T factor, bool reused) {
   const DropoutKernels<T>& kernels = dropout_kernels<T>();
   char* const to = y.data();
   const char* const from = x.data();
@@ -117,7 +118,7 @@ void run_drop(const Array& y, const Array& x, const MaskDraw& draw, const Shared
     std::fill_n(strides, x.rank(), 0);
     const ElementWalk walk = walk_of(y, x, strides, memory_order(y));
     run_blocks(total, 1,
-               [&](int64_t first, int64_t count) { kernels.drop(to, from, walk, first, count, draw, factor, false); });
+               [&](int64_t first, int64_t count) { kernels.drop(to, from, walk, first, count, draw, factor, {}); });
     return;
   }
   draw_strides(x.rank(), x.shape(), shared, strides);
@@ -127,11 +128,10 @@ void run_drop(const Array& y, const Array& x, const MaskDraw& draw, const Shared
       kernels.drop_tiles(to, from, walk, first, count, draw, factor);
     });
   }
-  // In place, x has brought the lines to the caches.
-  const bool past_caches = to != from && 2 * total * x.itemsize() >= kStreamedBytes;
-  run_blocks(total, 1, [&](int64_t first, int64_t count) {
-    kernels.drop(to, from, walk, first, count, draw, factor, past_caches);
-  });
+  const bool far = exceeds_cache(2 * total * x.itemsize());
+  const Reach reach{far, far && reused && to != from};  // in place, x has brought the lines to the caches
+  run_blocks(total, 1,
+             [&](int64_t first, int64_t count) { kernels.drop(to, from, walk, first, count, draw, factor, reach); });
 }
 
 uint64_t checked_threshold(double p) {
@@ -172,7 +172,7 @@ void drop(py::handle y_object, py::handle x_object, double p, uint64_t seed, uin
   const Array y = checked_array(y_object), x = checked_array(x_object);
   require_result(y, x);
   const MaskDraw draw{{seed, offset}, checked_threshold(p)};
-  run_dropout(y, x, draw, checked_axes(shared_axes, static_cast<size_t>(x.rank())), inverted);
+  run_dropout(y, x, draw, checked_axes(shared_axes, static_cast<size_t>(x.rank())), inverted, false);
 }
 
 // Every element times 1 - p; p = 1 selects zeros.
@@ -183,7 +183,7 @@ void weight_scaling(py::handle y_object, py::handle x_object, double p) {
   const MaskDraw draw{{0, 0}, p == 1.0 ? 0 : kKeepAll};
   for_dtype(x, [&](auto zero) {
     using T = decltype(zero);
-    run_drop<T>(y, x, draw, {}, static_cast<T>(1.0 - p));
+    run_drop<T>(y, x, draw, {}, static_cast<T>(1.0 - p), false);
   });
 }
 
@@ -202,7 +202,7 @@ void apply_mask(py::handle y_object, py::handle x_object, const py::array_t<bool
   const char* mask = reinterpret_cast<const char*>(keep.data());
   for_dtype(x, [&](auto zero) {
     using T = decltype(zero);
-    if (threshold == 0) return run_drop<T>(y, x, MaskDraw{{0, 0}, 0}, {}, T(0));
+    if (threshold == 0) return run_drop<T>(y, x, MaskDraw{{0, 0}, 0}, {}, T(0), false);
     const T factor = keep_scale<T>(threshold);
     const auto kernel = dropout_kernels<T>().apply_mask;
     run_blocks(x.count(), 1, [&](int64_t first, int64_t count) { kernel(to, from, mask, walk, first, count, factor); });
@@ -304,10 +304,11 @@ T keep_scale(uint64_t threshold) {
 template float keep_scale<float>(uint64_t);
 template double keep_scale<double>(uint64_t);
 
-void run_dropout(const Array& y, const Array& x, const MaskDraw& draw, const SharedAxes& shared, bool inverted) {
+void run_dropout(const Array& y, const Array& x, const MaskDraw& draw, const SharedAxes& shared, bool inverted,
+                 bool reused) {
   for_dtype(x, [&](auto zero) {
     using T = decltype(zero);
-    run_drop<T>(y, x, draw, shared, inverted ? keep_scale<T>(draw.threshold) : T(1));
+    run_drop<T>(y, x, draw, shared, inverted ? keep_scale<T>(draw.threshold) : T(1), reused);
   });
 }
 

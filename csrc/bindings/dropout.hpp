@@ -10,10 +10,6 @@ namespace fastnorm {
 
 constexpr uint64_t kKeepAll = uint64_t{1} << 32;
 
-// Read and written together, from here on past the caches: level below that even where the last cache could hold both,
-// and systems do not agree on what that is (a virtual machine was told of 384 MB, and has 32).
-constexpr int64_t kStreamedBytes = int64_t{16} << 20;
-
 // Axes that share one draw.
 class SharedAxes {
  public:
@@ -32,8 +28,10 @@ uint64_t keep_threshold(double p);
 template <class T>
 T keep_scale(uint64_t threshold);
 
-// y = keep ? x * factor : 0 for two arrays of one shape and dtype, float32 or float64.
-void run_dropout(const Array& y, const Array& x, const MaskDraw& draw, const SharedAxes& shared, bool inverted);
+// y = keep ? x * factor : 0 for two arrays of one shape and dtype, float32 or float64. `reused`: y is an array of the
+// caller's, not a new one.
+void run_dropout(const Array& y, const Array& x, const MaskDraw& draw, const SharedAxes& shared, bool inverted,
+                 bool reused);
 
 // What the entries accept as p (a number in [0, 1]), as a word of 64 bits, and as rng (a seed or a stream).
 bool accepts_probability(py::handle object, double* p);

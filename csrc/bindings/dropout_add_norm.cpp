@@ -5,6 +5,7 @@
 #include <atomic>
 #include <new>
 
+#include "cpu_features.hpp"
 #include "dropout.hpp"
 #include "kernel_table.hpp"
 #include "norm_cache.hpp"
@@ -76,7 +77,8 @@ struct Step {
 
 template <class T>
 void run_forward(const Step& step, const Sizes& sizes, const Array& x, const Array* residual, const Array& s,
-                 const Array& y, const Optional& weight, const Optional& bias, const Statistics& statistics) {
+                 const Array& y, const Optional& weight, const Optional& bias, const Statistics& statistics,
+                 bool reused) {
   const int threads = threads_for(sizes.total);
   Rows rows(sizes, sizeof(T));
   rows.share(threads);
@@ -91,6 +93,7 @@ void run_forward(const Step& step, const Sizes& sizes, const Array& x, const Arr
   args.bias = bias.given ? reinterpret_cast<const T*>(bias.array.data()) : nullptr;
   args.eps = step.eps;
   args.centred = step.spec.kind != Kind::rms;
+  args.past_cache = reused && exceeds_cache(3 * sizes.total * x.itemsize());
   std::atomic<bool> done{true};
   {
     const ReleaseForLargeWork release(sizes.total);
@@ -169,9 +172,9 @@ py::object forward(PyObject* const* args) {
   statistics.allocate(spec.kind, sizes.sets, x.dtype() == Dtype::float64, false, false);
   const PhiloxStream stream = args[6] == Py_None ? PhiloxStream{0, 0} : take(args[6]);
   const Step step{spec, settings.eps, {stream, keep_threshold(p)}};
-  (x.dtype() == Dtype::float32 ? run_forward<float> : run_forward<double>)(step, sizes, x,
-                                                                           has_residual ? &residual : nullptr, Array(s),
-                                                                           Array(y), weight, bias, statistics);
+  (x.dtype() == Dtype::float32 ? run_forward<float>
+                               : run_forward<double>)(step, sizes, x, has_residual ? &residual : nullptr, Array(s),
+                                                      Array(y), weight, bias, statistics, args[9] != Py_None);
   if (!cached) return tuple_of({y, s});
   settings.count = sizes.per_set;
   py::object cache = make_cache(settings, Array(s), args[3], args[4], statistics, sizes.sets);
@@ -188,12 +191,11 @@ struct Finish {
   const T* ds;  // nullptr: there is none
   T* dx;        // may be g
   T factor;
-  bool past_caches;
 
   void rows(int64_t begin, int64_t end) const {
     const int64_t first = begin * length;
-    kernels.add_drop(dx + first, g + first, ds ? ds + first : nullptr, first, (end - begin) * length, step.draw, factor,
-                     past_caches);
+    kernels.add_drop(dx + first, g + first, ds ? ds + first : nullptr, first, (end - begin) * length, step.draw,
+                     factor);
   }
 };
 
@@ -219,8 +221,7 @@ void run_backward(const Step& step, const Sizes& sizes, const NormCache& cache, 
                          reinterpret_cast<T*>(g.data()),
                          ds ? reinterpret_cast<const T*>(ds->data()) : nullptr,
                          reinterpret_cast<T*>(dx.data()),
-                         keep_scale<T>(step.draw.threshold),
-                         dx.data() != g.data() && 2 * sizes.total * g.itemsize() >= kStreamedBytes};
+                         keep_scale<T>(step.draw.threshold)};
   args.context = &finish;
   args.sets_at_once = rows.block;
   args.finished = [](const void* context, int64_t begin, int64_t end) {

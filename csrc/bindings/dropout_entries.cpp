@@ -131,7 +131,8 @@ PyObject* dropout(PyObject*, PyObject* const* args, Py_ssize_t count) {
     Call call = call_of(args);
     if (!call.accepted(false)) return py::none();
     py::object y = result_for(call.x, call.out);
-    run_dropout(Array(y), call.x, {take(call.rng), keep_threshold(call.p)}, call.shared, call.inverted);
+    run_dropout(Array(y), call.x, {take(call.rng), keep_threshold(call.p)}, call.shared, call.inverted,
+                !call.out.is_none());
     return y;
   });
 }
@@ -147,7 +148,7 @@ PyObject* dropout_forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
     const PhiloxStream stream = take(call.rng);
     set_field(cache.ptr(), names->seed, owned_or_throw(PyLong_FromUnsignedLongLong(stream.seed)).ptr());
     set_field(cache.ptr(), names->offset, owned_or_throw(PyLong_FromUnsignedLongLong(stream.offset)).ptr());
-    run_dropout(Array(y), call.x, {stream, keep_threshold(call.p)}, call.shared, call.inverted);
+    run_dropout(Array(y), call.x, {stream, keep_threshold(call.p)}, call.shared, call.inverted, !call.out.is_none());
     return result;
   });
 }
@@ -177,7 +178,7 @@ PyObject* dropout_backward(PyObject*, PyObject* const* args, Py_ssize_t count) {
     }
     if (args[2] != Py_None && !accepts_out(args[2], call.x, true)) return py::none();
     py::object dx = result_for(call.x, args[2]);
-    run_dropout(Array(dx), call.x, {stream, keep_threshold(call.p)}, call.shared, call.inverted);
+    run_dropout(Array(dx), call.x, {stream, keep_threshold(call.p)}, call.shared, call.inverted, args[2] != Py_None);
     return dx;
   });
 }

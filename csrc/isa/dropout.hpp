@@ -187,7 +187,7 @@ constexpr int64_t kLongRow = 2 * kDrawChunk;
 
 template <class T>
 void drop(char* y, const char* x, const ElementWalk& walk, int64_t first, int64_t count, const MaskDraw& draw, T factor,
-          bool past_caches) {
+          Reach reach) {
   if (is_constant(draw)) return drop_constant(y, x, walk, first, count, draw.threshold != 0, factor);
   const InnerStrides inner(walk);
   assert(inner.mask == 0 || inner.mask == 1);
@@ -208,14 +208,10 @@ void drop(char* y, const char* x, const ElementWalk& walk, int64_t first, int64_
     if (in_rows && length >= kLongRow && chunks_in_reach(mask / 8) > (length + 7) / kDrawChunk) {
       T* const to = reinterpret_cast<T*>(y + yo);
       T* const from = reinterpret_cast<T*>(const_cast<char*>(x + xo));  // only read
-      if (past_caches) {
-        drop_long_row<WithSum::none, true, Streamed<T>>(to, from, static_cast<const T*>(nullptr), length, mask, draw,
-                                                        factor);
-      } else {
-        drop_long_row<WithSum::none, false, Direct<T>>(to, from, static_cast<const T*>(nullptr), length, mask, draw,
-                                                       factor);
-      }
-      return;
+      const auto along = reach.past_cache  ? drop_long_row<WithSum::none, true, Streamed<T>, T>
+                         : reach.ask_ahead ? drop_long_row<WithSum::none, true, Direct<T>, T>
+                                           : drop_long_row<WithSum::none, false, Direct<T>, T>;
+      return along(to, from, nullptr, length, mask, draw, factor);
     }
     while (length > 0) {
       int64_t part = length;
@@ -236,8 +232,7 @@ void drop(char* y, const char* x, const ElementWalk& walk, int64_t first, int64_
 }
 
 template <WithSum sum, class T>
-void drop_block(T* y, T* x, const T* other, int64_t index, int64_t count, const MaskDraw& draw, T factor,
-                bool past_caches) {
+void drop_block(T* y, T* x, const T* other, int64_t index, int64_t count, const MaskDraw& draw, T factor) {
   if (is_constant(draw)) {
     const bool keep = draw.threshold != 0;
 #pragma omp simd
@@ -254,8 +249,6 @@ void drop_block(T* y, T* x, const T* other, int64_t index, int64_t count, const 
       const int16_t* halves = window.at(index + i, &part);
       drop_row<sum>(y + i, x + i, sum != WithSum::none ? other + i : nullptr, halves, part, window.below(), factor);
     }
-  } else if (past_caches) {
-    drop_long_row<sum, true, Streamed<T>>(y, x, other, count, index, draw, factor);
   } else {
     // Two arrays are read: even the last cache is slow enough to be asked ahead.
     drop_long_row<sum, true, Direct<T>>(y, x, other, count, index, draw, factor);
@@ -266,19 +259,18 @@ template <class T>
 void drop_add(T* s, const T* x, const T* residual, int64_t index, int64_t count, const MaskDraw& draw, T factor) {
   T* const from = const_cast<T*>(x);  // only read
   if (residual) {
-    drop_block<WithSum::after>(s, from, residual, index, count, draw, factor, false);
+    drop_block<WithSum::after>(s, from, residual, index, count, draw, factor);
   } else {
-    drop_block<WithSum::none>(s, from, residual, index, count, draw, factor, false);
+    drop_block<WithSum::none>(s, from, residual, index, count, draw, factor);
   }
 }
 
 template <class T>
-void add_drop(T* dx, T* g, const T* ds, int64_t index, int64_t count, const MaskDraw& draw, T factor,
-              bool past_caches) {
+void add_drop(T* dx, T* g, const T* ds, int64_t index, int64_t count, const MaskDraw& draw, T factor) {
   if (ds) {
-    drop_block<WithSum::before>(dx, g, ds, index, count, draw, factor, past_caches);
+    drop_block<WithSum::before>(dx, g, ds, index, count, draw, factor);
   } else {
-    drop_block<WithSum::none>(dx, g, ds, index, count, draw, factor, past_caches);
+    drop_block<WithSum::none>(dx, g, ds, index, count, draw, factor);
   }
 }
 

@@ -6,43 +6,20 @@
 #include <cstdint>
 #include <cstring>
 
+#include "isa/vec.hpp"
+
 namespace fastnorm {
 namespace {
 
 constexpr int64_t kLine = 64;
 
 // One line of 64 bytes; `to` is a multiple of 64.
-[[gnu::always_inline]] inline void stream_line(char* to, const char* from) {
-#if defined(__AVX512F__)
-  typedef long long Line __attribute__((vector_size(64)));
-#elif defined(__AVX2__)
-  typedef long long Line __attribute__((vector_size(32)));
-#else
-  typedef long long Line __attribute__((vector_size(16)));
-#endif
-  for (int64_t at = 0; at < kLine; at += sizeof(Line)) {
-    Line line;
-    std::memcpy(&line, from + at, sizeof line);
-    Line* const target = reinterpret_cast<Line*>(to + at);
-#if defined(__clang__)
-    __builtin_nontemporal_store(line, target);
-#elif defined(__AVX512F__)
-    __builtin_ia32_movntdq512(target, line);
-#elif defined(__AVX2__)
-    __builtin_ia32_movntdq256(target, line);
-#elif defined(__SSE2__)
-    __builtin_ia32_movntdq(target, line);
-#else
-    *target = line;
-#endif
+FASTNORM_INLINE void stream_line(char* to, const char* from) {
+  for (int64_t at = 0; at < kLine; at += kVectorBytes) {
+    Vector<double, kVectorBytes> part;
+    std::memcpy(&part, from + at, sizeof part);
+    store_past(to + at, part);
   }
-}
-
-// What streamed stores need before another thread may be told of them.
-inline void finish_streaming() {
-#if defined(__SSE2__)
-  __builtin_ia32_sfence();
-#endif
 }
 
 // A stretch of an array, written in order in pieces of `size` bytes: fill `piece()`, then `write`. Only whole lines are
@@ -73,7 +50,7 @@ class StreamOut {
   // The next byte of the array; nothing waits any more.
   char* finish() {
     if (!first_) std::memcpy(line_, buffer_, static_cast<size_t>(head_));
-    finish_streaming();
+    finish_stores();
     return line_ + head_;
   }
 
