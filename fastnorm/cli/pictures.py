@@ -21,6 +21,8 @@ _MARKS = {
     "jax": ("#7570b3", "^"),
     "onnxruntime": ("#e7298a", "v"),
     "numba": ("#1f78b4", "D"),
+    "hash": ("#66a61e", "x"),
+    "calls": ("#a6761d", "+"),
 }
 _OWN_COLOUR = "#1b7837"
 _FARTHEST = 20.0  # ratios beyond are drawn here: what they say is "far behind"

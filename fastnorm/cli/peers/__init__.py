@@ -25,6 +25,8 @@ _PEERS = {
     "jax": ("with_jax", ("jax",)),
     "onnxruntime": ("with_onnxruntime", ("onnxruntime", "onnx")),
     "numba": ("with_numba", ("numba",)),
+    "hash": ("with_hash", ("numba",)),
+    "calls": ("with_calls", ("numpy",)),
 }
 NAMES = tuple(_PEERS)
 # As the libraries write themselves, for pages and pictures.
@@ -34,6 +36,8 @@ TITLES = {
     "jax": "JAX",
     "onnxruntime": "ONNX Runtime",
     "numba": "numba",
+    "hash": "numba hash",
+    "calls": "separate calls",
 }
 
 
