@@ -61,6 +61,9 @@ class Tile {
     step_ = walk.rank == 0 ? 0 : lines.fold * walk.stride[walk.rank - 1];
   }
 
+  // Does every panel lie in place, its lines equally far apart?
+  bool in_place() const { return together_ && operand_.element.rank <= 1; }
+
   Panel<T> read(int64_t first, int64_t count, int64_t width) {
     const Panel<T> panel = open(first, count, width);
     if (panel.data == buffer_) {
@@ -116,6 +119,20 @@ FASTNORM_INLINE void for_bands(int64_t count, int64_t width, int64_t lines_ahead
   const int64_t band = banded ? kBand : count;
   for (int64_t first = 0; first < count; first += band) visit(first, count - first < band ? count - first : band);
 }
+
+// call(true or false, as a constant): is memory to be asked ahead?
+template <class Call>
+FASTNORM_INLINE void with_ahead(bool ahead, const Call& call) {
+  if (ahead) {
+    call(std::true_type{});
+  } else {
+    call(std::false_type{});
+  }
+}
+
+// The place some values after another one.
+FASTNORM_INLINE Whole moved(Whole at, int64_t values) { return {at.start + values}; }
+FASTNORM_INLINE Partial moved(Partial at, int64_t values) { return {at.start + values, at.count}; }
 
 // body(place, packs) along a line of n values: places of as many whole packs as registers hold, then of fewer.
 template <int kPacks>
