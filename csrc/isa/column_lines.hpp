@@ -19,8 +19,6 @@ template <class T>
 constexpr int64_t kPanel = 32768 / sizeof(T);  // values of an operand at hand at a time
 constexpr int64_t kMaxPanelRows = 64;          // a multiple of kSlab, as is kPanel / kTile
 constexpr int64_t kFewColumns = 48;            // fewer are read several rows at a time
-constexpr int64_t kAheadBytes = 8192;          // see reading_ahead (runs.hpp)
-constexpr int64_t kLargeBytes = 3 << 20;
 constexpr bool kManyRegisters = kVectorBytes == 64;
 
 // Narrow rows are read as long ones: `fold` rows of `columns` values make one line, in which every column comes `fold`
