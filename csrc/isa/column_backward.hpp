@@ -9,44 +9,100 @@
 namespace fastnorm {
 namespace {
 
-// Sums of dy and of dy * xhat per column, and of |dy| for float32.
-template <class T>
-inline void gradient_outer_sums(const Columns<T>& columns, int64_t outer, const ColumnSpace<T>& space) {
+// The terms of the gradients' sums, for add_in_short_trees.
+template <bool kAhead>
+struct GradientTerms {
+  static constexpr int kSums = 3;
+  const float *x, *dy;
+  int64_t x_stride, dy_stride, x_distance, dy_distance;
+
+  FASTNORM_INLINE void move(int64_t columns) {
+    x += columns;
+    dy += columns;
+  }
+  FASTNORM_INLINE void next(int64_t lines) {
+    x += lines * x_stride;
+    dy += lines * dy_stride;
+  }
+  template <class At>
+  FASTNORM_INLINE FloatTerms<3> operator()(At at, int64_t line, const Pack<float>& mean) const {
+    const float *const values = x + line * x_stride, *const gradients = dy + line * dy_stride;
+    if constexpr (kAhead) {
+      prefetch(values + at.start, x_distance);
+      prefetch(gradients + at.start, dy_distance);
+    }
+    const Pack<float> g = at.template load<float>(gradients);
+    return {{g, g * (at.template load<float>(values) - mean), magnitude(g)}};
+  }
+};
+
+// Sums of dy and of dy * xhat per column by short trees, the latter about the float32 next to the mean: no value of x
+// is nearer to the mean than that is, so what the sums lose is a few units of the sum of their terms' magnitudes
+// wherever the mean is. done = 1 for sets far enough from float32's limits; true if that was everywhere.
+inline bool short_tree_gradient_sums(const Columns<float>& columns, int64_t outer, const ColumnSpace<float>& space) {
   const Plan& plan = columns.plan();
-  const int64_t per_set = plan.columns_per_set, sets = columns.sets_in_outer(), ahead = columns.lines_ahead();
+  const int64_t width = plan.columns_per_set, sets = columns.sets_in_outer(), n = columns.columns();
+  const int64_t ahead = columns.lines_ahead();
+  const Operand* const operands[2] = {&plan.x, &plan.dy};
+  const double* const mean = spread_sets(space.mean, sets, width, space.of_column[0]);
+  const double* const mean_lo = spread_sets(space.mean_lo, sets, width, space.of_column[1]);
+  const double* const rstd = spread_sets(space.rstd, sets, width, space.of_column[2]);
+#pragma omp simd
+  for (int64_t c = 0; c < n; ++c) space.subtract[c] = static_cast<float>(mean[c]);
+  repeat(columns.lines(), space.subtract);
+  columns.sum<2>(outer, operands, space.sums,
+                 [&](const ColumnSums& to, int64_t column, int64_t lines, int64_t n, const Panel<float>& x,
+                     const Panel<float>& dy) {
+                   const int64_t x_distance = ahead * x.stride * static_cast<int64_t>(sizeof(float));
+                   const int64_t dy_distance = ahead * dy.stride * static_cast<int64_t>(sizeof(float));
+                   with_ahead(ahead != 0, [&](auto asks) {
+                     const GradientTerms<decltype(asks)::value> terms{x.data,    dy.data,    x.stride,
+                                                                      dy.stride, x_distance, dy_distance};
+                     add_in_short_trees(to, lines, n, space.subtract + column, terms);
+                   });
+                 });
+  const ColumnSums sums = columns.sums_at(space.sums, 0);
+  const double count = static_cast<double>(columns.rows()), least = 0x1p-100 * count;
+  double* const good = space.of_column[3];
+#pragma omp simd
+  for (int64_t c = 0; c < n; ++c) {
+    const double dy = sums.first[c], product = sums.second[c], size = static_cast<double>(sums.size[c]);
+    const double rest = (mean[c] - static_cast<double>(static_cast<float>(mean[c]))) + mean_lo[c];
+    const bool ordinary = is_moderate(size / count) & (std::fabs(product) > least) & (std::fabs(product) < 0x1p200);
+    const bool fine = (ordinary | (size == 0)) & plain_statistic<float>(mean[c], rstd[c], 1);
+    space.dy[c] = dy;
+    space.dy_xhat[c] = (product - rest * dy) * rstd[c];
+    space.weight[c] = size;
+    good[c] = fine ? 1.0 : 0.0;
+  }
+  const double* const sizes = add_up_sets(space.weight, sets, width, space.size);
+  const double* const good_columns = add_up_sets(good, sets, width, space.first);
+  double good_ones = 0;
+#pragma omp simd reduction(+ : good_ones)
+  for (int64_t set = 0; set < sets; ++set) {
+    space.size[set] = sizes[set];
+    space.done[set] = good_columns[set] == static_cast<double>(width) ? 1.0 : 0.0;
+    good_ones += space.done[set];
+  }
+  return good_ones == static_cast<double>(sets);
+}
+
+// The same in double, for the sets that are not done; what float64 sums have lost stays where they were added up.
+template <class T>
+inline void exact_gradient_sums(const Columns<T>& columns, int64_t outer, const ColumnSpace<T>& space) {
+  const Plan& plan = columns.plan();
+  const int64_t width = plan.columns_per_set, sets = columns.sets_in_outer(), ahead = columns.lines_ahead();
   const Operand* const operands[2] = {&plan.x, &plan.dy};
   const ColumnSums sums = columns.sums_at(space.sums, 0);
-  bool all = !kMayOverflow<T>;
-  for (int64_t set = 0; set < sets; ++set) space.done[set] = 0;
-  if constexpr (!kMayOverflow<T>) {
-    columns.template sum<2>(
-        outer, operands, space.sums,
-        [ahead](const ColumnSums& to, int64_t, int64_t lines, int64_t n, const Panel<T>& x, const Panel<T>& dy) {
-          for_bands<T, 2>(lines, n, ahead, [&](int64_t first, int64_t band) {
-            add_plainly(to, band, n, x.from(first), dy.from(first), ahead);
-          });
-        });
-    for (int64_t set = 0; set < sets; ++set) {
-      const Statistic& s = space.statistics[set];
-      const bool plain = sums_plainly(s, columns.args().eps, columns.additions());
-      for (int64_t c = set * per_set; c < (set + 1) * per_set; ++c) {
-        const double difference = sums.second[c] - s.mean * sums.first[c];
-        space.dy[c] = sums.first[c];
-        space.dy_xhat[c] = difference * s.rstd;
-        space.size[c] = static_cast<double>(sums.size[c]);
-      }
-      space.done[set] = plain;
-      all = all && plain;
-    }
-  }
-  if (all) return;
+  space.find_undone(columns);
   double *mean = space.centre[0], *rstd = space.centre[1], *mean_lo = space.centre[2], *scale = space.centre[3];
-  for (int64_t c = 0; c < columns.columns(); ++c) {
-    const Statistic& s = space.statistics[c / per_set];
-    mean[c] = s.mean;
-    rstd[c] = s.rstd;
-    mean_lo[c] = s.mean_lo;
-    scale[c] = s.scale;
+  for (int64_t set = 0; set < sets; ++set) {
+    for (int64_t c = set * width; c < (set + 1) * width; ++c) {
+      mean[c] = space.mean[set];
+      rstd[c] = space.rstd[set];
+      mean_lo[c] = space.mean_lo[set];
+      scale[c] = space.scale[set];
+    }
   }
   for (double* array : space.centre) repeat(columns.lines(), array);
   columns.template sum<2>(
@@ -54,7 +110,7 @@ inline void gradient_outer_sums(const Columns<T>& columns, int64_t outer, const 
       [=](const ColumnSums& to, int64_t column, int64_t lines, int64_t n, const Panel<T>& x, const Panel<T>& dy) {
         const int64_t x_distance = ahead * x.stride * static_cast<int64_t>(sizeof(T));
         const int64_t dy_distance = ahead * dy.stride * static_cast<int64_t>(sizeof(T));
-        add_in_trees<T>(to, lines, n, [&](auto place) {
+        add_in_trees<T>(to, lines, n, space.careful + column / kPack, [&](auto place) {
           const auto of = [&](const double* array) { return place.template load<double>(array + column); };
           return [=, m = of(mean), lo = of(mean_lo), k = of(scale), r = of(rstd)](auto at, int64_t line) {
             const T *values = x.data + line * x.stride, *gradients = dy.data + line * dy.stride;
@@ -69,76 +125,95 @@ inline void gradient_outer_sums(const Columns<T>& columns, int64_t outer, const 
           };
         });
       });
-  for (int64_t c = 0; c < columns.columns(); ++c) {
-    if (space.done[c / per_set] != 0) continue;
-    space.dy[c] = sums.first[c];
-    space.dy_xhat[c] = sums.second[c];
+  for (int64_t set = 0; set < sets; ++set) {
+    if (space.done[set] != 0) continue;
+    for (int64_t c = set * width; c < (set + 1) * width; ++c) {
+      space.dy[c] = sums.first[c];
+      space.dy_xhat[c] = sums.second[c];
+    }
   }
 }
 
-inline Sum kept_sum(double hi, double lo) {
-  Sum sum;
-  sum.hi = hi;
-  sum.lo = lo;
-  return sum;
+// Sums of dy and of dy * xhat per column, and of |dy| per set for float32.
+template <class T>
+inline void gradient_outer_sums(const Columns<T>& columns, int64_t outer, const ColumnSpace<T>& space) {
+  if constexpr (kMayOverflow<T>) {
+    for (int64_t set = 0; set < columns.sets_in_outer(); ++set) space.done[set] = 0;
+  } else {
+    if (short_tree_gradient_sums(columns, outer, space)) return;
+  }
+  exact_gradient_sums(columns, outer, space);
 }
 
-// The sums of one column. What float64 sums have lost is where they were added up.
-template <class T>
-inline Sum sum_of_dy(const Columns<T>& columns, const ColumnSpace<T>& space, int64_t c) {
-  return kept_sum(space.dy[c], kMayOverflow<T> ? columns.sums_at(space.sums, 0).first_lo[c] : 0);
+// The means of the gradients of each set, and whether dx can be made of them in float32 (done = 1).
+inline void gradient_means(const Columns<float>& columns, const ColumnSpace<float>& space) {
+  const int64_t width = columns.plan().columns_per_set, sets = columns.sets_in_outer(), n = columns.columns();
+  const double count = static_cast<double>(columns.rows() * width);
+  double *const dy = space.of_column[0], *const dy_xhat = space.of_column[1], *const fine = space.of_column[2];
+#pragma omp simd
+  for (int64_t c = 0; c < n; ++c) {
+    dy[c] = space.weight[c] * space.dy[c];
+    dy_xhat[c] = space.weight[c] * space.dy_xhat[c];
+    fine[c] = is_moderate(space.weight[c]) ? 1.0 : 0.0;
+  }
+  const double* const dy_sums = add_up_sets(dy, sets, width, space.first);
+  const double* const dy_xhat_sums = add_up_sets(dy_xhat, sets, width, space.second);
+  const double* const fine_weights = add_up_sets(fine, sets, width, space.pivot);
+#pragma omp simd
+  for (int64_t set = 0; set < sets; ++set) {
+    const double a = dy_sums[set] / count, b = dy_xhat_sums[set] / count, size = space.size[set];
+    const bool plain = (fine_weights[set] == static_cast<double>(width)) & (is_moderate(size / count) | (size == 0)) &
+                       plain_statistic<float>(space.mean[set], space.rstd[set], 1) & (std::fabs(a) < 0x1p100) &
+                       (std::fabs(b * space.rstd[set]) < 0x1p100);
+    space.mean_g[set] = a;
+    space.mean_g_xhat[set] = b;
+    space.done[set] = plain ? 1.0 : 0.0;
+  }
 }
-template <class T>
-inline Sum sum_of_dy_xhat(const Columns<T>& columns, const ColumnSpace<T>& space, int64_t c) {
-  return kept_sum(space.dy_xhat[c], kMayOverflow<T> ? columns.sums_at(space.sums, 0).second_lo[c] : 0);
+inline void gradient_means(const Columns<double>& columns, const ColumnSpace<double>& space) {
+  const int64_t width = columns.plan().columns_per_set;
+  const double count = static_cast<double>(columns.rows() * width);
+  const ColumnSums sums = columns.sums_at(space.sums, 0);
+  for (int64_t set = 0; set < columns.sets_in_outer(); ++set) {
+    Sum a, b;
+    for (int64_t c = set * width; c < (set + 1) * width; ++c) {
+      a.add(space.weight[c] * column_sum<double>(space.dy, sums.first_lo, c).value());
+      b.add(space.weight[c] * column_sum<double>(space.dy_xhat, sums.second_lo, c).value());
+    }
+    space.mean_g[set] = a.value() / count;
+    space.mean_g_xhat[set] = b.value() / count;
+    space.done[set] = space.scale[set] == 1 ? 1 : 0;
+  }
 }
 
 // The means of each set, and what makes dx of them in each place.
 template <class T>
 inline void prepare_gradient(const Columns<T>& columns, int64_t outer, const ColumnSpace<T>& space) {
-  const NormArgs<T>& args = columns.args();
-  const Lines& lines = columns.lines();
-  const int64_t width = columns.plan().columns_per_set, param = columns.param(outer, 0),
-                step = columns.plan().column_param;
-  const double count = static_cast<double>(columns.rows() * width);
-  const auto weight_of = [&](int64_t c) {
-    return args.weight ? static_cast<double>(args.weight[param + c * step]) : 1;
-  };
-  for (int64_t set = 0; set < columns.sets_in_outer(); ++set) {
-    const Statistic& s = space.statistics[set];
-    Sum a, b;
-    double size = 0;
-    bool plain_weights = true;
-    for (int64_t c = set * width; c < (set + 1) * width; ++c) {
-      const double weight = weight_of(c);
-      if constexpr (kMayOverflow<T>) {
-        a.add(weight * sum_of_dy(columns, space, c).value());
-        b.add(weight * sum_of_dy_xhat(columns, space, c).value());
-      } else {
-        a.hi += weight * space.dy[c];
-        b.hi += weight * space.dy_xhat[c];
-        size += space.size[c];
-      }
-      plain_weights = plain_weights && moderate(weight);
-    }
-    const GradientMeans means = GradientMeans::of<T>(a, b, size, count, true, plain_weights, s);
-    const bool plain = !args.constant_stats && (kMayOverflow<T> ? s.scale == 1 : means.in_float);
-    space.mean_g[set] = means.a;
-    space.mean_g_xhat[set] = means.b;
-    const T mean = static_cast<T>(s.mean);
-    const T mean_lo = static_cast<T>((s.mean - static_cast<double>(mean)) + s.mean_lo);
-    for (int64_t c = set * width; c < (set + 1) * width; ++c) {
-      space.mean[c] = mean;
-      space.mean_lo[c] = mean_lo;
-      space.factor[c] = static_cast<T>(weight_of(c));
-      space.a[c] = static_cast<T>(means.a);
-      space.b[c] = static_cast<T>(kMayOverflow<T> ? means.b : means.b * s.rstd);
-      space.rstd[c] = static_cast<T>(s.rstd);
-      space.plain[c] = plain ? T(1) : T(0);
-    }
+  const int64_t width = columns.plan().columns_per_set, sets = columns.sets_in_outer(), n = columns.columns();
+  take_weights(columns, outer, space.weight);
+  gradient_means(columns, space);
+  const double* const mean = spread_sets(space.mean, sets, width, space.of_column[0]);
+  const double* const mean_lo = spread_sets(space.mean_lo, sets, width, space.of_column[1]);
+  const double* const rstd = spread_sets(space.rstd, sets, width, space.of_column[2]);
+  const double* const done = spread_sets(space.done, sets, width, space.of_column[3]);
+  const double* const mean_g = spread_sets(space.mean_g, sets, width, space.centre[0]);
+  const double* const mean_g_xhat = spread_sets(space.mean_g_xhat, sets, width, space.centre[1]);
+  const double plain = columns.args().constant_stats ? 0 : 1;
+#pragma omp simd
+  for (int64_t c = 0; c < n; ++c) {
+    const T subtract = static_cast<T>(mean[c]);
+    space.subtract[c] = subtract;
+    space.subtract_lo[c] = static_cast<T>((mean[c] - static_cast<double>(subtract)) + mean_lo[c]);
+    space.factor[c] = static_cast<T>(space.weight[c]);
+    space.a[c] = static_cast<T>(mean_g[c]);
+    space.b[c] = static_cast<T>(kMayOverflow<T> ? mean_g_xhat[c] : mean_g_xhat[c] * rstd[c]);
+    space.root[c] = static_cast<T>(rstd[c]);
+    space.plain[c] = static_cast<T>(plain * done[c]);
   }
-  for (T* array : {space.mean, space.mean_lo, space.factor, space.a, space.b, space.rstd}) repeat(lines, array);
-  space.find_careful(lines);
+  for (T* array : {space.subtract, space.subtract_lo, space.factor, space.a, space.b, space.root}) {
+    repeat(columns.lines(), array);
+  }
+  space.find_careful(columns.lines());
 }
 
 // One value in double, whatever its set.
@@ -152,11 +227,71 @@ inline T input_gradient(const NormArgs<T>& args, const Statistic& s, double g, d
   return static_cast<T>(scaled * s.scale);
 }
 
+// dx of a panel: in float32 or float64 where the sets' numbers allow it, value by value where they do not.
+template <bool kAhead, class T, class Out>
+FASTNORM_INLINE void gradient_panel(const Columns<T>& columns, const ColumnSpace<T>& space, int64_t column,
+                                    int64_t lines, int64_t n, const Panel<T>& x, const Panel<T>& dy, const Panel<T>& dx,
+                                    Out out) {
+  const int64_t x_distance = columns.lines_ahead() * x.stride * static_cast<int64_t>(sizeof(T));
+  const int64_t dy_distance = columns.lines_ahead() * dy.stride * static_cast<int64_t>(sizeof(T));
+  for_pack_groups<T>(n, [&](auto at, auto packs) {
+    constexpr int kPacks = decltype(packs)::value;
+    Pack<T> mean[kPacks], mean_lo[kPacks], weight[kPacks], a[kPacks], b[kPacks], rstd[kPacks];
+    FASTNORM_UNROLL
+    for (int k = 0; k < kPacks; ++k) {
+      const int64_t place = column + k * kPack;
+      mean[k] = at.template load<T>(space.subtract + place);
+      mean_lo[k] = at.template load<T>(space.subtract_lo + place);
+      weight[k] = at.template load<T>(space.factor + place);
+      a[k] = at.template load<T>(space.a + place);
+      b[k] = at.template load<T>(space.b + place);
+      rstd[k] = at.template load<T>(space.root + place);
+    }
+    const auto result = [&](const T* values, const T* gradients, int k) FASTNORM_LOOPS {
+      Pack<T> centred = (at.template load<T>(values + k * kPack) - mean[k]) - mean_lo[k];
+      if constexpr (kMayOverflow<T>) centred = centred * rstd[k];  // folded with b it could overflow
+      return rstd[k] * ((at.template load<T>(gradients + k * kPack) * weight[k] - a[k]) - centred * b[k]);
+    };
+    // Copies, for the compiler to keep them in registers.
+    const T *values = x.data, *gradients = dy.data;
+    T* to = dx.data;
+    const int64_t x_step = x.stride, dy_step = dy.stride, dx_step = dx.stride, count = lines;
+    const int64_t x_ahead = x_distance, dy_ahead = dy_distance;
+    if (all_plain(space, column + at.start, kPacks)) {
+      for (int64_t line = 0; line < count; ++line) {
+        FASTNORM_UNROLL
+        for (int k = 0; k < kPacks; ++k) {
+          if constexpr (kAhead) {
+            prefetch(values + at.start + k * kPack, x_ahead);
+            prefetch(gradients + at.start + k * kPack, dy_ahead);
+          }
+          out.store(at, to + k * kPack, result(values, gradients, k));
+        }
+        values += x_step, gradients += dy_step, to += dx_step;
+      }
+      return;
+    }
+    for (int64_t line = 0; line < count; ++line) {
+      for (int k = 0; k < kPacks; ++k) {
+        const int64_t group = k * kPack;
+        const Pack<T> mended =
+            mend(at, result(values, gradients, k), space.plain + column + group, n - group, [&](int64_t lane) {
+              const int64_t i = group + at.start + lane, c = (column + i) % columns.columns(),
+                            set = c / columns.plan().columns_per_set;
+              return input_gradient(columns.args(), space.statistic(set),
+                                    static_cast<double>(gradients[i]) * space.weight[c], space.mean_g[set],
+                                    space.mean_g_xhat[set], values[i]);
+            });
+        out.store(at, to + group, mended);
+      }
+      values += x_step, gradients += dy_step, to += dx_step;
+    }
+  });
+}
+
 template <class T>
 inline void gradient_outer(const Columns<T>& columns, int64_t outer, const ColumnSpace<T>& space) {
   const Plan& plan = columns.plan();
-  const NormArgs<T>& args = columns.args();
-  const int64_t per_set = plan.columns_per_set;
   columns.for_pieces_of(true, [&](int64_t chunk, int64_t column, int64_t width) FASTNORM_LOOPS {
     const Lines& lines = columns.lines();
     Tile<T> x_tile(plan.x, lines, outer, column), dy_tile(plan.dy, lines, outer, column),
@@ -164,57 +299,11 @@ inline void gradient_outer(const Columns<T>& columns, int64_t outer, const Colum
     columns.for_panels(chunk, column, width, [&](int64_t first, int64_t count, int64_t n) {
       const Panel<T> x = x_tile.read(first, count, n), dy = dy_tile.read(first, count, n),
                      dx = dx_tile.open(first, count, n);
-      const int64_t x_distance = columns.lines_ahead() * x.stride * static_cast<int64_t>(sizeof(T));
-      const int64_t dy_distance = columns.lines_ahead() * dy.stride * static_cast<int64_t>(sizeof(T));
-      with_panel_store(args.past_cache, dx, [&](auto out) {
-        for_bands<T, 2>(count, n, columns.lines_ahead(), [&](int64_t band, int64_t band_lines) {
-          for_pack_groups<T>(n, [&](auto at, auto packs) {
-            constexpr int kPacks = decltype(packs)::value;
-            Pack<T> mean[kPacks], mean_lo[kPacks], weight[kPacks], a[kPacks], b[kPacks], rstd[kPacks];
-            FASTNORM_UNROLL
-            for (int k = 0; k < kPacks; ++k) {
-              const int64_t place = column + k * kPack;
-              mean[k] = at.template load<T>(space.mean + place);
-              mean_lo[k] = at.template load<T>(space.mean_lo + place);
-              weight[k] = at.template load<T>(space.factor + place);
-              a[k] = at.template load<T>(space.a + place);
-              b[k] = at.template load<T>(space.b + place);
-              rstd[k] = at.template load<T>(space.rstd + place);
-            }
-            const auto result = [&](const T* values, const T* gradients, int k) {
-              Pack<T> centred = (at.template load<T>(values + k * kPack) - mean[k]) - mean_lo[k];
-              if constexpr (kMayOverflow<T>) centred = centred * rstd[k];  // folded with b it could overflow
-              return rstd[k] * ((at.template load<T>(gradients + k * kPack) * weight[k] - a[k]) - centred * b[k]);
-            };
-            const T *values = x.from(band).data, *gradients = dy.from(band).data;
-            T* to = dx.from(band).data;
-            if (all_plain(space, column + at.start, kPacks)) {
-              for (int64_t line = 0; line < band_lines; ++line) {
-                FASTNORM_UNROLL
-                for (int k = 0; k < kPacks; ++k) {
-                  prefetch(values + at.start + k * kPack, x_distance);
-                  prefetch(gradients + at.start + k * kPack, dy_distance);
-                  out.store(at, to + k * kPack, result(values, gradients, k));
-                }
-                values += x.stride, gradients += dy.stride, to += dx.stride;
-              }
-              return;
-            }
-            for (int64_t line = 0; line < band_lines; ++line) {
-              for (int k = 0; k < kPacks; ++k) {
-                const int64_t group = k * kPack;
-                const Pack<T> mended =
-                    mend(at, result(values, gradients, k), space.plain + column + group, n - group, [&](int64_t lane) {
-                      const int64_t i = group + at.start + lane, c = (column + i) % columns.columns(),
-                                    set = c / per_set;
-                      const double w = args.weight ? static_cast<double>(args.weight[columns.param(outer, c)]) : 1;
-                      return input_gradient(args, space.statistics[set], static_cast<double>(gradients[i]) * w,
-                                            space.mean_g[set], space.mean_g_xhat[set], values[i]);
-                    });
-                out.store(at, to + group, mended);
-              }
-              values += x.stride, gradients += dy.stride, to += dx.stride;
-            }
+      with_panel_store(columns.args().past_cache, dx, [&](auto out) {
+        with_ahead(columns.lines_ahead() != 0, [&](auto asks) {
+          for_bands<T, 2>(count, n, columns.lines_ahead(), [&](int64_t band, int64_t band_lines) {
+            gradient_panel<decltype(asks)::value>(columns, space, column, band_lines, n, x.from(band), dy.from(band),
+                                                  dx.from(band), out);
           });
         });
       });
@@ -223,37 +312,81 @@ inline void gradient_outer(const Columns<T>& columns, int64_t outer, const Colum
   });
 }
 
+// Sums of dy and dy * xhat per parameter, from rows of `width` of them that may share parameters.
+template <class T>
+class ParameterTotals {
+ public:
+  ParameterTotals(int64_t rows, int64_t width, int64_t params)
+      : rows_(rows), width_(padded(width)), length_(rows * width_ + padded(params)), space_(kArrays * length_) {
+    if (*this) std::memset(space_.data(), 0, static_cast<size_t>(kArrays * length_) * sizeof(double));
+  }
+  explicit operator bool() const { return static_cast<bool>(space_); }
+
+  void add(int64_t row, const ColumnSums& sums, int64_t n) const { add_sums<T>(at(row * width_), sums, n); }
+
+  // The gradients: row i's first parameter is param(i), the others `step` apart.
+  template <class Param>
+  void finish(const NormArgs<T>& args, int64_t n, int64_t params, int64_t step, const Param& param) const {
+    ColumnSums totals = at(0);
+    if (rows_ > 1 || n != params || step != 1) {
+      totals = at(rows_ * width_);
+      for (int64_t row = 0; row < rows_; ++row) {
+        const ColumnSums sums = at(row * width_);
+        const int64_t first = param(row);
+        if (step == 1) {
+          add_sums<T>(totals + first, sums, n);
+        } else {
+          for (int64_t c = 0; c < n; ++c) add_sums<T>(totals + (first + c * step), sums + c, 1);
+        }
+      }
+    }
+    const auto store = [&](T* to, const double* hi, const double* lo) {
+      if (to == nullptr) return;
+      for (int64_t p = 0; p < params; ++p) to[p] = static_cast<T>(column_sum<T>(hi, lo, p).value());
+    };
+    store(args.dweight, totals.second, totals.second_lo);
+    store(args.dbias, totals.first, totals.first_lo);
+  }
+
+ private:
+  static constexpr int64_t kArrays = kMayOverflow<T> ? 4 : 2;
+
+  ColumnSums at(int64_t place) const {
+    const int64_t lo = kMayOverflow<T> ? 2 : 0;
+    double* const sums = space_.data() + place;
+    return {sums, sums + length_, sums + lo * length_, sums + (lo + 1) * length_, reinterpret_cast<float*>(sums)};
+  }
+
+  int64_t rows_, width_, length_;
+  RawSpace space_;
+};
+
 template <class T>
 bool column_backward(const Plan& plan, const NormArgs<T>& args) {
   const Columns<T> columns(plan, args);
-  const int64_t size = ColumnSpace<T>::size_of(columns), width = columns.columns();
+  const int64_t width = columns.columns();
   const bool want_params = args.dweight || args.dbias;
-  const Workspace<double> workspace(columns.groups() * size);
   // Sums of the outer indices of a group that share parameters; those with parameters of their own share none.
   bool owns = false;
   for (int axis = 0; axis < plan.set_param.rank; ++axis) owns = owns || plan.set_param.stride[axis] != 0;
-  const int64_t own = owns ? plan.sets : columns.groups();
-  const Workspace<SegmentSums> partial(want_params ? own * width : 0), totals(want_params ? plan.params : 0);
-  if (!workspace || !partial || !totals) return false;
-  columns.for_outer([&](int64_t group, int64_t outer) {
-    const ColumnSpace<T> space(&workspace[group * size], columns);
-    for (int64_t set = 0; set < columns.sets_in_outer(); ++set) {
-      space.statistics[set] = kept_column_statistic(columns, outer, set);
-    }
+  const ParameterTotals<T> totals(want_params ? (owns ? plan.sets : columns.groups()) : 0, width,
+                                  want_params ? plan.params : 0);
+  if (!totals) return false;
+  const auto outer_gradient = [&](const ColumnSpace<T>& space, int64_t group, int64_t outer) {
+    take_statistics(columns, outer, space, true);
     gradient_outer_sums(columns, outer, space);
-    prepare_gradient(columns, outer, space);
     if (want_params) {
-      SegmentSums* to = &partial[(owns ? outer : group) * width];
-      for (int64_t c = 0; c < width; ++c) {
-        to[c].dy.add(sum_of_dy(columns, space, c));
-        to[c].dy_xhat.add(sum_of_dy_xhat(columns, space, c));
-      }
+      const ColumnSums lost = columns.sums_at(space.sums, 0);
+      totals.add(owns ? outer : group, {space.dy, space.dy_xhat, lost.first_lo, lost.second_lo, lost.size}, width);
     }
+    prepare_gradient(columns, outer, space);
     gradient_outer(columns, outer, space);
-  });
-  reduce_parameter_gradients(
-      plan, args, partial.data(), want_params ? own : 0, width, plan.column_param,
-      [&](int64_t i) { return columns.param(owns ? i : 0, 0); }, totals.data());
+  };
+  if (!for_outer_spaces(columns, outer_gradient)) return false;
+  if (want_params) {
+    totals.finish(args, width, plan.params, plan.column_param,
+                  [&](int64_t row) { return columns.param(owns ? row : 0, 0); });
+  }
   return true;
 }
 

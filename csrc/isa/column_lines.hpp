@@ -19,8 +19,6 @@ template <class T>
 constexpr int64_t kPanel = 32768 / sizeof(T);  // values of an operand at hand at a time
 constexpr int64_t kMaxPanelRows = 64;          // a multiple of kSlab, as is kPanel / kTile
 constexpr int64_t kFewColumns = 48;            // fewer are read several rows at a time
-constexpr int64_t kAheadBytes = 8192;          // see reading_ahead (runs.hpp)
-constexpr int64_t kLargeBytes = 3 << 20;
 constexpr bool kManyRegisters = kVectorBytes == 64;
 
 // Narrow rows are read as long ones: `fold` rows of `columns` values make one line, in which every column comes `fold`
@@ -60,6 +58,9 @@ class Tile {
     if (lines.fold > 1) together_ = together_ && walk.rank == 1 && walk.stride[0] == row_bytes;
     step_ = walk.rank == 0 ? 0 : lines.fold * walk.stride[walk.rank - 1];
   }
+
+  // Does every panel lie in place, its lines equally far apart?
+  bool in_place() const { return together_ && operand_.element.rank <= 1; }
 
   Panel<T> read(int64_t first, int64_t count, int64_t width) {
     const Panel<T> panel = open(first, count, width);
@@ -116,6 +117,20 @@ FASTNORM_INLINE void for_bands(int64_t count, int64_t width, int64_t lines_ahead
   const int64_t band = banded ? kBand : count;
   for (int64_t first = 0; first < count; first += band) visit(first, count - first < band ? count - first : band);
 }
+
+// call(true or false, as a constant): is memory to be asked ahead?
+template <class Call>
+FASTNORM_INLINE void with_ahead(bool ahead, const Call& call) {
+  if (ahead) {
+    call(std::true_type{});
+  } else {
+    call(std::false_type{});
+  }
+}
+
+// The place some values after another one.
+FASTNORM_INLINE Whole moved(Whole at, int64_t values) { return {at.start + values}; }
+FASTNORM_INLINE Partial moved(Partial at, int64_t values) { return {at.start + values, at.count}; }
 
 // body(place, packs) along a line of n values: places of as many whole packs as registers hold, then of fewer.
 template <int kPacks>

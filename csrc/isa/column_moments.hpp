@@ -1,5 +1,5 @@
-// Moments of sets that are columns: float32 data by plain sums, checked like those of other sets (moments.hpp); what
-// they cannot do, and float64, about a pivot per set, the mean of its first rows; sets whose first rows are not like
+// Moments of sets that are columns, about a pivot per set, the mean of a few of its rows: float32 data in short trees
+// of float32, checked by what they give; what those cannot do, and float64, in double; sets whose sample is not like
 // the others once more, about their mean.
 #pragma once
 
@@ -41,149 +41,237 @@ inline bool near_mean(double m2, double squares) {
   return m2 * (kMayOverflow<T> ? 1.5 : 0x1p12) >= squares;
 }
 
-// Pivots: the mean of the first rows of each set.
-template <class T>
-inline void first_means(const Columns<T>& columns, int64_t outer, double* pivots) {
-  const Plan& plan = columns.plan();
-  constexpr int64_t kSample = kMayOverflow<T> ? 8 * kSlab : kSlab;
-  const int64_t rows = columns.rows() < kSample ? columns.rows() : kSample, width = plan.columns_per_set;
-  const Lines rows_apart(0, columns.columns());  // no folding
-  for (int64_t column = 0; column < columns.columns(); column += kTile<T>) {
-    const int64_t left = columns.columns() - column, tile = left < kTile<T> ? left : kTile<T>;
-    Tile<T> tiles(plan.x, rows_apart, outer, column);
-    for (int64_t c = 0; c < tile; ++c) pivots[column + c] = 0;
-    for (int64_t first = 0; first < rows; first += kSlab) {
-      const int64_t count = rows - first < kSlab ? rows - first : kSlab;
-      const Panel<T> x = tiles.read(first, count, tile);
-      for (int64_t r = 0; r < count; ++r) {
-        for (int64_t c = 0; c < tile; ++c) pivots[column + c] += static_cast<double>(x.data[r * x.stride + c]);
-      }
-    }
-  }
-  const double count = static_cast<double>(rows * width);
-  for (int64_t first = 0; first < columns.columns(); first += width) {
-    double sum = 0;
-    for (int64_t c = first; c < first + width; ++c) sum += pivots[c];
-    for (int64_t c = first; c < first + width; ++c) pivots[c] = sum / count;
-  }
-}
-
 // The first `columns` values of an array, repeated for all places of a line.
 template <class V>
 inline void repeat(const Lines& lines, V* values) {
-  for (int64_t at = lines.columns; at < lines.length; ++at) values[at] = values[at - lines.columns];
+  for (int64_t at = lines.columns; at < lines.length;) {
+    const int64_t n = at < lines.length - at ? at : lines.length - at;
+    std::memcpy(values + at, values, static_cast<size_t>(n) * sizeof(V));
+    at += n;
+  }
 }
 
 // Workspace of one group of outer indices, and of what is known of the outer index at hand. Arrays "per place" have
 // the length of a line.
 template <class T>
 struct ColumnSpace {
-  double *sums, *pivots, *done;       // done: per set, 1 once its moments are known
-  double* centre[4];                  // mean, rstd, and for float64 mean_lo and scale, per place
-  double *dy, *dy_xhat, *size;        // sums per column
-  T *mean, *mean_lo, *factor, *bias;  // y = ((x - mean) - mean_lo) * factor + bias, per place
-  T *rstd, *a, *b;                    // dx = rstd * ((dy * weight - a) - centred * b)
-  T* plain;                           // 0 where a place wants double, or a scale
-  Statistic* statistics;              // per set
-  double *mean_g, *mean_g_xhat;       // per set
-  double* careful;                    // per pack of places: some of them are not plain
+  double* sums;
+  double *mean, *mean_lo, *rstd, *scale, *var;  // per set: its Statistic, and the variance
+  double *pivot, *done;                         // per set; done: 1 once its moments, or sums of gradients, are known
+  double *first, *second, *size;                // sums per set
+  double *mean_g, *mean_g_xhat;                 // means of gradients per set
+  double* of_column[4];                         // numbers of sets, per column
+  double *weight, *dy, *dy_xhat;                // per column
+  double* centre[4];                            // mean, rstd, and for float64 mean_lo and scale, per place
+  T *subtract, *subtract_lo, *factor, *bias;    // y = ((x - subtract) - subtract_lo) * factor + bias, per place
+  T *root, *a, *b;                              // dx = root * ((dy * factor - a) - centred * b)
+  T* plain;                                     // 0 where a place wants double, or a scale
+  double* careful;                              // per pack of places: some of them are not plain
 
   static int64_t size_of(const Columns<T>& columns) {
-    return columns.sums_space() + 16 * columns.lines().length + 8 * columns.sets_in_outer() +
-           columns.lines().length / kPack + 8;
+    const int64_t length = padded(columns.lines().length);
+    return columns.sums_space() + 20 * length + 12 * padded(columns.sets_in_outer()) + padded(length / kPack + 1);
   }
   ColumnSpace(double* space, const Columns<T>& columns) {
     const auto take = [&](int64_t count) {
       double* taken = space;
-      space += count;
+      space += padded(count);
       return taken;
     };
     const int64_t length = columns.lines().length, sets = columns.sets_in_outer();
     sums = take(columns.sums_space());
-    for (double** array : {&pivots, &centre[0], &centre[1], &centre[2], &centre[3], &dy, &dy_xhat, &size}) {
+    for (double** array :
+         {&mean, &mean_lo, &rstd, &scale, &var, &pivot, &done, &first, &second, &size, &mean_g, &mean_g_xhat}) {
+      *array = take(sets);
+    }
+    for (double** array : {&of_column[0], &of_column[1], &of_column[2], &of_column[3], &weight, &dy, &dy_xhat,
+                           &centre[0], &centre[1], &centre[2], &centre[3]}) {
       *array = take(length);
     }
-    for (T** array : {&mean, &mean_lo, &factor, &bias, &rstd, &a, &b, &plain}) {
+    for (T** array : {&subtract, &subtract_lo, &factor, &bias, &root, &a, &b, &plain}) {
       *array = reinterpret_cast<T*>(take(length));
     }
-    done = take(sets);
-    statistics = reinterpret_cast<Statistic*>(take(4 * sets));
-    mean_g = take(sets);
-    mean_g_xhat = take(sets);
     careful = take(length / kPack + 1);
+  }
+
+  Statistic statistic(int64_t set) const { return {mean[set], mean_lo[set], rstd[set], scale[set]}; }
+  void keep(int64_t set, const Statistic& s) const {
+    mean[set] = s.mean;
+    mean_lo[set] = s.mean_lo;
+    rstd[set] = s.rstd;
+    scale[set] = s.scale;
   }
 
   // To be called when plain[c] is known for all columns.
   void find_careful(const Lines& lines) const {
-    bool all = true;
-    for (int64_t c = 0; c < lines.columns; ++c) all = all && plain[c] != 0;
+    T least = 1;
+#pragma omp simd reduction(min : least)
+    for (int64_t c = 0; c < lines.columns; ++c) least = plain[c] < least ? plain[c] : least;
     for (int64_t at = 0; at < lines.length; at += kPack) careful[at / kPack] = 0;
-    if (all) return;
+    if (least == 1) return;
     repeat(lines, plain);
     for (int64_t at = 0; at < lines.length; ++at) {
       if (plain[at] == 0) careful[at / kPack] = 1;
     }
   }
+  // Marks the packs that have columns of sets that are not done; false if there are none.
+  bool find_undone(const Columns<T>& columns) const {
+    const int64_t width = columns.plan().columns_per_set;
+    bool all = true;
+    for (int64_t set = 0; set < columns.sets_in_outer(); ++set) {
+      for (int64_t c = set * width; c < (set + 1) * width; ++c) plain[c] = static_cast<T>(done[set]);
+      all = all && done[set] != 0;
+    }
+    if (!all) find_careful(columns.lines());
+    return !all;
+  }
 };
 
-// Moments of the sets of one outer index from plain sums: finish(set, moments) and done = 1 where these will do. True
-// if that was everywhere.
-template <class Finish>
-inline bool plain_moments(const Columns<float>& columns, int64_t outer, const ColumnSpace<float>& space,
-                          const Finish& finish) {
-  const int64_t width = columns.plan().columns_per_set, sets = columns.sets_in_outer();
-  const double count = static_cast<double>(columns.rows() * width);
-  const Operand* const operands[1] = {&columns.plan().x};
-  const int64_t ahead = columns.lines_ahead();
-  columns.sum<1>(outer, operands, space.sums,
-                 [ahead](const ColumnSums& to, int64_t, int64_t lines, int64_t n, const Panel<float>& x) {
-                   add_plainly(to, lines, n, x, ahead);
-                 });
-  const ColumnSums sums = columns.sums_at(space.sums, 0);
-  bool all = true;
+// Numbers per set from numbers per column, by addition.
+inline const double* add_up_sets(const double* columns, int64_t sets, int64_t width, double* to) {
+  if (width == 1) return columns;
   for (int64_t set = 0; set < sets; ++set) {
-    PlainTotals totals;
-    totals.additions = columns.additions();
-    for (int64_t c = set * width; c < (set + 1) * width; ++c) {
-      totals.sum += sums.first[c];
-      totals.squares += sums.second[c];
-    }
-    Moments moments;
-    const bool good = moments_of(totals, count, true, moments);
-    space.done[set] = good;
-    if (good) finish(set, moments);
-    all = all && good;
+    double sum = 0;
+    for (int64_t c = set * width; c < (set + 1) * width; ++c) sum += columns[c];
+    to[set] = sum;
   }
-  return all;
+  return to;
 }
 
-// Moments of all sets of one outer index: finish(set, moments). `precise`: in any case from deviations.
+// Numbers per column from numbers per set.
+inline const double* spread_sets(const double* of_sets, int64_t sets, int64_t width, double* to) {
+  if (width == 1) return of_sets;
+  for (int64_t set = 0; set < sets; ++set) {
+    for (int64_t c = set * width; c < (set + 1) * width; ++c) to[c] = of_sets[set];
+  }
+  return to;
+}
+
+// Pivots: the mean of some rows of each set, from all over it. Their number is a power of two, so that a constant set's
+// pivot is its value.
+template <class T>
+inline void sample_pivots(const Columns<T>& columns, int64_t outer, const ColumnSpace<T>& space) {
+  const Plan& plan = columns.plan();
+  // Few float64 rows all of them: their pivot then is the mean, and the sum of deviations has nothing to lose.
+  int64_t rows = kMayOverflow<T> ? 64 : 8;
+  if (kMayOverflow<T> && rows > columns.rows()) rows = columns.rows();
+  while (rows > columns.rows()) rows /= 2;
+  const int64_t width = plan.columns_per_set, sets = columns.sets_in_outer();
+  const int64_t apart = columns.rows() / rows;
+  const Lines unfolded(0, columns.columns());
+  double* const sums = space.of_column[0];
+  for (int64_t column = 0; column < columns.columns(); column += kTile<T>) {
+    const int64_t left = columns.columns() - column, tile = left < kTile<T> ? left : kTile<T>;
+    Tile<T> tiles(plan.x, unfolded, outer, column);
+    double* const to = sums + column;
+    if (tiles.in_place()) {
+      const Panel<T> x = tiles.open(0, 1, tile);
+      for_packs(tile, [&](auto at) {
+        Pack<double> sum = at.template load<double>(x.data);
+        for (int64_t row = 1; row < rows; ++row) sum += at.template load<double>(x.data + row * apart * x.stride);
+        at.store(to, sum);
+      });
+      continue;
+    }
+    for (int64_t row = 0; row < rows; ++row) {
+      const T* const x = tiles.read(row * apart, 1, tile).data;
+      for (int64_t c = 0; c < tile; ++c) to[c] = (row > 0 ? to[c] : 0) + static_cast<double>(x[c]);
+    }
+  }
+  const double* const totals = add_up_sets(sums, sets, width, space.first);
+  const double count = static_cast<double>(rows * width);
+#pragma omp simd
+  for (int64_t set = 0; set < sets; ++set) space.pivot[set] = static_cast<double>(static_cast<T>(totals[set] / count));
+}
+
+// A set's float32 sums about a pivot are good if they are nowhere near float32's limits, and the pivot not much farther
+// from the mean than a standard deviation: what the sums have lost is a few units of sqrt(squares) for the mean, and of
+// `squares` for m2. Squares of exactly 0 are those of a constant set where the values are too large to be so close
+// to each other that squares vanish.
+constexpr double kPivotMargin = 8;
+
+// The terms of the moments, for add_in_short_trees.
+template <bool kAhead>
+struct DeviationTerms {
+  static constexpr int kSums = 2;
+  const float* x;
+  int64_t stride, distance;
+
+  FASTNORM_INLINE void move(int64_t columns) { x += columns; }
+  FASTNORM_INLINE void next(int64_t lines) { x += lines * stride; }
+  template <class At>
+  FASTNORM_INLINE FloatTerms<2> operator()(At at, int64_t line, const Pack<float>& pivot) const {
+    const float* const from = x + line * stride;
+    if constexpr (kAhead) prefetch(from + at.start, distance);
+    const Pack<float> d = at.template load<float>(from) - pivot;
+    return {{d, d * d}};
+  }
+};
+
+// Moments of the sets of one outer index from short trees: done = 1 where these will do. True if that was everywhere.
+inline bool short_tree_moments(const Columns<float>& columns, int64_t outer, const ColumnSpace<float>& space) {
+  const int64_t width = columns.plan().columns_per_set, sets = columns.sets_in_outer(), all_columns = columns.columns();
+  const double count = static_cast<double>(columns.rows() * width), eps = columns.args().eps;
+  const Operand* const operands[1] = {&columns.plan().x};
+  const int64_t ahead = columns.lines_ahead();
+  const double* const pivots = spread_sets(space.pivot, sets, width, space.of_column[0]);
+#pragma omp simd
+  for (int64_t c = 0; c < all_columns; ++c) space.subtract[c] = static_cast<float>(pivots[c]);
+  repeat(columns.lines(), space.subtract);
+  columns.sum<1>(outer, operands, space.sums,
+                 [&](const ColumnSums& to, int64_t column, int64_t lines, int64_t n, const Panel<float>& x) {
+                   const int64_t distance = ahead * x.stride * static_cast<int64_t>(sizeof(float));
+                   with_ahead(ahead != 0, [&](auto asks) {
+                     const DeviationTerms<decltype(asks)::value> terms{x.data, x.stride, distance};
+                     add_in_short_trees(to, lines, n, space.subtract + column, terms);
+                   });
+                 });
+  const ColumnSums sums = columns.sums_at(space.sums, 0);
+  const double* const first = add_up_sets(sums.first, sets, width, space.first);
+  const double* const second = add_up_sets(sums.second, sets, width, space.second);
+  const double least = 0x1p-100 * count;
+  double good_ones = 0;
+#pragma omp simd reduction(+ : good_ones)
+  for (int64_t set = 0; set < sets; ++set) {
+    const double sum = first[set], squares = second[set], correction = sum / count;
+    const double m2 = squares - sum * correction, var = m2 / count;
+    const bool ordinary = (m2 * kPivotMargin >= squares) & (m2 > least) & (squares < 0x1p200);
+    const bool constant = (squares == 0) & (std::fabs(space.pivot[set]) > 0x1p-40);
+    space.mean[set] = space.pivot[set] + correction;
+    space.mean_lo[set] = 0;
+    space.rstd[set] = var + eps == 0 ? 0 : 1 / std::sqrt(var + eps);
+    space.scale[set] = 1;
+    space.var[set] = var;
+    space.done[set] = ordinary | constant ? 1.0 : 0.0;
+    good_ones += space.done[set];
+  }
+  return good_ones == static_cast<double>(sets);
+}
+
+// Moments of the sets that are not done yet, in double: finish(set, moments).
 template <class T, class Finish>
-inline void outer_moments(const Columns<T>& columns, int64_t outer, const ColumnSpace<T>& space, bool precise,
-                          const Finish& finish) {
+inline void exact_moments(const Columns<T>& columns, int64_t outer, const ColumnSpace<T>& space, const Finish& finish) {
   const Plan& plan = columns.plan();
   const int64_t width = plan.columns_per_set, sets = columns.sets_in_outer();
   const double count = static_cast<double>(columns.rows() * width);
-  for (int64_t set = 0; set < sets; ++set) space.done[set] = 0;
-  if constexpr (!kMayOverflow<T>) {
-    if (!precise && plain_moments(columns, outer, space, finish)) return;
-  }
   const Operand* const operands[1] = {&plan.x};
   const int64_t ahead = columns.lines_ahead();
-  first_means(columns, outer, space.pivots);
   for (const bool again : {false, true}) {
-    repeat(columns.lines(), space.pivots);
+    if (!space.find_undone(columns)) return;
+    double* const pivots = space.centre[0];
+    for (int64_t c = 0; c < columns.columns(); ++c) pivots[c] = space.pivot[c / width];
+    repeat(columns.lines(), pivots);
     columns.template sum<1>(outer, operands, space.sums,
                             [&](const ColumnSums& to, int64_t column, int64_t lines, int64_t n, const Panel<T>& x) {
                               const int64_t distance = ahead * x.stride * static_cast<int64_t>(sizeof(T));
                               const auto add = [&](auto deviations_from) {
-                                add_in_trees<T>(to, lines, n, [&](auto place) {
-                                  return [=, about = place.template load<double>(space.pivots + column)](auto at,
-                                                                                                         int64_t line) {
-                                    const T* from = x.data + line * x.stride;
-                                    prefetch(from + at.start, distance);
-                                    return deviations_from(at.template load<double>(from), about);
-                                  };
+                                add_in_trees<T>(to, lines, n, space.careful + column / kPack, [&](auto place) {
+                                  return
+                                      [=, about = place.template load<double>(pivots + column)](auto at, int64_t line) {
+                                        const T* from = x.data + line * x.stride;
+                                        prefetch(from + at.start, distance);
+                                        return deviations_from(at.template load<double>(from), about);
+                                      };
                                 });
                               };
                               add([](const Pack<double>& values, const Pack<double>& about)
@@ -194,7 +282,6 @@ inline void outer_moments(const Columns<T>& columns, int64_t outer, const Column
                               }
                             });
     const ColumnSums sums = columns.sums_at(space.sums, 0);
-    int64_t far = 0;
     for (int64_t set = 0; set < sets; ++set) {
       if (space.done[set] != 0) continue;
       Sum first, second;
@@ -202,37 +289,99 @@ inline void outer_moments(const Columns<T>& columns, int64_t outer, const Column
         first.add(column_sum<T>(sums.first, sums.first_lo, c));
         second.add(column_sum<T>(sums.second, sums.second_lo, c));
       }
-      Moments moments = moments_about(space.pivots[set * width], count, first, second);
+      Moments moments = moments_about(space.pivot[set], count, first, second);
       if (again || near_mean<T>(moments.m2.value(), second.value())) {
         space.done[set] = 1;
         finish(set, moments);
       } else {
-        ++far;
-        for (int64_t c = set * width; c < (set + 1) * width; ++c) space.pivots[c] = moments.mean;
+        space.pivot[set] = moments.mean;
       }
     }
-    if (far == 0) return;
   }
 }
 
+// The statistic of a set from its moments, kept in the space and for the caller.
 template <class T>
-inline Statistic column_statistic(const Columns<T>& columns, int64_t outer, int64_t set, Moments& moments) {
+inline void finish_column_set(const Columns<T>& columns, int64_t outer, const ColumnSpace<T>& space, int64_t set,
+                              Moments& moments) {
   const double eps = columns.args().eps;
-  if (!needs_scale<T>(moments, eps)) return statistic_of<T>(moments, eps, 1);
   Statistic s;
-  moments = single_moments(columns.plan(), columns.args(), outer, set, s);
-  return s;
+  if (needs_scale<T>(moments, eps)) {
+    moments = single_moments(columns.plan(), columns.args(), outer, set, s);
+  } else {
+    s = statistic_of<T>(moments, eps, 1);
+  }
+  space.keep(set, s);
+  store_statistic(columns.args(), columns.stat(outer, set), moments, s);
 }
 
-// The statistic a forward left for its backward; measured again where float64 could not hold it.
+// Statistics of all sets of one outer index, kept in the space and for the caller.
 template <class T>
-inline Statistic kept_column_statistic(const Columns<T>& columns, int64_t outer, int64_t set) {
+inline void measure_outer(const Columns<T>& columns, int64_t outer, const ColumnSpace<T>& space) {
   const NormArgs<T>& args = columns.args();
-  const int64_t stat = columns.stat(outer, set);
-  if (args.constant_stats || !lost<T>(args.rstd[stat])) return given_statistic(args, stat);
-  Statistic s;
-  single_moments(columns.plan(), args, outer, set, s);
-  return s;
+  const int64_t sets = columns.sets_in_outer();
+  sample_pivots(columns, outer, space);
+  if constexpr (kMayOverflow<T>) {
+    for (int64_t set = 0; set < sets; ++set) space.done[set] = 0;
+  } else {
+    const bool all = short_tree_moments(columns, outer, space);
+    const int64_t base = columns.stat(outer, 0), step = columns.plan().column_stat;
+    const auto hand_out = [&](double* to, const double* from) {
+      if (to == nullptr) return;
+      for (int64_t set = 0; set < sets; ++set) to[base + set * step] = from[set];
+    };
+    hand_out(args.mean, space.mean);
+    hand_out(args.mean_lo, space.mean_lo);
+    hand_out(args.var, space.var);
+    hand_out(args.rstd, space.rstd);
+    if (all) return;
+  }
+  exact_moments(columns, outer, space,
+                [&](int64_t set, Moments& moments) { finish_column_set(columns, outer, space, set, moments); });
+}
+
+// The statistics a forward left for its backward, or the caller gave; measured again where float64 could not hold them.
+template <class T>
+inline void take_statistics(const Columns<T>& columns, int64_t outer, const ColumnSpace<T>& space, bool kept) {
+  const NormArgs<T>& args = columns.args();
+  const int64_t sets = columns.sets_in_outer(), base = columns.stat(outer, 0), step = columns.plan().column_stat;
+  if constexpr (kMayOverflow<T>) {
+    for (int64_t set = 0; set < sets; ++set) {
+      const int64_t stat = base + set * step;
+      Statistic s;
+      if (kept && !args.constant_stats && lost<T>(args.rstd[stat])) {
+        single_moments(columns.plan(), args, outer, set, s);
+      } else {
+        s = given_statistic(args, stat);
+      }
+      space.keep(set, s);
+    }
+  } else {
+    const auto take = [&](double* to, const double* from, double otherwise) {
+      for (int64_t set = 0; set < sets; ++set) to[set] = from ? from[base + set * step] : otherwise;
+    };
+    take(space.mean, args.mean, 0);
+    take(space.mean_lo, args.mean_lo, 0);
+    take(space.rstd, args.rstd, 0);
+    for (int64_t set = 0; set < sets; ++set) {
+      Statistic s = space.statistic(set);
+      drop_negligible(s);
+      space.mean_lo[set] = s.mean_lo;
+      space.scale[set] = 1;
+    }
+  }
+}
+
+// body(group's workspace, outer index) for all outer indices. False: no memory.
+template <class T, class Body>
+inline bool for_outer_spaces(const Columns<T>& columns, const Body& body) {
+  const int64_t size = ColumnSpace<T>::size_of(columns);
+  const RawSpace workspace(columns.groups() * size);
+  if (!workspace) return false;
+  columns.for_outer([&](int64_t group, int64_t outer) {
+    body(ColumnSpace<T>(workspace.data() + group * size, columns), group, outer);
+  });
+  return true;
 }
 
 }  // namespace

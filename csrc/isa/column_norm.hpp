@@ -10,31 +10,57 @@
 namespace fastnorm {
 namespace {
 
+// The weights of the columns, in double.
+template <class T>
+inline void take_weights(const Columns<T>& columns, int64_t outer, double* to) {
+  const T* const weight = columns.args().weight;
+  const int64_t n = columns.columns(), step = columns.plan().column_param;
+  if (weight == nullptr) {
+    for (int64_t c = 0; c < n; ++c) to[c] = 1;
+    return;
+  }
+  const T* const from = weight + columns.param(outer, 0);
+  if (step == 1) {
+#pragma omp simd
+    for (int64_t c = 0; c < n; ++c) to[c] = static_cast<double>(from[c]);
+  } else {
+    for (int64_t c = 0; c < n; ++c) to[c] = static_cast<double>(from[c * step]);
+  }
+}
+
+// Moderate numbers, and statistics that float32 data can be normalised with in float32, without a branch.
+FASTNORM_INLINE bool is_moderate(double v) { return (std::fabs(v) > 0x1p-40) & (std::fabs(v) < 0x1p40); }
+template <class T>
+FASTNORM_INLINE bool plain_statistic(double mean, double rstd, double scale) {
+  if constexpr (kMayOverflow<T>) return scale == 1;
+  return is_moderate(rstd) & (std::fabs(mean) < 0x1p100);
+}
+
 // What normalises each place, from the statistics of its set.
 template <class T>
 inline void prepare_normalise(const Columns<T>& columns, int64_t outer, const ColumnSpace<T>& space) {
   const NormArgs<T>& args = columns.args();
-  const Lines& lines = columns.lines();
-  const int64_t width = columns.plan().columns_per_set, param = columns.param(outer, 0),
-                step = columns.plan().column_param;
-  for (int64_t set = 0; set < columns.sets_in_outer(); ++set) {
-    const Statistic& s = space.statistics[set];
-    const bool set_is_plain = kMayOverflow<T> ? s.scale == 1 : fits(s);
-    const T mean = static_cast<T>(s.mean);
-    const T mean_lo = static_cast<T>((s.mean - static_cast<double>(mean)) + s.mean_lo);
-    for (int64_t c = set * width; c < (set + 1) * width; ++c) {
-      const double factor = s.rstd * (args.weight ? static_cast<double>(args.weight[param + c * step]) : 1);
-      const bool plain =
-          kMayOverflow<T> ? std::fabs(factor) < 0x1p1000 && std::fabs(factor) > 0x1p-1000 : moderate(factor);
-      space.mean[c] = mean;
-      space.mean_lo[c] = mean_lo;
-      space.factor[c] = static_cast<T>(factor);
-      space.bias[c] = args.bias ? args.bias[param + c * step] : T(0);
-      space.plain[c] = set_is_plain && plain ? T(1) : T(0);
-    }
+  const int64_t width = columns.plan().columns_per_set, sets = columns.sets_in_outer(), n = columns.columns();
+  const double* const mean = spread_sets(space.mean, sets, width, space.of_column[0]);
+  const double* const mean_lo = spread_sets(space.mean_lo, sets, width, space.of_column[1]);
+  const double* const rstd = spread_sets(space.rstd, sets, width, space.of_column[2]);
+  const double* const scale = spread_sets(space.scale, sets, width, space.of_column[3]);
+  take_weights(columns, outer, space.weight);
+#pragma omp simd
+  for (int64_t c = 0; c < n; ++c) {
+    const double factor = rstd[c] * space.weight[c];
+    const bool plain =
+        kMayOverflow<T> ? (std::fabs(factor) < 0x1p1000) & (std::fabs(factor) > 0x1p-1000) : is_moderate(factor);
+    const T subtract = static_cast<T>(mean[c]);
+    space.subtract[c] = subtract;
+    space.subtract_lo[c] = static_cast<T>((mean[c] - static_cast<double>(subtract)) + mean_lo[c]);
+    space.factor[c] = static_cast<T>(factor);
+    space.plain[c] = plain_statistic<T>(mean[c], rstd[c], scale[c]) & plain ? T(1) : T(0);
   }
-  for (T* array : {space.mean, space.mean_lo, space.factor, space.bias}) repeat(lines, array);
-  space.find_careful(lines);
+  const int64_t param = columns.param(outer, 0), step = columns.plan().column_param;
+  for (int64_t c = 0; c < n; ++c) space.bias[c] = args.bias ? args.bias[param + c * step] : T(0);
+  for (T* array : {space.subtract, space.subtract_lo, space.factor, space.bias}) repeat(columns.lines(), array);
+  space.find_careful(columns.lines());
 }
 
 // One value in double, whatever its set.
@@ -76,121 +102,113 @@ FASTNORM_INLINE bool all_plain(const ColumnSpace<T>& space, int64_t place, int p
   return true;
 }
 
+// A panel of results: in the type of the array where the sets' numbers allow it, value by value where they do not.
+template <bool kAhead, class T, class Out>
+FASTNORM_INLINE void normalise_panel(const Columns<T>& columns, int64_t outer, const ColumnSpace<T>& space,
+                                     int64_t column, int64_t lines, int64_t n, const Panel<T>& x, const Panel<T>& y,
+                                     bool two_means, Out out) {
+  for_pack_groups<T>(n, [&](auto at, auto packs) {
+    constexpr int kPacks = decltype(packs)::value;
+    Pack<T> mean[kPacks], mean_lo[kPacks], factor[kPacks], bias[kPacks];
+    FASTNORM_UNROLL
+    for (int k = 0; k < kPacks; ++k) {
+      const int64_t place = column + k * kPack;
+      mean[k] = at.template load<T>(space.subtract + place);
+      mean_lo[k] = at.template load<T>(space.subtract_lo + place);
+      factor[k] = at.template load<T>(space.factor + place);
+      bias[k] = at.template load<T>(space.bias + place);
+    }
+    const auto result = [&](const T* from, int k) FASTNORM_LOOPS {
+      const Pack<T> v = at.template load<T>(from + k * kPack);
+      if constexpr (kMayOverflow<T>) {
+        return (two_means ? less_mean(v, mean[k], mean_lo[k]) : v - mean[k]) * factor[k] + bias[k];
+      }
+      return ((v - mean[k]) - mean_lo[k]) * factor[k] + bias[k];
+    };
+    // Copies, for the compiler to keep them in registers.
+    const T* from = x.data;
+    T* to = y.data;
+    const int64_t x_step = x.stride, y_step = y.stride, count = lines;
+    const int64_t distance = columns.lines_ahead() * x_step * static_cast<int64_t>(sizeof(T));
+    if (all_plain(space, column + at.start, kPacks)) {
+      for (int64_t line = 0; line < count; ++line, from += x_step, to += y_step) {
+        FASTNORM_UNROLL
+        for (int k = 0; k < kPacks; ++k) {
+          if constexpr (kAhead) prefetch(from + at.start + k * kPack, distance);
+          out.store(at, to + k * kPack, result(from, k));
+        }
+      }
+      return;
+    }
+    for (int64_t line = 0; line < count; ++line, from += x_step, to += y_step) {
+      for (int k = 0; k < kPacks; ++k) {
+        const int64_t group = k * kPack;
+        const Pack<T> mended = mend(at, result(from, k), space.plain + column + group, n - group, [&](int64_t lane) {
+          const int64_t c = (column + group + at.start + lane) % columns.columns();
+          return normalised(columns, outer, space.statistic(c / columns.plan().columns_per_set), c,
+                            from[group + at.start + lane]);
+        });
+        out.store(at, to + group, mended);
+      }
+    }
+  });
+}
+
 template <class T>
 inline void normalise_outer(const Columns<T>& columns, int64_t outer, const ColumnSpace<T>& space) {
-  const NormArgs<T>& args = columns.args();
   const Plan& plan = columns.plan();
-  const int64_t per_set = plan.columns_per_set;
   bool two_means = false;  // for float64: is there a column whose mean_lo counts?
-  for (int64_t c = 0; kMayOverflow<T> && c < columns.columns(); ++c) two_means = two_means || space.mean_lo[c] != 0;
+  for (int64_t c = 0; kMayOverflow<T> && c < columns.columns(); ++c) two_means = two_means || space.subtract_lo[c] != 0;
   columns.for_pieces_of(true, [&](int64_t chunk, int64_t column, int64_t width) FASTNORM_LOOPS {
     Tile<T> x_tile(plan.x, columns.lines(), outer, column), y_tile(plan.y, columns.lines(), outer, column);
     columns.for_panels(chunk, column, width, [&](int64_t first, int64_t count, int64_t n) {
       const Panel<T> x = x_tile.read(first, count, n), y = y_tile.open(first, count, n);
-      const int64_t distance = columns.lines_ahead() * x.stride * static_cast<int64_t>(sizeof(T));
-      with_panel_store(args.past_cache, y, [&](auto out) {
-        for_bands<T, kMayOverflow<T> ? 2 : kMaxPanelRows>(
-            count, n, columns.lines_ahead(), [&](int64_t band, int64_t lines) {
-              for_pack_groups<T>(n, [&](auto at, auto packs) {
-                constexpr int kPacks = decltype(packs)::value;
-                Pack<T> mean[kPacks], mean_lo[kPacks], factor[kPacks], bias[kPacks];
-                FASTNORM_UNROLL
-                for (int k = 0; k < kPacks; ++k) {
-                  const int64_t place = column + k * kPack;
-                  mean[k] = at.template load<T>(space.mean + place);
-                  mean_lo[k] = at.template load<T>(space.mean_lo + place);
-                  factor[k] = at.template load<T>(space.factor + place);
-                  bias[k] = at.template load<T>(space.bias + place);
-                }
-                const auto result = [&](const T* from, int k) {
-                  const Pack<T> v = at.template load<T>(from + k * kPack);
-                  if constexpr (kMayOverflow<T>) {
-                    return (two_means ? less_mean(v, mean[k], mean_lo[k]) : v - mean[k]) * factor[k] + bias[k];
-                  }
-                  return ((v - mean[k]) - mean_lo[k]) * factor[k] + bias[k];
-                };
-                const T* from = x.from(band).data;
-                T* to = y.from(band).data;
-                if (all_plain(space, column + at.start, kPacks)) {
-                  for (int64_t line = 0; line < lines; ++line, from += x.stride, to += y.stride) {
-                    FASTNORM_UNROLL
-                    for (int k = 0; k < kPacks; ++k) {
-                      prefetch(from + at.start + k * kPack, distance);
-                      out.store(at, to + k * kPack, result(from, k));
-                    }
-                  }
-                  return;
-                }
-                for (int64_t line = 0; line < lines; ++line, from += x.stride, to += y.stride) {
-                  for (int k = 0; k < kPacks; ++k) {
-                    const int64_t group = k * kPack;
-                    const Pack<T> mended =
-                        mend(at, result(from, k), space.plain + column + group, n - group, [&](int64_t lane) {
-                          const int64_t c = (column + group + at.start + lane) % columns.columns();
-                          return normalised(columns, outer, space.statistics[c / per_set], c,
-                                            from[group + at.start + lane]);
-                        });
-                    out.store(at, to + group, mended);
-                  }
-                }
+      with_panel_store(columns.args().past_cache, y, [&](auto out) {
+        with_ahead(columns.lines_ahead() != 0, [&](auto asks) {
+          for_bands<T, kMayOverflow<T> ? 2 : kMaxPanelRows>(
+              count, n, columns.lines_ahead(), [&](int64_t band, int64_t lines) {
+                normalise_panel<decltype(asks)::value>(columns, outer, space, column, lines, n, x.from(band),
+                                                       y.from(band), two_means, out);
               });
-            });
+        });
       });
       y_tile.commit(y, first, count, n);
     });
   });
 }
 
+// Moments for their own sake are measured the long way: they are asked for to full precision.
 template <class T>
 bool column_moments(const Plan& plan, const NormArgs<T>& args) {
   const Columns<T> columns(plan, args);
-  const int64_t size = ColumnSpace<T>::size_of(columns);
-  const Workspace<double> workspace(columns.groups() * size);
-  if (!workspace) return false;
-  columns.for_outer([&](int64_t group, int64_t outer) {
-    const ColumnSpace<T> space(&workspace[group * size], columns);
-    outer_moments(columns, outer, space, true, [&](int64_t set, Moments& moments) {
-      const Statistic s = column_statistic(columns, outer, set, moments);
-      store_statistic(args, columns.stat(outer, set), moments, s);
+  return for_outer_spaces(columns, [&](const ColumnSpace<T>& space, int64_t, int64_t outer) {
+    sample_pivots(columns, outer, space);
+    for (int64_t set = 0; set < columns.sets_in_outer(); ++set) space.done[set] = 0;
+    exact_moments(columns, outer, space, [&](int64_t set, Moments& moments) {
+      finish_column_set(columns, outer, space, set, moments);
       args.var[columns.stat(outer, set)] *= moments.count;
     });
   });
-  return true;
 }
 
 template <class T>
 bool column_forward(const Plan& plan, const NormArgs<T>& args) {
   const Columns<T> columns(plan, args);
-  const int64_t size = ColumnSpace<T>::size_of(columns);
-  const Workspace<double> workspace(columns.groups() * size);
-  if (!workspace) return false;
-  columns.for_outer([&](int64_t group, int64_t outer) {
-    const ColumnSpace<T> space(&workspace[group * size], columns);
-    outer_moments(columns, outer, space, false, [&](int64_t set, Moments& moments) {
-      space.statistics[set] = column_statistic(columns, outer, set, moments);
-      store_statistic(args, columns.stat(outer, set), moments, space.statistics[set]);
-    });
+  return for_outer_spaces(columns, [&](const ColumnSpace<T>& space, int64_t, int64_t outer) {
+    measure_outer(columns, outer, space);
     prepare_normalise(columns, outer, space);
     normalise_outer(columns, outer, space);
   });
-  return true;
 }
 
 template <class T>
 bool column_apply(const Plan& plan, const NormArgs<T>& args) {
   const Columns<T> columns(plan, args);
-  const int64_t size = ColumnSpace<T>::size_of(columns);
-  const Workspace<double> workspace(columns.groups() * size);
-  if (!workspace) return false;
-  columns.for_outer([&](int64_t group, int64_t outer) {
-    const ColumnSpace<T> space(&workspace[group * size], columns);
-    for (int64_t set = 0; set < columns.sets_in_outer(); ++set) {
-      space.statistics[set] = given_statistic(args, columns.stat(outer, set));
-    }
+  return for_outer_spaces(columns, [&](const ColumnSpace<T>& space, int64_t, int64_t outer) {
+    take_statistics(columns, outer, space, false);
     prepare_normalise(columns, outer, space);
     normalise_outer(columns, outer, space);
   });
-  return true;
 }
 
 }  // namespace

@@ -1,6 +1,8 @@
-// Two sums per column, over all rows: cut into chunks by the shape alone, added in plain lanes of double where the
-// terms are exact there, in trees of eight rows where they are not. Nothing here knows what is summed.
+// Two sums per column, over all rows: cut into chunks by the shape alone, added in trees of eight rows, of float32
+// where that will do, of double where it will not. Nothing here knows what is summed.
 #pragma once
+
+#include <cstdlib>
 
 #include "isa/column_lines.hpp"
 
@@ -19,6 +21,22 @@ inline void add_exactly(double* hi, double* lo, int64_t c, double value) {
   const TwoTerm sum = two_sum(hi[c], value);
   hi[c] = sum.hi;
   lo[c] += sum.lo;
+}
+
+template <class T>
+inline void add_sums(const ColumnSums& total, const ColumnSums& part, int64_t n) {
+#pragma omp simd
+  for (int64_t c = 0; c < n; ++c) {
+    if constexpr (kMayOverflow<T>) {
+      add_exactly(total.first, total.first_lo, c, part.first[c]);
+      add_exactly(total.second, total.second_lo, c, part.second[c]);
+      total.first_lo[c] += part.first_lo[c];
+      total.second_lo[c] += part.second_lo[c];
+    } else {
+      total.first[c] += part.first[c];
+      total.second[c] += part.second[c];
+    }
+  }
 }
 
 // A running sum of packs that keeps what float64 terms lose.
@@ -45,6 +63,26 @@ struct PackSum {
   }
 };
 
+// Arrays of a workspace begin at whole lines: places for `count` numbers.
+inline int64_t padded(int64_t count) { return (count + kPack - 1) / kPack * kPack; }
+
+// Memory that nothing is known of.
+class RawSpace {
+ public:
+  explicit RawSpace(int64_t count) : data_(std::malloc(static_cast<size_t>(count) * sizeof(double) + 64)) {}
+  ~RawSpace() { std::free(data_); }
+  RawSpace(const RawSpace&) = delete;
+  RawSpace& operator=(const RawSpace&) = delete;
+  explicit operator bool() const { return data_ != nullptr; }
+  double* data() const {
+    char* at = static_cast<char*>(data_);
+    return reinterpret_cast<double*>(at + (-reinterpret_cast<uintptr_t>(at) & 63));
+  }
+
+ private:
+  void* data_;
+};
+
 template <class T>
 class Columns {
  public:
@@ -68,10 +106,10 @@ class Columns {
   int64_t groups() const { return groups_; }
   int64_t sets_in_outer() const { return columns_ / plan_.columns_per_set; }
   // Doubles that the sums of one outer index take, chunk by chunk.
-  int64_t sums_space() const { return chunks_ * kRowsOfSums * lines_.length; }
+  int64_t sums_space() const { return chunks_ * kRowsOfSums * padded(lines_.length); }
 
   ColumnSums sums_at(double* space, int64_t chunk) const {
-    const int64_t length = lines_.length;
+    const int64_t length = padded(lines_.length);
     double* at = space + chunk * kRowsOfSums * length;
     return {at, at + length, at + 3 * length, at + 4 * length, reinterpret_cast<float*>(at + 2 * length)};
   }
@@ -79,11 +117,7 @@ class Columns {
   int64_t param(int64_t outer, int64_t column) const {
     return plan_.set_param.offset(outer) + column * plan_.column_param;
   }
-  // The longest chain of additions behind a plain sum of a set.
-  double additions() const { return static_cast<double>(chunk_lines_ + chunks_ + lines_.fold + plan_.columns_per_set); }
-
-  // body(outer) for all outer indices, group by group (`begin_group(group)` comes first): each with one thread, or one
-  // after the other with all threads on each.
+  // body(group, outer) for all outer indices: the groups go to threads, or each outer index to all of them.
   template <class Body>
   void for_outer(const Body& body) const {
     parallel_for(across_sets_ ? plan_.threads : 1, groups_, [&](int64_t group) {
@@ -151,25 +185,16 @@ class Columns {
   // first, second, size; and for float64 what the first two have lost
   static constexpr int64_t kRowsOfSums = kMayOverflow<T> ? 5 : 3;
 
-  static void add_sums(const ColumnSums& total, const ColumnSums& part, int64_t n) {
-    for (int64_t c = 0; c < n; ++c) {
-      if constexpr (kMayOverflow<T>) {
-        add_exactly(total.first, total.first_lo, c, part.first[c]);
-        add_exactly(total.second, total.second_lo, c, part.second[c]);
-        total.first_lo[c] += part.first_lo[c];
-        total.second_lo[c] += part.second_lo[c];
-      } else {
-        total.first[c] += part.first[c];
-        total.second[c] += part.second[c];
-        total.size[c] += part.size[c];
-      }
-    }
-  }
-
   void merge_chunks(double* space) const {
     const ColumnSums total = sums_at(space, 0);
-    for (int64_t chunk = 1; chunk < chunks_; ++chunk) add_sums(total, sums_at(space, chunk), lines_.length);
-    for (int64_t row = 1; row < lines_.fold; ++row) add_sums(total, total + row * columns_, columns_);
+    const auto add = [&](const ColumnSums& part, int64_t n) {
+      add_sums<T>(total, part, n);
+      if constexpr (kMayOverflow<T>) return;
+#pragma omp simd
+      for (int64_t c = 0; c < n; ++c) total.size[c] += part.size[c];
+    };
+    for (int64_t chunk = 1; chunk < chunks_; ++chunk) add(sums_at(space, chunk), lines_.length);
+    for (int64_t row = 1; row < lines_.fold; ++row) add(total + row * columns_, columns_);
   }
 
   const Plan& plan_;
@@ -179,10 +204,13 @@ class Columns {
   bool across_sets_;
 };
 
-// Adds up the values of a panel in trees of eight lines: terms(at) gives, for the columns there, term(at, line).
+// Adds up the values of a panel in trees of eight lines: terms(at) gives, for the columns there, term(at, line). Packs
+// of columns that are not `wanted` are left out.
 template <class T, class Terms>
-FASTNORM_INLINE void add_in_trees(const ColumnSums& to, int64_t count, int64_t width, const Terms& terms) {
+FASTNORM_INLINE void add_in_trees(const ColumnSums& to, int64_t count, int64_t width, const double* wanted,
+                                  const Terms& terms) {
   for_packs(width, [&](auto at) {
+    if (wanted[at.start / kPack] == 0) return;
     PackSum<T> first(at, to.first, to.first_lo), second(at, to.second, to.second_lo);
     const auto term = terms(at);
     int64_t line = 0;
@@ -204,62 +232,74 @@ FASTNORM_INLINE void add_in_trees(const ColumnSums& to, int64_t count, int64_t w
   });
 }
 
-// Sums of x and of x * x of float32 data in plain chains of double (PlainSums, moments.hpp).
-FASTNORM_INLINE void add_plainly(const ColumnSums& to, int64_t count, int64_t width, const Panel<float>& x,
-                                 int64_t lines_ahead) {
-  const int64_t distance = lines_ahead * x.stride * static_cast<int64_t>(sizeof(float));
-  for_pack_groups<float>(width, [&](auto at, auto packs) {
-    constexpr int kPacks = decltype(packs)::value;
-    PlainSums sums[kPacks];
+// Terms of the two sums in float32, and of the size where it is wanted.
+template <int kSums>
+struct FloatTerms {
+  Pack<float> of[kSums];
+
+  FASTNORM_INLINE friend FloatTerms operator+(FloatTerms a, const FloatTerms& b) {
     FASTNORM_UNROLL
-    for (int k = 0; k < kPacks; ++k) {
-      sums[k].sum = at.template load<double>(to.first + k * kPack);
-      sums[k].squares = at.template load<double>(to.second + k * kPack);
-    }
-    const float* from = x.data;
-    for (int64_t line = 0; line < count; ++line, from += x.stride) {
-      FASTNORM_UNROLL
-      for (int k = 0; k < kPacks; ++k) {
-        prefetch(from + at.start + k * kPack, distance);
-        sums[k].add(at, from + k * kPack);
-      }
-    }
-    FASTNORM_UNROLL
-    for (int k = 0; k < kPacks; ++k) {
-      at.store(to.first + k * kPack, sums[k].sum);
-      at.store(to.second + k * kPack, sums[k].squares);
-    }
-  });
+    for (int k = 0; k < kSums; ++k) a.of[k] += b.of[k];
+    return a;
+  }
+};
+
+// The sums of term(line) over kLines lines, in a tree.
+template <int kLines, class Term>
+FASTNORM_INLINE auto short_tree(const Term& term, int64_t line) {
+  if constexpr (kLines == 1) {
+    return term(line);
+  } else {
+    return short_tree<kLines / 2>(term, line) + short_tree<kLines / 2>(term, line + kLines / 2);
+  }
 }
 
-// Sums of dy and of dy * x in the same way, and of |dy|.
-FASTNORM_INLINE void add_plainly(const ColumnSums& to, int64_t count, int64_t width, const Panel<float>& x,
-                                 const Panel<float>& dy, int64_t lines_ahead) {
-  const int64_t x_distance = lines_ahead * x.stride * static_cast<int64_t>(sizeof(float));
-  const int64_t dy_distance = lines_ahead * dy.stride * static_cast<int64_t>(sizeof(float));
-  for_pack_groups<float>(width, [&](auto at, auto packs) {
+// The same for float32 data whose terms may be rounded to float32: the tree of eight lines is added in float32, and
+// widened once. Every term then goes through three additions that round, at most, and the sum is off by no more than
+// that of the sum of their magnitudes; conversions, which are what double sums spend their time on, are an eighth.
+// A term may need a number of its column, its `pivot`: terms(place, line, pivot).
+template <class Terms>
+FASTNORM_INLINE void add_in_short_trees(const ColumnSums& to, int64_t count, int64_t width, const float* pivots,
+                                        const Terms& panel) {
+  constexpr int kSums = Terms::kSums;
+  const int64_t trees = count / kSlab, rest = count % kSlab;
+  for_pack_groups<float>(width, [&](auto place, auto packs) {
     constexpr int kPacks = decltype(packs)::value;
-    PlainGradientSums sums[kPacks];
+    const ColumnSums sums = to + place.start;
+    Terms terms = panel;
+    terms.move(place.start);
+    const auto at = [&](int k) FASTNORM_LOOPS { return moved(place, k * kPack - place.start); };
+    Pack<double> first[kPacks], second[kPacks];
+    Pack<float> size[kPacks], pivot[kPacks];
     FASTNORM_UNROLL
     for (int k = 0; k < kPacks; ++k) {
-      sums[k].dy_sum = at.template load<double>(to.first + k * kPack);
-      sums[k].product_sum = at.template load<double>(to.second + k * kPack);
-      sums[k].size.sum = at.template load<float>(to.size + k * kPack);
+      first[k] = at(k).template load<double>(sums.first);
+      second[k] = at(k).template load<double>(sums.second);
+      if constexpr (kSums == 3) size[k] = at(k).template load<float>(sums.size);
+      pivot[k] = at(k).template load<float>(pivots + place.start);
     }
-    const float *values = x.data, *gradients = dy.data;
-    for (int64_t line = 0; line < count; ++line, values += x.stride, gradients += dy.stride) {
+    const auto add = [&](int k, const FloatTerms<kSums>& sum) FASTNORM_LOOPS {
+      first[k] += widen(sum.of[0]);
+      second[k] += widen(sum.of[1]);
+      if constexpr (kSums == 3) size[k] += sum.of[2];
+    };
+    for (int64_t tree = 0; tree < trees; ++tree) {
       FASTNORM_UNROLL
       for (int k = 0; k < kPacks; ++k) {
-        prefetch(values + at.start + k * kPack, x_distance);
-        prefetch(gradients + at.start + k * kPack, dy_distance);
-        sums[k].add(at, values + k * kPack, gradients + k * kPack);
+        add(k, short_tree<kSlab>([&](int64_t line) FASTNORM_LOOPS { return terms(at(k), line, pivot[k]); }, 0));
       }
+      terms.next(kSlab);
+    }
+    for (int64_t line = 0; line < rest; ++line) {
+      FASTNORM_UNROLL
+      for (int k = 0; k < kPacks; ++k) add(k, terms(at(k), 0, pivot[k]));
+      terms.next(1);
     }
     FASTNORM_UNROLL
     for (int k = 0; k < kPacks; ++k) {
-      at.store(to.first + k * kPack, sums[k].dy_sum);
-      at.store(to.second + k * kPack, sums[k].product_sum);
-      at.store(to.size + k * kPack, sums[k].size.sum);
+      at(k).store(sums.first, first[k]);
+      at(k).store(sums.second, second[k]);
+      if constexpr (kSums == 3) at(k).store(sums.size, size[k]);
     }
   });
 }

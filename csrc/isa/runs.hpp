@@ -20,16 +20,18 @@ inline bool split_sets(const Plan& plan) {
   return plan.threads > 1 && plan.sets < 2 * plan.threads && units_per_set(plan) > 1;
 }
 
-// How far ahead a first reading asks for its values, in bytes: the processor's own prefetching stops at every page and
-// every jump. 0 where the nearer caches hold the array anyway.
+// How far ahead a first reading asks for its values: the processor's own prefetching stops at every page and every
+// jump. Not where the nearer caches hold the array anyway.
+constexpr int64_t kAheadBytes = 8192, kLargeBytes = 3 << 20;
+
+// That distance along an operand, in bytes.
 template <class T>
 inline int64_t reading_ahead(const Plan& plan, const Operand& operand, int64_t run) {
-  constexpr int64_t kAhead = 8192, kLarge = 3 << 20;
   const int64_t bytes = plan.sets * plan.set_size() * static_cast<int64_t>(sizeof(T));
-  if (bytes < kLarge || run == 0) return 0;
+  if (bytes < kLargeBytes || run == 0) return 0;
   const int64_t run_bytes = run * static_cast<int64_t>(sizeof(T));
-  if (run_bytes >= kAhead || operand.element.rank < 2) return kAhead;
-  return (kAhead + run_bytes - 1) / run_bytes * operand.element.stride[0];
+  if (run_bytes >= kAheadBytes || operand.element.rank < 2) return kAheadBytes;
+  return (kAheadBytes + run_bytes - 1) / run_bytes * operand.element.stride[0];
 }
 
 struct Range {

@@ -1,0 +1,129 @@
+"""Columns whose float32 sums cannot be trusted, beside columns whose sums can: accuracy and bits of both."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from operations import OPERATIONS
+from ulps import assert_close, expected
+
+import fastnorm as fn
+
+ROWS = 200
+LAYOUTS: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
+    "batch_norm": ("batch_norm", (), {}),
+    "batch_norm, channels last": ("batch_norm", (5, 40), {"channel_axis": -1}),
+    "instance_norm": ("instance_norm", (1, 10, 20), {"channel_axis": -1}),
+    "group_norm": ("group_norm", (1, 10, 20), {"channel_axis": -1, "num_groups": 20}),
+}
+
+
+def nasty_columns(rng: np.random.Generator) -> dict[str, np.ndarray]:
+    normal = rng.normal(size=ROWS)
+    sampled = normal + 1000.0 * (np.arange(ROWS) % 25 == 0)  # the rows a pivot may be taken from are unlike the others
+    return {
+        "ordinary": normal,
+        "far away": normal + 1e6,
+        "far beyond float32's digits": normal * 1e-9 + 1,
+        "first rows unlike the others": np.where(np.arange(ROWS) < 8, 1e4, 1.0) * normal + 1e4 * (np.arange(ROWS) < 8),
+        "every 25th row unlike the others": sampled,
+        "all rows but few alike": np.where(np.arange(ROWS) % 25 == 0, 5.0, 5.0 + 1e-6 * normal),
+        "squares vanish": normal * 1e-30,
+        "signs alternate, squares vanish": np.where(np.arange(ROWS) % 2, 1e-24, -1e-24),
+        "squares are subnormal": normal * 1e-20,
+        "squares overflow": normal * 1e25,
+        "sums overflow": np.where(np.arange(ROWS) % 3, 3e38, -3e38),
+        "zeros": np.zeros(ROWS),
+        "constant": np.full(ROWS, 0.7),
+        "tiny constant": np.full(ROWS, 1e-40),
+        "huge constant": np.full(ROWS, 3e38),
+        "two values": np.where(rng.random(ROWS) < 0.5, 1 / 3, 2 / 3),
+        "ramp": np.arange(ROWS) / 7,
+        "one outlier": normal + 1e8 * (np.arange(ROWS) == 77),
+        "outlier in the first row": normal + 1e8 * (np.arange(ROWS) == 0),
+        "one value": (np.arange(ROWS) == 33).astype(float),
+    }
+
+
+def make(seed: int) -> np.ndarray:
+    return np.stack(list(nasty_columns(np.random.default_rng(seed)).values()), axis=1).astype(np.float32)
+
+
+def in_layout(layout: str, x: np.ndarray) -> np.ndarray:
+    shape = LAYOUTS[layout][1]
+    return x.reshape(*shape, x.shape[1]) if shape else x
+
+
+def gradients(kind: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    dy = rng.normal(size=shape)
+    if kind == "tiny":
+        dy *= 1e-25
+    elif kind == "huge":
+        dy *= 1e24
+    elif kind == "offset":
+        dy += 1000
+    elif kind == "one row":
+        dy.reshape(-1, shape[-1])[np.arange(dy.size // shape[-1]) != 11] = 0
+    elif kind == "zeros":
+        dy *= 0
+    return dy.astype(np.float32)
+
+
+@pytest.mark.parametrize("eps", [1e-5, 0.0, 1e-30])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_forward(layout: str, eps: float) -> None:
+    stem, _, options = LAYOUTS[layout]
+    for seed in range(3):
+        x = in_layout(layout, make(seed))
+        call = OPERATIONS[f"{stem}_forward"].make(
+            fn, x.shape, np.float32, x=x, eps=eps, weight=None, bias=None, **options
+        )
+        y, cache = call()
+        exact = {k: v for k, v in expected(f"{stem}_forward", **call.arguments).items() if "running" not in k}
+        assert_close(
+            {"y": y, **{k: getattr(cache, k) for k in ("mean", "rstd", "batch_var") if k in exact}}, exact, layout
+        )
+
+
+@pytest.mark.parametrize("kind", ["normal", "tiny", "huge", "offset", "one row", "zeros"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_backward(layout: str, kind: str) -> None:
+    stem, _, options = LAYOUTS[layout]
+    for seed in range(3):
+        x = in_layout(layout, make(seed))
+        dy = gradients(kind, x.shape, seed)
+        call = OPERATIONS[f"{stem}_backward"].make(fn, x.shape, np.float32, x=x, dy=dy, eps=1e-5, **options)
+        assert_close(call.run(), expected(f"{stem}_backward", **call.arguments), f"{layout} {kind}")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_neighbours_leave_no_trace(layout: str) -> None:
+    """Ordinary columns get the same bits whatever the columns beside them make the kernel do again."""
+    stem, _, options = LAYOUTS[layout]
+    rng = np.random.default_rng(1)
+    nasty = make(2)
+    nasty[:, 11] = np.nan
+    nasty[5, 12] = np.inf
+    among = rng.normal(size=nasty.shape).astype(np.float32)
+    dy = rng.normal(size=nasty.shape).astype(np.float32)
+    plain = among.copy()
+    odd = np.arange(nasty.shape[1]) % 2 == 1
+    among[:, odd] = nasty[:, odd]
+    results = []
+    for x in (plain, among):
+        y, cache = getattr(fn, f"{stem}_forward")(in_layout(layout, x), **options)
+        dx = getattr(fn, f"{stem}_backward")(in_layout(layout, dy), cache).dx
+        results.append([a.reshape(nasty.shape)[:, ~odd] for a in (y, dx)])
+    for alone, beside in zip(*results, strict=True):
+        np.testing.assert_array_equal(alone, beside)
+        assert np.isfinite(beside).all()
+
+
+def test_constant_columns_give_nothing_but_the_bias() -> None:
+    x = np.broadcast_to(np.array([0.0, 0.7, 1e-40, 3e38, -5e6, 1 / 3], np.float32), (203, 6)).copy()
+    bias = np.arange(6, dtype=np.float32)
+    y, cache = fn.batch_norm_forward(x, weight=np.ones(6, np.float32), bias=bias)
+    np.testing.assert_array_equal(y, np.broadcast_to(bias, y.shape))
+    dy = np.random.default_rng(0).normal(size=x.shape).astype(np.float32)
+    np.testing.assert_array_equal(fn.batch_norm_backward(dy, cache).dweight, np.zeros(6, np.float32))
