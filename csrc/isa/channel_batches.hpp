@@ -1,6 +1,9 @@
-// Backward of float32 sets that are read in place, several at a time: the sums of eight segments are folded together,
-// so that what there is to do once per segment costs little beside a few dozen values.
+// Backward of float32 sets that are read in place, several at a time: the sums
+// of eight segments are folded together, so that what there is to do once per
+// segment costs little beside a few dozen values.
 #pragma once
+
+#include <type_traits>
 
 #include "isa/channel_sums.hpp"
 
@@ -45,17 +48,20 @@ FASTNORM_LOOPS inline void channel_unit_gradient(const Plan& plan, const NormArg
 // The sums of one unit.
 template <class T>
 inline SegmentSums segment_sums(const Plan& plan, int64_t run, int64_t set, int64_t unit, const Statistic& s) {
-  if constexpr (!kMayOverflow<T>) {
+  if constexpr (kMayOverflow<T>) {
+    return unit_sums<T>(plan, run, set, unit, s, [](int64_t) { return None{}; });
+  } else {
     SegmentSums sums;
-    if (tree_unit_sums(plan, run, set, unit, s, sums)) return sums;
+    if (!tree_unit_sums(plan, run, set, unit, s, sums)) sums = careful_sums(plan, run, set, unit, s, sums);
+    return sums;
   }
-  return unit_sums<T>(plan, run, set, unit, s, [](int64_t) { return None{}; });
 }
 
 // Segments whose sums are folded together.
 constexpr int64_t kFoldedSegments = 8;
-// Values of the sets of a batch: the nearest cache holds x and dy of as many.
-constexpr int64_t kGradientBatchElements = 4096;
+// Values of the sets of a batch: x and dy of the one number fit the nearest cache; up to the other, which fit the next,
+// where fewer segments than are folded together would else make a batch.
+constexpr int64_t kGradientBatchElements = 4096, kFarBatchElements = 32768;
 
 // The sets of a batch are neighbours along the innermost axis of sets: everything of theirs lies at equal distances.
 class ChannelBatches {
@@ -70,8 +76,7 @@ class ChannelBatches {
   }
 
   void backward(int64_t begin, int64_t end) {
-    const int64_t fitting = kGradientBatchElements / plan_.set_size();
-    const int64_t size = fitting < 1 ? 1 : fitting < kPack ? fitting : kPack;
+    const int64_t size = sets_at_once();
     int64_t row = plan_.sets;
     for (const Walk* walk : {&plan_.x.set, &plan_.dy.set, &plan_.dx.set, &plan_.set_param, &plan_.set_stat}) {
       if (walk->rank > 0 && walk->inner_size() < row) row = walk->inner_size();
@@ -80,20 +85,53 @@ class ChannelBatches {
       const int64_t left = row - first_ % row, room = end - first_ < left ? end - first_ : left;
       count_ = room < size ? room : size;
       take_statistics();
-      if (reading_ahead<float>(plan_, plan_.x, run_) > 0) {
-        measure(ReadAhead(plan_, run_));
-      } else {
-        measure(NoReadAhead{});
-      }
+      const auto measure_with = [&](const auto& lines) {
+        if (reading_ahead<float>(plan_, plan_.x, run_) > 0) {
+          measure(lines, ReadAhead(plan_, run_));
+        } else {
+          measure(lines, NoReadAhead{});
+        }
+      };
+      with_lines(measure_with);
       prepare();
       for (int64_t i = 0; i < count_; ++i) {
         if (plain_[i] == 0) write_carefully(i);
       }
-      write();
+      with_lines([&](const auto& lines) {
+        if (args_.past_cache) {
+          write<std::decay_t<decltype(lines)>, true>(lines);
+        } else {
+          write<std::decay_t<decltype(lines)>, false>(lines);
+        }
+      });
     }
   }
 
  private:
+  int64_t sets_at_once() const {
+    const int64_t near = kGradientBatchElements / plan_.set_size(), far = kFarBatchElements / plan_.set_size();
+    const int64_t folded = (kFoldedSegments + plan_.segments - 1) / plan_.segments,
+                  wanted = folded < far ? folded : far;
+    const int64_t size = near > wanted ? near : wanted;
+    return size < 1 ? 1 : size < kPack ? size : kPack;
+  }
+
+  // The lines of a segment; most often there is one.
+  struct OneLine {
+    static constexpr int64_t count = 1;
+  };
+  struct Lines {
+    int64_t count;
+  };
+  template <class Call>
+  void with_lines(const Call& call) const {
+    if (lines_ == 1) {
+      call(OneLine{});
+    } else {
+      call(Lines{lines_});
+    }
+  }
+
   struct Lanes {
     Pack<double> dy[kFoldedSegments], product[kFoldedSegments], size[kFoldedSegments];
     double off[kFoldedSegments], rstd[kFoldedSegments];
@@ -116,8 +154,12 @@ class ChannelBatches {
   };
   static int64_t inner_stride(const Walk& walk) { return walk.rank > 0 ? walk.stride[walk.rank - 1] : 0; }
 
+  const float* weight_of(int64_t i, int64_t segment) const {
+    return weights_ + i * weight_step_ + (args_.weight ? segment : 0);
+  }
+
   // What given_statistic and Pivot::of do, for all sets of the batch.
-  void take_statistics() {
+  [[gnu::noinline]] void take_statistics() {
     const int64_t stat = plan_.set_stat.offset(first_), step = inner_stride(plan_.set_stat);
     for (int64_t i = 0; i < count_; ++i) {
       mean_[i] = args_.mean ? args_.mean[stat + i * step] : 0;
@@ -132,17 +174,17 @@ class ChannelBatches {
     }
   }
 
-  template <class Ahead>
-  FASTNORM_LOOPS void measure(const Ahead& ahead) {
+  template <class Lines, class Ahead>
+  [[gnu::noinline]] FASTNORM_LOOPS void measure(const Lines& lines, const Ahead& ahead) {
     Lanes lanes;
-    const int64_t count = count_, segments = plan_.segments, all = count * segments, run = run_, lines = lines_;
+    const int64_t count = count_, segments = plan_.segments, all = count * segments, run = run_;
     const Runs<const float> x(plan_.x, first_, run), dy(plan_.dy, first_, run);
     int64_t lane = 0, done = 0;
     for (int64_t i = 0; i < count; ++i) {
       const Pack<float> pivots(pivot_[i]);
       for (int64_t segment = 0; segment < segments; ++segment) {
         TreeGradientSums sums;
-        for (int64_t line = 0; line < lines; ++line) {
+        for (int64_t line = 0; line < lines.count; ++line) {
           TreeGradientSums inner = sums;
           inner.add_run(x.at(i, segment, line), dy.at(i, segment, line), run, pivots, ahead);
           sums = inner;
@@ -176,41 +218,59 @@ class ChannelBatches {
       untrusted[lane] = totals.trusted ? 0 : 1;
     }
     const int64_t to = first_ * plan_.segments + first;
-    for (int64_t lane = 0; lane < count; ++lane) {
-      sums_.dy[to + lane] = dy[lane];
-      sums_.dy_xhat[to + lane] = dy_xhat[lane];
-      sums_.size[to + lane] = size[lane];
-      failures += untrusted[lane];
+    const auto put = [&](auto lanes_of) {
+      const int64_t n = lanes_of;
+#pragma omp simd reduction(+ : failures)
+      for (int64_t lane = 0; lane < n; ++lane) {
+        sums_.dy[to + lane] = dy[lane];
+        sums_.dy_xhat[to + lane] = dy_xhat[lane];
+        sums_.size[to + lane] = size[lane];
+        failures += untrusted[lane];
+      }
+    };
+    if (count == kFoldedSegments) {
+      put(std::integral_constant<int64_t, kFoldedSegments>{});
+    } else {
+      put(count);
     }
     for (int64_t lane = 0; failures > 0 && lane < count; ++lane) {
-      if (untrusted[lane] != 0) sums_.put(to + lane, careful_sums(to + lane));
+      if (untrusted[lane] != 0) sum_carefully(to + lane);
     }
   }
 
-  [[gnu::noinline]] SegmentSums careful_sums(int64_t index) const {
+  [[gnu::noinline]] void sum_carefully(int64_t index) const {
     const int64_t set = index / plan_.segments, segment = index % plan_.segments;
-    return unit_sums<float>(plan_, run_, set, segment, kept_statistic(plan_, args_, set),
-                            [](int64_t) { return None{}; });
+    sums_.put(index, careful_sums(plan_, run_, set, segment, kept_statistic(plan_, args_, set), sums_[index]));
   }
 
   // What channel_means and GradientFactors::of do, for all sets of the batch.
-  void prepare() {
-    double a[kPack], b[kPack], size[kPack];
+  [[gnu::noinline]] void prepare() {
+    double a[kPack] = {}, b[kPack] = {}, size[kPack] = {};
     const double count = static_cast<double>(plan_.set_size()), centred = args_.centred ? 1 : 0;
-    const int64_t segments = plan_.segments;
-    const double *dy = sums_.dy + first_ * segments, *dy_xhat = sums_.dy_xhat + first_ * segments,
-                 *of_dy = sums_.size + first_ * segments;
-    param_ = plan_.set_param.offset(first_);
-    param_step_ = inner_stride(plan_.set_param);
-    for (int64_t i = 0; i < count_; ++i) {
-      const float* weights = args_.weight ? args_.weight + param_ + i * param_step_ : nullptr;
-      a[i] = b[i] = size[i] = 0;
-      for (int64_t segment = i * segments; segment < (i + 1) * segments; ++segment) {
-        const double weight = weights ? static_cast<double>(*weights++) : 1;
-        a[i] += weight * dy[segment];
-        b[i] += weight * dy_xhat[segment];
-        size[i] += std::fabs(weight) * of_dy[segment];
+    if (args_.weight) {
+      weights_ = args_.weight + plan_.set_param.offset(first_);
+      weight_step_ = inner_stride(plan_.set_param);
+    }
+    const auto add_up = [&](auto segments_of) {
+      const int64_t segments = segments_of;
+      const double *dy = sums_.dy + first_ * segments, *dy_xhat = sums_.dy_xhat + first_ * segments,
+                   *of_dy = sums_.size + first_ * segments;
+      for (int64_t segment = 0; segment < segments; ++segment) {
+        double weight[kPack];
+        for (int64_t i = 0; i < count_; ++i) weight[i] = static_cast<double>(*weight_of(i, segment));
+#pragma omp simd
+        for (int64_t i = 0; i < count_; ++i) {
+          const int64_t index = i * segments + segment;
+          a[i] += weight[i] * dy[index];
+          b[i] += weight[i] * dy_xhat[index];
+          size[i] += std::fabs(weight[i]) * of_dy[index];
+        }
       }
+    };
+    if (plan_.segments == 1) {
+      add_up(std::integral_constant<int64_t, 1>{});
+    } else {
+      add_up(plan_.segments);
     }
 #pragma omp simd
     for (int64_t i = 0; i < kPack; ++i) {
@@ -225,8 +285,9 @@ class ChannelBatches {
     }
   }
 
-  FASTNORM_LOOPS void write() {
-    const int64_t count = count_, segments = plan_.segments, run = run_, lines = lines_;
+  template <class Lines, bool kPastCache>
+  [[gnu::noinline]] FASTNORM_LOOPS void write(const Lines& lines) const {
+    const int64_t count = count_, segments = plan_.segments, run = run_;
     const Runs<const float> x(plan_.x, first_, run), dy(plan_.dy, first_, run);
     const Runs<float> dx(plan_.dx, first_, run);
     for (int64_t i = 0; i < count; ++i) {
@@ -234,11 +295,11 @@ class ChannelBatches {
       const GradientFactors factors{pivot_[i], factor_rstd_[i], factor_a_[i], factor_b_[i]};
       InputGradient<float, float, Same<float>> gradient(factors, Same<float>(1));
       for (int64_t segment = 0; segment < segments; ++segment) {
-        if (args_.weight) gradient.weight.value = Pack<float>(args_.weight[param_ + i * param_step_ + segment]);
-        for (int64_t line = 0; line < lines; ++line) {
+        gradient.weight.value = Pack<float>(*weight_of(i, segment));
+        for (int64_t line = 0; line < lines.count; ++line) {
           const float *from = x.at(i, segment, line), *dy_from = dy.at(i, segment, line);
           float* to = dx.at(i, segment, line);
-          for_stored_packs(args_.past_cache, to, run,
+          for_stored_packs(kPastCache, to, run,
                            [&](auto at, auto out) { out.store(at, to, gradient(at, from, dy_from)); });
         }
       }
@@ -260,7 +321,9 @@ class ChannelBatches {
   const int64_t run_, lines_;
   SegmentTable<float>& sums_;
   int64_t first_ = 0, count_ = 0;  // the batch
-  int64_t param_ = 0, param_step_ = 0;
+  const float one_ = 1;
+  const float* weights_ = &one_;
+  int64_t weight_step_ = 0;
   double mean_[kPack] = {}, mean_lo_[kPack] = {}, rstd_[kPack] = {}, off_[kPack];
   double mean_g_[kPack], mean_g_xhat_[kPack];
   float pivot_[kPack], factor_rstd_[kPack], factor_a_[kPack], factor_b_[kPack], plain_[kPack];

@@ -100,6 +100,8 @@ struct TreeGradientSums {
   }
 };
 
+constexpr double kTrustedSize = 0x1p120;
+
 // What a segment or a part of one comes to. `trusted`: nothing overflowed in float32, nor vanished beside so small a
 // sum. (Where x is constant the sum is 0, and has to be: what is not trusted is added up again in double.)
 struct TreeTotals {
@@ -108,7 +110,7 @@ struct TreeTotals {
 
   static TreeTotals of(double dy, double product, double size, double off, double rstd) {
     const double magnitude = std::fabs(product);
-    const bool finite = (size < 0x1p120) & (magnitude < 0x1p120), large = (magnitude > 0x1p-84) | (size == 0);
+    const bool finite = (size < kTrustedSize) & (magnitude < kTrustedSize), large = (magnitude > 0x1p-84) | (size == 0);
     return {dy, (product + off * dy) * rstd, static_cast<bool>(finite & large)};
   }
 };
@@ -171,6 +173,15 @@ FASTNORM_LOOPS inline SegmentSums unit_sums(const Plan& plan, int64_t run, int64
   total.dy_xhat.add(sums.second);
   total.size = kMayOverflow<T> ? 0 : size.total();
   return total;
+}
+
+// The sums of one unit added up in double, where those of its trees cannot be trusted; but for the sum of dy, which
+// must not change with what x is.
+inline SegmentSums careful_sums(const Plan& plan, int64_t run, int64_t set, int64_t unit, const Statistic& s,
+                                const SegmentSums& of_trees) {
+  SegmentSums sums = unit_sums<float>(plan, run, set, unit, s, [](int64_t) { return None{}; });
+  if (of_trees.size < kTrustedSize) sums.dy = of_trees.dy;
+  return sums;
 }
 
 // The means that the input gradient subtracts, and whether float32 can hold what is made of them.
