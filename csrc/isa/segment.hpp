@@ -131,21 +131,56 @@ struct InputGradient {
       : centre(s),
         rstd(static_cast<C>(s.rstd)),
         a(static_cast<C>(mean_g)),
-        b(static_cast<C>(kFolds ? mean_g_xhat * s.rstd : mean_g_xhat)),
+        b(static_cast<C>(mean_g_xhat)),
         scale(static_cast<C>(s.scale)),
         weight(w) {}
 
   template <class At>
   FASTNORM_INLINE Pack<C> operator()(At at, const T* x, const T* dy) const {
-    const Pack<C> g = times(at, at.template load<C>(dy), weight);
-    if constexpr (kFolds) return rstd * ((g - a) - centre(at, x) * b);
-    const Pack<C> dx = rstd * ((g - a) - centre(at, x) * rstd * b);
+    const Pack<C> dx = rstd * ((times(at, at.template load<C>(dy), weight) - a) - centre(at, x) * rstd * b);
     if constexpr (kMayOverflow<T>) return dx * scale;
     return dx;
   }
+};
 
-  // b * rstd as one number saves float32 a rounding; in float64 it could overflow.
-  static constexpr bool kFolds = !kMayOverflow<C>;
+// x - mean as float32 has it: (x - value) + off. No value is nearer to the mean than the float32 next to it, so that
+// neither part is larger than twice what they stand for.
+struct Pivot {
+  float value;
+  double off;
+
+  static Pivot of(const Statistic& s) {
+    const float value = static_cast<float>(s.mean);
+    return {value, (static_cast<double>(value) - s.mean) - s.mean_lo};
+  }
+};
+
+// What dx is made of in float32: b * rstd as one number saves a rounding, and what the pivot leaves of the mean is a
+// part of a.
+struct GradientFactors {
+  float pivot, rstd, a, b;
+
+  static GradientFactors of(const Pivot& pivot, double rstd, double mean_g, double mean_g_xhat) {
+    const double b = mean_g_xhat * rstd;
+    return {pivot.value, static_cast<float>(rstd), static_cast<float>(mean_g + pivot.off * b), static_cast<float>(b)};
+  }
+};
+
+template <class Weight>
+struct InputGradient<float, float, Weight> {
+  Pack<float> pivot, rstd, a, b;
+  Weight weight;
+
+  InputGradient(const GradientFactors& factors, Weight w)
+      : pivot(factors.pivot), rstd(factors.rstd), a(factors.a), b(factors.b), weight(w) {}
+  InputGradient(const Statistic& s, double mean_g, double mean_g_xhat, Weight w)
+      : InputGradient(GradientFactors::of(Pivot::of(s), s.rstd, mean_g, mean_g_xhat), w) {}
+
+  template <class At>
+  FASTNORM_INLINE Pack<float> operator()(At at, const float* x, const float* dy) const {
+    const Pack<float> g = times(at, at.template load<float>(dy), weight);
+    return rstd * ((g - a) - (at.template load<float>(x) - pivot) * b);
+  }
 };
 
 // Through given statistics nothing but the scale comes back (and an infinite x leaves no trace).

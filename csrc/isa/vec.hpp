@@ -157,7 +157,8 @@ FASTNORM_INLINE void store_first(T* p, const V& v, int64_t count) {
 
 #if defined(__AVX512F__) && defined(__AVX512VL__)
 FASTNORM_INLINE __mmask16 first_lanes(int64_t count) {
-  return count >= 16 ? 0xffff : count <= 0 ? 0 : static_cast<__mmask16>((1u << count) - 1);
+  const int64_t lanes = count > 16 ? 16 : count < 0 ? 0 : count;
+  return static_cast<__mmask16>((1u << lanes) - 1);
 }
 template <>
 FASTNORM_INLINE Vector<float, 64> load_first(const float* p, int64_t count) {
@@ -439,6 +440,28 @@ FASTNORM_INLINE double fold(const Pack<double>& pack) {
     for (int k = 0; k < width; ++k) sums.part[k] += sums.part[k + width];
   }
   return fold<kVectorBytes>(sums.part[0]);
+}
+
+// The folds of eight packs.
+FASTNORM_INLINE void fold_eight(const Pack<double>* packs, double* sums) {
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
+  using Part = Pack<double>::Part;
+  Part half[8];  // lane + 8
+  FASTNORM_UNROLL
+  for (int k = 0; k < 8; ++k) half[k] = packs[k].part[0] + packs[k].part[1];
+  const auto quarters = [](const Part& a, const Part& b) {  // lane + 4
+    return _mm512_maskz_shuffle_f64x2(0xff, a, b, 0x44) + _mm512_maskz_shuffle_f64x2(0xff, a, b, 0xee);
+  };
+  const auto eighths = [](const Part& a, const Part& b) {  // lane + 2
+    return _mm512_maskz_shuffle_f64x2(0xff, a, b, 0x88) + _mm512_maskz_shuffle_f64x2(0xff, a, b, 0xdd);
+  };
+  const Part even = eighths(quarters(half[0], half[2]), quarters(half[4], half[6]));
+  const Part odd = eighths(quarters(half[1], half[3]), quarters(half[5], half[7]));
+  const Part all = _mm512_maskz_unpacklo_pd(0xff, even, odd) + _mm512_maskz_unpackhi_pd(0xff, even, odd);
+  std::memcpy(sums, &all, sizeof all);
+#else
+  for (int k = 0; k < 8; ++k) sums[k] = fold(packs[k]);
+#endif
 }
 
 }  // namespace

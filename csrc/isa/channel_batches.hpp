@@ -1,0 +1,333 @@
+// Backward of float32 sets that are read in place, several at a time: the sums
+// of eight segments are folded together, so that what there is to do once per
+// segment costs little beside a few dozen values.
+#pragma once
+
+#include <type_traits>
+
+#include "isa/channel_sums.hpp"
+
+namespace fastnorm {
+namespace {
+
+template <class T>
+inline GradientMeans channel_means(const Plan& plan, const NormArgs<T>& args, int64_t set, const Statistic& s,
+                                   const SegmentTable<T>& sums) {
+  const int64_t param = plan.set_param.offset(set);
+  Sum a, b;
+  double size = 0;
+  for (int64_t segment = 0; segment < plan.segments; ++segment) {
+    const double weight = args.weight ? static_cast<double>(args.weight[param + segment]) : 1;
+    const SegmentSums& of_dy = sums[set * plan.segments + segment];
+    accumulate<T>(a, {weight * of_dy.dy.value(), 0});
+    accumulate<T>(b, {weight * of_dy.dy_xhat.value(), 0});
+    size += std::fabs(weight) * of_dy.size;
+  }
+  return GradientMeans::of<T>(a, b, size, static_cast<double>(plan.set_size()), args.centred, true, s);
+}
+
+template <class T>
+FASTNORM_LOOPS inline void channel_unit_gradient(const Plan& plan, const NormArgs<T>& args, int64_t run, int64_t set,
+                                                 int64_t unit, const Statistic& s, const GradientMeans& means) {
+  const int64_t param = plan.set_param.offset(set) + segment_of(plan, unit);
+  const double weight = args.weight ? static_cast<double>(args.weight[param]) : 1;
+  const Operands<2, true> operands{{&plan.x, &plan.dy}, &plan.dx};
+  visit_unit<T>(plan, operands, run, set, unit, [&](const T* const* in, T* dx, int64_t, int64_t n) {
+    const T *x = in[0], *dy = in[1];
+    if (args.constant_stats) return input_gradient_constant(dy, dx, n, s, Same<double>(weight));
+    const auto along = [&](const auto& gradient) {
+      for_stored_packs(args.past_cache, dx, n, [&](auto at, auto out) { out.store(at, dx, gradient(at, x, dy)); });
+    };
+    if constexpr (!kMayOverflow<T>) {
+      if (means.in_float) return along(InputGradient<T, T, Same<T>>(s, means.a, means.b, Same<T>(weight)));
+    }
+    along(InputGradient<T, double, Same<double>>(s, means.a, means.b, Same<double>(weight)));
+  });
+}
+
+// The sums of one unit.
+template <class T>
+inline SegmentSums segment_sums(const Plan& plan, int64_t run, int64_t set, int64_t unit, const Statistic& s) {
+  if constexpr (kMayOverflow<T>) {
+    return unit_sums<T>(plan, run, set, unit, s, [](int64_t) { return None{}; });
+  } else {
+    SegmentSums sums;
+    if (!tree_unit_sums(plan, run, set, unit, s, sums)) sums = careful_sums(plan, run, set, unit, s, sums);
+    return sums;
+  }
+}
+
+// Segments whose sums are folded together.
+constexpr int64_t kFoldedSegments = 8;
+// Values of the sets of a batch: x and dy of the one number fit the nearest cache; up to the other, which fit the next,
+// where fewer segments than are folded together would else make a batch.
+constexpr int64_t kGradientBatchElements = 4096, kFarBatchElements = 32768;
+
+// The sets of a batch are neighbours along the innermost axis of sets: everything of theirs lies at equal distances.
+class ChannelBatches {
+ public:
+  ChannelBatches(const Plan& plan, const NormArgs<float>& args, int64_t run, SegmentTable<float>& sums)
+      : plan_(plan), args_(args), run_(run), lines_(plan.elements / run), sums_(sums) {}
+
+  // Can all segments be read in place, each at one go?
+  static bool suit(const Plan& plan, int64_t run) {
+    const auto steps = [](const Operand& operand) { return operand.segment.rank < 2; };
+    return run > 0 && chunks_per_segment(plan) == 1 && steps(plan.x) && steps(plan.dy) && steps(plan.dx);
+  }
+
+  void backward(int64_t begin, int64_t end) {
+    const int64_t size = sets_at_once();
+    int64_t row = plan_.sets;
+    for (const Walk* walk : {&plan_.x.set, &plan_.dy.set, &plan_.dx.set, &plan_.set_param, &plan_.set_stat}) {
+      if (walk->rank > 0 && walk->inner_size() < row) row = walk->inner_size();
+    }
+    for (first_ = begin; first_ < end; first_ += count_) {
+      const int64_t left = row - first_ % row, room = end - first_ < left ? end - first_ : left;
+      count_ = room < size ? room : size;
+      take_statistics();
+      const auto measure_with = [&](const auto& lines) {
+        if (reading_ahead<float>(plan_, plan_.x, run_) > 0) {
+          measure(lines, ReadAhead(plan_, run_));
+        } else {
+          measure(lines, NoReadAhead{});
+        }
+      };
+      with_lines(measure_with);
+      prepare();
+      for (int64_t i = 0; i < count_; ++i) {
+        if (plain_[i] == 0) write_carefully(i);
+      }
+      with_lines([&](const auto& lines) {
+        if (args_.past_cache) {
+          write<std::decay_t<decltype(lines)>, true>(lines);
+        } else {
+          write<std::decay_t<decltype(lines)>, false>(lines);
+        }
+      });
+    }
+  }
+
+ private:
+  int64_t sets_at_once() const {
+    const int64_t near = kGradientBatchElements / plan_.set_size(), far = kFarBatchElements / plan_.set_size();
+    const int64_t folded = (kFoldedSegments + plan_.segments - 1) / plan_.segments,
+                  wanted = folded < far ? folded : far;
+    const int64_t size = near > wanted ? near : wanted;
+    return size < 1 ? 1 : size < kPack ? size : kPack;
+  }
+
+  // The lines of a segment; most often there is one.
+  struct OneLine {
+    static constexpr int64_t count = 1;
+  };
+  struct Lines {
+    int64_t count;
+  };
+  template <class Call>
+  void with_lines(const Call& call) const {
+    if (lines_ == 1) {
+      call(OneLine{});
+    } else {
+      call(Lines{lines_});
+    }
+  }
+
+  struct Lanes {
+    Pack<double> dy[kFoldedSegments], product[kFoldedSegments], size[kFoldedSegments];
+    double off[kFoldedSegments], rstd[kFoldedSegments];
+  };
+
+  // One operand of the batch: line k of segment j of set i.
+  template <class T>
+  struct Runs {
+    char* base;
+    int64_t set_step, segment_step, line_step;
+
+    Runs(const Operand& operand, int64_t set, int64_t run)
+        : base(operand.data + operand.set.offset(set)),
+          set_step(inner_stride(operand.set)),
+          segment_step(inner_stride(operand.segment)),
+          line_step(operand.element.rank == 2 ? operand.element.stride[0] : run * static_cast<int64_t>(sizeof(T))) {}
+    T* at(int64_t i, int64_t j, int64_t k) const {
+      return reinterpret_cast<T*>(base + i * set_step + j * segment_step + k * line_step);
+    }
+  };
+  static int64_t inner_stride(const Walk& walk) { return walk.rank > 0 ? walk.stride[walk.rank - 1] : 0; }
+
+  const float* weight_of(int64_t i, int64_t segment) const {
+    return weights_ + i * weight_step_ + (args_.weight ? segment : 0);
+  }
+
+  // What given_statistic and Pivot::of do, for all sets of the batch.
+  [[gnu::noinline]] void take_statistics() {
+    const int64_t stat = plan_.set_stat.offset(first_), step = inner_stride(plan_.set_stat);
+    for (int64_t i = 0; i < count_; ++i) {
+      mean_[i] = args_.mean ? args_.mean[stat + i * step] : 0;
+      mean_lo_[i] = args_.mean_lo ? args_.mean_lo[stat + i * step] : 0;
+      rstd_[i] = args_.rstd[stat + i * step];
+    }
+#pragma omp simd
+    for (int64_t i = 0; i < kPack; ++i) {
+      const double mean_lo = std::fabs(mean_lo_[i]) * rstd_[i] < 0x1p-54 ? 0 : mean_lo_[i];
+      pivot_[i] = static_cast<float>(mean_[i]);
+      off_[i] = (static_cast<double>(pivot_[i]) - mean_[i]) - mean_lo;
+    }
+  }
+
+  template <class Lines, class Ahead>
+  [[gnu::noinline]] FASTNORM_LOOPS void measure(const Lines& lines, const Ahead& ahead) {
+    Lanes lanes;
+    const int64_t count = count_, segments = plan_.segments, all = count * segments, run = run_;
+    const Runs<const float> x(plan_.x, first_, run), dy(plan_.dy, first_, run);
+    int64_t lane = 0, done = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const Pack<float> pivots(pivot_[i]);
+      for (int64_t segment = 0; segment < segments; ++segment) {
+        TreeGradientSums sums;
+        for (int64_t line = 0; line < lines.count; ++line) {
+          TreeGradientSums inner = sums;
+          inner.add_run(x.at(i, segment, line), dy.at(i, segment, line), run, pivots, ahead);
+          sums = inner;
+        }
+        lanes.dy[lane] = sums.dy_sum.lanes;
+        lanes.product[lane] = sums.product_sum.lanes;
+        lanes.size[lane] = widen(sums.size);
+        lanes.off[lane] = off_[i];
+        lanes.rstd[lane] = rstd_[i];
+        ++lane;
+        if (lane == kFoldedSegments || done + lane == all) {
+          finish(lanes, lane, done);
+          done += lane;
+          lane = 0;
+        }
+      }
+    }
+  }
+
+  // The sums of segments [first, first + count) of the batch.
+  void finish(const Lanes& lanes, int64_t count, int64_t first) {
+    double dy[kFoldedSegments], product[kFoldedSegments], size[kFoldedSegments], dy_xhat[kFoldedSegments],
+        untrusted[kFoldedSegments], failures = 0;
+    fold_eight(lanes.dy, dy);
+    fold_eight(lanes.product, product);
+    fold_eight(lanes.size, size);
+#pragma omp simd
+    for (int64_t lane = 0; lane < kFoldedSegments; ++lane) {
+      const TreeTotals totals = TreeTotals::of(dy[lane], product[lane], size[lane], lanes.off[lane], lanes.rstd[lane]);
+      dy_xhat[lane] = totals.dy_xhat;
+      untrusted[lane] = totals.trusted ? 0 : 1;
+    }
+    const int64_t to = first_ * plan_.segments + first;
+    const auto put = [&](auto lanes_of) {
+      const int64_t n = lanes_of;
+#pragma omp simd reduction(+ : failures)
+      for (int64_t lane = 0; lane < n; ++lane) {
+        sums_.dy[to + lane] = dy[lane];
+        sums_.dy_xhat[to + lane] = dy_xhat[lane];
+        sums_.size[to + lane] = size[lane];
+        failures += untrusted[lane];
+      }
+    };
+    if (count == kFoldedSegments) {
+      put(std::integral_constant<int64_t, kFoldedSegments>{});
+    } else {
+      put(count);
+    }
+    for (int64_t lane = 0; failures > 0 && lane < count; ++lane) {
+      if (untrusted[lane] != 0) sum_carefully(to + lane);
+    }
+  }
+
+  [[gnu::noinline]] void sum_carefully(int64_t index) const {
+    const int64_t set = index / plan_.segments, segment = index % plan_.segments;
+    sums_.put(index, careful_sums(plan_, run_, set, segment, kept_statistic(plan_, args_, set), sums_[index]));
+  }
+
+  // What channel_means and GradientFactors::of do, for all sets of the batch.
+  [[gnu::noinline]] void prepare() {
+    double a[kPack] = {}, b[kPack] = {}, size[kPack] = {};
+    const double count = static_cast<double>(plan_.set_size()), centred = args_.centred ? 1 : 0;
+    if (args_.weight) {
+      weights_ = args_.weight + plan_.set_param.offset(first_);
+      weight_step_ = inner_stride(plan_.set_param);
+    }
+    const auto add_up = [&](auto segments_of) {
+      const int64_t segments = segments_of;
+      const double *dy = sums_.dy + first_ * segments, *dy_xhat = sums_.dy_xhat + first_ * segments,
+                   *of_dy = sums_.size + first_ * segments;
+      for (int64_t segment = 0; segment < segments; ++segment) {
+        double weight[kPack];
+        for (int64_t i = 0; i < count_; ++i) weight[i] = static_cast<double>(*weight_of(i, segment));
+#pragma omp simd
+        for (int64_t i = 0; i < count_; ++i) {
+          const int64_t index = i * segments + segment;
+          a[i] += weight[i] * dy[index];
+          b[i] += weight[i] * dy_xhat[index];
+          size[i] += std::fabs(weight[i]) * of_dy[index];
+        }
+      }
+    };
+    if (plan_.segments == 1) {
+      add_up(std::integral_constant<int64_t, 1>{});
+    } else {
+      add_up(plan_.segments);
+    }
+#pragma omp simd
+    for (int64_t i = 0; i < kPack; ++i) {
+      const GradientMeans means = GradientMeans::of_sums(centred * a[i], b[i], size[i], count, mean_[i], rstd_[i]);
+      const double b_rstd = means.b * rstd_[i];
+      factor_a_[i] = static_cast<float>(means.a + off_[i] * b_rstd);
+      factor_b_[i] = static_cast<float>(b_rstd);
+      factor_rstd_[i] = static_cast<float>(rstd_[i]);
+      mean_g_[i] = means.a;
+      mean_g_xhat_[i] = means.b;
+      plain_[i] = means.in_float ? 1 : 0;
+    }
+  }
+
+  template <class Lines, bool kPastCache>
+  [[gnu::noinline]] FASTNORM_LOOPS void write(const Lines& lines) const {
+    const int64_t count = count_, segments = plan_.segments, run = run_;
+    const Runs<const float> x(plan_.x, first_, run), dy(plan_.dy, first_, run);
+    const Runs<float> dx(plan_.dx, first_, run);
+    for (int64_t i = 0; i < count; ++i) {
+      if (plain_[i] == 0) continue;
+      const GradientFactors factors{pivot_[i], factor_rstd_[i], factor_a_[i], factor_b_[i]};
+      InputGradient<float, float, Same<float>> gradient(factors, Same<float>(1));
+      for (int64_t segment = 0; segment < segments; ++segment) {
+        gradient.weight.value = Pack<float>(*weight_of(i, segment));
+        for (int64_t line = 0; line < lines.count; ++line) {
+          const float *from = x.at(i, segment, line), *dy_from = dy.at(i, segment, line);
+          float* to = dx.at(i, segment, line);
+          for_stored_packs(kPastCache, to, run,
+                           [&](auto at, auto out) { out.store(at, to, gradient(at, from, dy_from)); });
+        }
+      }
+    }
+  }
+
+  [[gnu::noinline]] void write_carefully(int64_t i) const {
+    GradientMeans means;
+    means.a = mean_g_[i];
+    means.b = mean_g_xhat_[i];
+    const Statistic s = kept_statistic(plan_, args_, first_ + i);
+    for (int64_t segment = 0; segment < plan_.segments; ++segment) {
+      channel_unit_gradient(plan_, args_, run_, first_ + i, segment, s, means);
+    }
+  }
+
+  const Plan& plan_;
+  const NormArgs<float>& args_;
+  const int64_t run_, lines_;
+  SegmentTable<float>& sums_;
+  int64_t first_ = 0, count_ = 0;  // the batch
+  const float one_ = 1;
+  const float* weights_ = &one_;
+  int64_t weight_step_ = 0;
+  double mean_[kPack] = {}, mean_lo_[kPack] = {}, rstd_[kPack] = {}, off_[kPack];
+  double mean_g_[kPack], mean_g_xhat_[kPack];
+  float pivot_[kPack], factor_rstd_[kPack], factor_a_[kPack], factor_b_[kPack], plain_[kPack];
+};
+
+}  // namespace
+}  // namespace fastnorm

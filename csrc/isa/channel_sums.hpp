@@ -1,0 +1,286 @@
+// The two sums of a segment, of dy and of dy * xhat, that give everything in a backward: weighted they are the set's a
+// and b, plain they are dbias and dweight.
+#pragma once
+
+#include "isa/set_norm.hpp"
+#include "isa/short_trees.hpp"
+
+namespace fastnorm {
+namespace {
+
+struct SegmentSums {
+  Sum dy, dy_xhat;
+  double size = 0;  // about the sum of |dy|: float32 only
+  void add(const SegmentSums& other) {
+    dy.add(other.dy);
+    dy_xhat.add(other.dy_xhat);
+    size += other.size;
+  }
+};
+
+// Float32 data not too far from zero: sum(dy * xhat) is (sum(dy * x) - mean * sum(dy)) * rstd, with exact products and
+// digits to spare for the difference: what `additions` in a chain may lose of it stays a small part of a float32 unit
+// even of a sum that one value far from the others makes up. Not where the variance is nothing beside eps: the
+// dy * xhat of a constant set are exactly 0, and so has to be their sum.
+inline bool sums_plainly(const Statistic& s, double eps, double additions) {
+  return std::fabs(s.mean) * s.rstd * (additions + kPack) < 0x1p22 && eps * s.rstd * s.rstd < 0.999;
+}
+
+// Sums of dy and of dy * x of float32 data, in plain lanes of double.
+struct PlainGradientSums {
+  Pack<double> dy_sum = Pack<double>(0.0), product_sum = Pack<double>(0.0);
+  Size size;
+
+  template <class At>
+  FASTNORM_INLINE void add(At at, const float* x, const float* dy) {
+    const Pack<double> g = at.template load<double>(dy);
+    dy_sum += g;
+    product_sum = add_exact_product(g, at.template load<double>(x), product_sum);
+    size.add(at, dy);
+  }
+};
+
+// Asks for what a first reading of x and dy will want soon, or for nothing.
+struct ReadAhead {
+  int64_t x_distance, dy_distance;
+  ReadAhead(const Plan& plan, int64_t run)
+      : x_distance(reading_ahead<float>(plan, plan.x, run)), dy_distance(reading_ahead<float>(plan, plan.dy, run)) {}
+  FASTNORM_INLINE void operator()(const float* x, const float* dy) const {
+    prefetch(x, x_distance);
+    prefetch(dy, dy_distance);
+  }
+};
+struct NoReadAhead {
+  FASTNORM_INLINE void operator()(const float*, const float*) const {}
+};
+
+// Sums of float32 data in short trees: of dy, of dy * (x - pivot) and, for nothing but its size, of |dy|.
+struct TreeGradientSums {
+  ShortTreeSum dy_sum, product_sum;
+  Pack<float> size = Pack<float>(0.0f);
+
+  struct Terms {
+    Pack<float> dy, product, size;
+    FASTNORM_INLINE friend Terms operator+(const Terms& a, const Terms& b) {
+      return {a.dy + b.dy, a.product + b.product, a.size + b.size};
+    }
+  };
+  FASTNORM_INLINE void add(const Terms& tree) {
+    dy_sum.add(tree.dy);
+    product_sum.add(tree.product);
+    size += tree.size;
+  }
+
+  // A run of n values. What is missing in the last pack is zeros of dy: they add nothing.
+  template <class Ahead>
+  FASTNORM_INLINE void add_run(const float* x, const float* dy, int64_t n, const Pack<float>& pivot,
+                               const Ahead& ahead) {
+    const auto terms = [&](auto at) {
+      ahead(x + at.start, dy + at.start);
+      const Pack<float> g = at.template load<float>(dy);
+      return Terms{g, g * (at.template load<float>(x) - pivot), magnitude(g)};
+    };
+    const auto whole = [&](int64_t i) { return terms(Whole{i}); };
+    int64_t i = 0;
+    for (; i + kTreePacks * kPack <= n; i += kTreePacks * kPack) {
+      add((whole(i) + whole(i + kPack)) + (whole(i + 2 * kPack) + whole(i + 3 * kPack)));
+    }
+    if (i == n) return;
+    const int64_t packs = (n - i - 1) / kPack;  // before the last
+    const Partial last{i + packs * kPack, n - i - packs * kPack};
+    if (packs == 0) {
+      add(terms(last));
+    } else if (packs == 1) {
+      add(whole(i) + terms(last));
+    } else if (packs == 2) {
+      add((whole(i) + whole(i + kPack)) + terms(last));
+    } else {
+      add((whole(i) + whole(i + kPack)) + (whole(i + 2 * kPack) + terms(last)));
+    }
+  }
+};
+
+constexpr double kTrustedSize = 0x1p120;
+
+// What a segment or a part of one comes to. `trusted`: nothing overflowed in float32, nor vanished beside so small a
+// sum. (Where x is constant the sum is 0, and has to be: what is not trusted is added up again in double.)
+struct TreeTotals {
+  double dy, dy_xhat;
+  bool trusted;
+
+  static TreeTotals of(double dy, double product, double size, double off, double rstd) {
+    const double magnitude = std::fabs(product);
+    const bool finite = (size < kTrustedSize) & (magnitude < kTrustedSize), large = (magnitude > 0x1p-84) | (size == 0);
+    return {dy, (product + off * dy) * rstd, static_cast<bool>(finite & large)};
+  }
+};
+
+// The sums of one unit of float32 data; false where they cannot be trusted.
+FASTNORM_LOOPS inline bool tree_unit_sums(const Plan& plan, int64_t run, int64_t set, int64_t unit, const Statistic& s,
+                                          SegmentSums& total) {
+  const Operands<2, false> operands{{&plan.x, &plan.dy}, nullptr};
+  const ReadAhead ahead(plan, run);
+  const Pivot pivot = Pivot::of(s);
+  const Pack<float> pivots(pivot.value);
+  TreeGradientSums sums;
+  visit_unit<float>(plan, operands, run, set, unit, [&](const float* const* in, float*, int64_t, int64_t n) {
+    TreeGradientSums inner = sums;
+    inner.add_run(in[0], in[1], n, pivots, ahead);
+    sums = inner;
+  });
+  total.size = fold(widen(sums.size));
+  const TreeTotals totals =
+      TreeTotals::of(fold(sums.dy_sum.lanes), fold(sums.product_sum.lanes), total.size, pivot.off, s.rstd);
+  total.dy.hi = totals.dy;
+  total.dy_xhat.hi = totals.dy_xhat;
+  return totals.trusted;
+}
+
+// The sums of one unit, weighted or not. Float32 data is added in plain lanes of double; float64 data has no digits to
+// spare and is added in trees.
+template <class T, class WeightAt>
+FASTNORM_LOOPS inline SegmentSums unit_sums(const Plan& plan, int64_t run, int64_t set, int64_t unit,
+                                            const Statistic& s, const WeightAt& weight_at) {
+  const Operands<2, false> operands{{&plan.x, &plan.dy}, nullptr};
+  const Centre<T, double> centre(s);
+  const Pack<double> rstd(s.rstd);
+  const int64_t x_ahead = reading_ahead<T>(plan, plan.x, run), dy_ahead = reading_ahead<T>(plan, plan.dy, run);
+  SegmentSums total;
+  PackPair lanes{0.0, 0.0};
+  PairTree tree;
+  Size size;
+  visit_unit<T>(plan, operands, run, set, unit, [&](const T* const* in, T*, int64_t first, int64_t n) {
+    const T *x = in[0], *dy = in[1];
+    const auto weight = weight_at(first);
+    const auto terms = [&](auto at) { return gradient_terms(at, x, dy, centre, rstd, weight); };
+    if constexpr (kMayOverflow<T>) {
+      tree.push(tree_sums(0, n, terms));
+    } else {
+      PackPair inner = lanes;
+      Size inner_size = size;
+      for_packs(n, [&](auto at) {
+        prefetch(x + at.start, x_ahead);
+        prefetch(dy + at.start, dy_ahead);
+        inner += terms(at);
+        inner_size.add(at, dy);
+      });
+      lanes = inner;
+      size = inner_size;
+    }
+  });
+  const Pair sums = fold(kMayOverflow<T> ? tree.total() : lanes);
+  total.dy.add(sums.first);
+  total.dy_xhat.add(sums.second);
+  total.size = kMayOverflow<T> ? 0 : size.total();
+  return total;
+}
+
+// The sums of one unit added up in double, where those of its trees cannot be trusted; but for the sum of dy, which
+// must not change with what x is.
+inline SegmentSums careful_sums(const Plan& plan, int64_t run, int64_t set, int64_t unit, const Statistic& s,
+                                const SegmentSums& of_trees) {
+  SegmentSums sums = unit_sums<float>(plan, run, set, unit, s, [](int64_t) { return None{}; });
+  if (of_trees.size < kTrustedSize) sums.dy = of_trees.dy;
+  return sums;
+}
+
+// The means that the input gradient subtracts, and whether float32 can hold what is made of them.
+struct GradientMeans {
+  double a = 0, b = 0;
+  bool in_float = false;
+
+  template <class T>
+  static GradientMeans of(const Sum& a, const Sum& b, double size, double count, bool centred, bool plain_weights,
+                          const Statistic& s) {
+    GradientMeans means = of_sums(centred ? a.value() : 0, b.value(), size, count, s.mean, s.rstd);
+    means.in_float = !kMayOverflow<T> && plain_weights && means.in_float;
+    return means;
+  }
+  // Without a branch, for loops over sets.
+  static GradientMeans of_sums(double a, double b, double size, double count, double mean, double rstd) {
+    GradientMeans means;
+    means.a = a / count;
+    means.b = b / count;
+    const double mean_size = size / count;
+    const bool fits = in_range(rstd) & (std::fabs(mean) < 0x1p100);
+    const bool fit =
+        (in_range(mean_size) | (size == 0)) & (std::fabs(means.a) < 0x1p100) & (std::fabs(means.b * rstd) < 0x1p100);
+    means.in_float = static_cast<bool>(fits & fit);
+    return means;
+  }
+
+ private:
+  static bool in_range(double v) { return static_cast<bool>((std::fabs(v) > 0x1p-40) & (std::fabs(v) < 0x1p40)); }
+};
+
+// The sums of every segment of a call; those of float32 data, in which each digit of a double is to spare, lie apart.
+template <class T>
+class SegmentTable {
+ public:
+  explicit SegmentTable(int64_t count) : sums_(count) {}
+  explicit operator bool() const { return static_cast<bool>(sums_); }
+  const SegmentSums& operator[](int64_t i) const { return sums_[i]; }
+  void put(int64_t i, const SegmentSums& sums) { sums_[i] = sums; }
+
+ private:
+  const Workspace<SegmentSums> sums_;
+};
+
+template <>
+class SegmentTable<float> {
+ public:
+  explicit SegmentTable(int64_t count)
+      : space_(3 * count), dy(space_.data()), dy_xhat(dy + count), size(dy + 2 * count) {}
+  explicit operator bool() const { return static_cast<bool>(space_); }
+  SegmentSums operator[](int64_t i) const {
+    SegmentSums sums;
+    sums.dy.hi = dy[i];
+    sums.dy_xhat.hi = dy_xhat[i];
+    sums.size = size[i];
+    return sums;
+  }
+  void put(int64_t i, const SegmentSums& sums) {
+    dy[i] = sums.dy.value();
+    dy_xhat[i] = sums.dy_xhat.value();
+    size[i] = sums.size;
+  }
+
+ private:
+  const Workspace<double> space_;
+
+ public:
+  double *const dy, *const dy_xhat, *const size;
+};
+
+// A sum where every digit counts in float64, and any order will do for float32 data.
+template <class T>
+inline void accumulate(Sum& sum, const Sum& term) {
+  if constexpr (kMayOverflow<T>) {
+    sum.add(term);
+  } else {
+    sum.hi += term.hi;
+  }
+}
+
+// Parameter gradients from sums per parameter, merged over those that share one, in order: `count` rows of `width`
+// sums, the first parameter of row i being param(i), the others `step` apart; `totals` are plan.params zeros.
+template <class T, class Sums, class Param>
+inline void reduce_parameter_gradients(const Plan& plan, const NormArgs<T>& args, const Sums& sums, int64_t count,
+                                       int64_t width, int64_t step, const Param& param, SegmentSums* totals) {
+  if (!args.dweight && !args.dbias) return;
+  for (int64_t i = 0; i < count; ++i) {
+    SegmentSums* to = &totals[param(i)];
+    for (int64_t j = 0; j < width; ++j) {
+      const SegmentSums& from = sums[i * width + j];
+      accumulate<T>(to[j * step].dy, from.dy);
+      accumulate<T>(to[j * step].dy_xhat, from.dy_xhat);
+    }
+  }
+  for (int64_t p = 0; p < plan.params; ++p) {
+    if (args.dweight) args.dweight[p] = static_cast<T>(totals[p].dy_xhat.value());
+    if (args.dbias) args.dbias[p] = static_cast<T>(totals[p].dy.value());
+  }
+}
+
+}  // namespace
+}  // namespace fastnorm
