@@ -116,8 +116,7 @@ class RowTiles {
 
   TileMeans means(int r) const {
     const Pair total = fold(sums_[r]);
-    const double count = static_cast<double>(n_);
-    return {kCentred ? total.first / count : 0, total.second / count * statistics_[r]->rstd};
+    return {kCentred ? total.first * share_ : 0, total.second * share_ * statistics_[r]->rstd};
   }
 
   // Is every g of a row 0, for want of dy?
@@ -266,6 +265,7 @@ class RowTiles {
   }
 
   const int64_t n_;
+  const double share_ = 1 / static_cast<double>(n_);
   const float* const weight_;
   const ParameterSums params_;
   const int64_t ahead_;
