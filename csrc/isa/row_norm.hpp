@@ -48,27 +48,32 @@ class RowBackward {
     if (plan.params != plan.params_per_set) return;
     plain_weights_ = plain_weights(0);
     if constexpr (!kMayOverflow<T>) {
-      if (run_ == plan.elements && plan.elements <= kTiledElements && tile_weights()) {
+      if (plan.elements >= kPack && plan.elements <= kTiledElements && tile_weights()) {
         together_ = rows_together(plan.elements);
+        in_place_ = run_ == plan.elements;
         // The next rows, while these are read.
-        if (reading_ahead<T>(plan, plan.x, run_) != 0)
+        if (in_place_ && reading_ahead<T>(plan, plan.x, run_) != 0) {
           distance_ = together_ * plan.elements * static_cast<int64_t>(sizeof(T));
+        }
       }
     }
   }
 
+  // Room that `sets` needs for rows that do not lie in one piece: the bits must not depend on where a row lies.
+  int64_t copied() const { return in_place_ ? 0 : (2 * together_ + 1) * plan_.elements; }
+
   Statistic statistic(int64_t set) const { return kept_statistic(plan_, args_, set); }
 
   // Sets [begin, end), which are of one group; `params` nullptr: no gradients of parameters wanted.
-  void sets(int64_t begin, int64_t end, const ParameterSums* params) const {
+  void sets(int64_t begin, int64_t end, const ParameterSums* params, T* copies) const {
     if constexpr (!kMayOverflow<T>) {
       if (together_ > 0) {
         for (int64_t set = begin; set < end; set += together_) {
           const int count = static_cast<int>(end - set < together_ ? end - set : together_);
           if (args_.centred) {
-            params ? rows<true, true>(set, count, params) : rows<true, false>(set, count, params);
+            params ? rows<true, true>(set, count, params, copies) : rows<true, false>(set, count, params, copies);
           } else {
-            params ? rows<false, true>(set, count, params) : rows<false, false>(set, count, params);
+            params ? rows<false, true>(set, count, params, copies) : rows<false, false>(set, count, params, copies);
           }
         }
         return;
@@ -155,17 +160,17 @@ class RowBackward {
 
   // Rows [set, set + count) by tiles, those of them for which that will do.
   template <bool kCentred, bool kParams>
-  void rows(int64_t set, int count, const ParameterSums* params) const {
+  void rows(int64_t set, int count, const ParameterSums* params, float* copies) const {
     Statistic s[kMostRows];
     bool fit = true;
     for (int r = 0; r < count; ++r) {
       s[r] = statistic(set + r);
       fit = fit && fits_tiles(s[r]);
     }
-    if (fit) return tiled_rows<kCentred, kParams>(set, count, s, params);
+    if (fit) return tiled_rows<kCentred, kParams>(set, count, s, params, copies);
     for (int r = 0; r < count; ++r) {
       if (fits_tiles(s[r])) {
-        tiled_rows<kCentred, kParams>(set + r, 1, &s[r], params);
+        tiled_rows<kCentred, kParams>(set + r, 1, &s[r], params, copies);
       } else {
         set_in_double(set + r, s[r], params);
       }
@@ -173,21 +178,37 @@ class RowBackward {
   }
 
   template <bool kCentred, bool kParams>
-  void tiled_rows(int64_t set, int count, const Statistic* s, const ParameterSums* params) const {
-    RowTiles<kCentred, kParams> tiles(plan_.elements, weight_, kParams ? *params : ParameterSums{}, distance_);
+  void tiled_rows(int64_t set, int count, const Statistic* s, const ParameterSums* params, float* copies) const {
+    const int64_t n = plan_.elements;
+    RowTiles<kCentred, kParams> tiles(n, weight_, kParams ? *params : ParameterSums{}, distance_);
     for (int r = 0; r < count; ++r) {
-      tiles.add_row(reinterpret_cast<const float*>(plan_.x.data + plan_.x.set.offset(set + r)),
-                    reinterpret_cast<const float*>(plan_.dy.data + plan_.dy.set.offset(set + r)), s[r]);
+      if (in_place_) {
+        tiles.add_row(row(plan_.x, set + r), row(plan_.dy, set + r), s[r]);
+      } else {
+        float *const x = copies + 2 * r * n, *const dy = x + n;
+        tiles.add_row(port(plan_.x, set + r).read(0, n, x), port(plan_.dy, set + r).read(0, n, dy), s[r]);
+      }
     }
     tiles.sum();
     for (int r = 0; r < count; ++r) {
       const TileMeans means = tiles.means(r);
-      if (means.in_float() || tiles.zeros(r)) {
-        tiles.write(r, means, reinterpret_cast<float*>(plan_.dx.data + plan_.dx.set.offset(set + r)), args_.past_cache);
-      } else {
+      if (!means.in_float() && !tiles.zeros(r)) {
         set_in_double(set + r, s[r], nullptr);
+      } else if (in_place_) {
+        tiles.write(r, means, row(plan_.dx, set + r), args_.past_cache);
+      } else {
+        float *const own = copies + 2 * together_ * n, *const dx = port(plan_.dx, set + r).open(0, n, own);
+        tiles.write(r, means, dx, args_.past_cache);
+        port(plan_.dx, set + r).commit(0, n, own, dx);
       }
     }
+  }
+
+  static float* row(const Operand& operand, int64_t set) {
+    return reinterpret_cast<float*>(operand.data + operand.set.offset(set));
+  }
+  static Port<float> port(const Operand& operand, int64_t set) {
+    return {operand.data + operand.set.offset(set), operand.element, operand.aligned};
   }
 
   const Plan& plan_;
@@ -195,7 +216,8 @@ class RowBackward {
   const T* const weight_;
   const int64_t run_, units_;
   int64_t distance_ = 0;  // bytes from a row to the one that is read in its place next; 0: not worth asking for
-  int together_ = 0;      // rows that are read side by side, in tiles; 0: none are
+  bool in_place_ = false;
+  int together_ = 0;  // rows that are read side by side, in tiles; 0: none are
   bool plain_weights_ = true;
 };
 
@@ -294,6 +316,9 @@ bool row_backward(const Plan& plan, const NormArgs<T>& args) {
   }
   const RowBackward<T> backward(plan, args, weight);
 
+  const Workspace<T> copies((plan.threads > 1 ? groups : 1) * backward.copied());
+  if (!copies) return false;
+
   if (split) {
     // Few sets, long ones: first all sums, then every unit (a range of parameters) walks over the sets.
     parallel_for(plan.threads, plan.sets * units, [&](int64_t i) {
@@ -316,11 +341,12 @@ bool row_backward(const Plan& plan, const NormArgs<T>& args) {
   } else {
     for_results(plan, args, groups, [&](int64_t group) {
       const ParameterSums to = gradients.of(group);
+      T* const own = copies.data() + (plan.threads > 1 ? group : 0) * backward.copied();
       const int64_t end = (group + 1) * per_group, last = end < plan.sets ? end : plan.sets;
       const int64_t step = args.finished ? whole_tiles(args.sets_at_once) : per_group;
       for (int64_t set = group * per_group; set < last; set += step) {
         const int64_t stop = set + step < last ? set + step : last;
-        backward.sets(set, stop, want_params ? &to : nullptr);
+        backward.sets(set, stop, want_params ? &to : nullptr, own);
         if (args.finished) args.finished(args.context, set, stop);
       }
       if (want_params) gradients.finish(group);
