@@ -1,23 +1,25 @@
 // Backward where the weights run along the set, one per value (layer norm, RMS norm). The gradients of the parameters
-// are sums over sets: each group of kSetsPerGroup sets adds into rows of its own, and those are added in order, so that
-// the cut depends on the shape alone.
+// are sums over sets: each group of sets adds into rows of its own, and those are added in order, so that the cut
+// depends on the shape alone.
 //
-// The first reading of a set takes its two sums and adds to the parameters' gradients; the second, from cache, writes
-// dx.
+// Float32 rows in one piece go through row_tiles.hpp, some at a time: a first reading gives the sums, the second, from
+// cache, writes dx. All others, float64, and rows that float32 is not enough for, are summed up one by one in double.
 #pragma once
 
 #include "isa/channel_norm.hpp"
+#include "isa/row_tiles.hpp"
 
 namespace fastnorm {
 namespace {
 
-// Sets in a chain of additions: float64 has no digits to spare, float32 data are summed in double.
+// Sets in a group: float64 has no digits to spare for long chains of additions; float32 data are summed in double, and
+// only have to leave something to do for every thread.
 template <class T>
-constexpr int64_t kSetsPerGroup = kMayOverflow<T> ? 16 : 64;
-
-// Rows read side by side: a parameter's gradient is loaded and stored once for all of them.
-constexpr int kRowsTogether = kVectorBytes == 64 ? 2 : 1;
-constexpr int64_t kTogetherElements = 4096;
+inline int64_t sets_summed_together(const Plan& plan) {
+  constexpr int64_t kLeast = 64, kGroups = 64;
+  if (kMayOverflow<T>) return 16;
+  return plan.sets <= kLeast * kGroups ? kLeast : whole_tiles((plan.sets + kGroups - 1) / kGroups);
+}
 
 // call(weight) with the weights from parameter `first` on.
 template <class T, class Call>
@@ -29,113 +31,55 @@ inline void with_weight(const T* weight, int64_t first, const Call& call) {
   }
 }
 
-// dweight += dy * xhat, dbias += dy, in double, for one set after the other.
-struct ParameterSums {
-  double *dweight, *dbias;
-
-  ParameterSums from(int64_t first) const { return {dweight + first, dbias + first}; }
-};
-
-template <class T>
-FASTNORM_LOOPS inline void add_parameter_gradients(const T* x, const T* dy, int64_t n, const Statistic& s,
-                                                   ParameterSums sums) {
-  const Centre<T, double> centre(s);
-  const Pack<double> rstd(s.rstd);
-  for_packs(n, [&](auto at) {
-    const PackPair terms = gradient_terms(at, x, dy, centre, rstd, None{});
-    at.store(sums.dweight, at.template load<double>(sums.dweight) + terms.second);
-    at.store(sums.dbias, at.template load<double>(sums.dbias) + terms.first);
-  });
-}
-
-// sum + v * weight, v a float32 value in double.
-template <class At>
-FASTNORM_INLINE Pack<double> add_times(At, const Pack<double>& v, None, const Pack<double>& sum) {
-  return sum + v;
-}
-template <class At>
-FASTNORM_INLINE Pack<double> add_times(At at, const Pack<double>& v, Each<float> weight, const Pack<double>& sum) {
-  return add_exact_product(v, at.template load<double>(weight.values), sum);
-}
-
-// The sums of kRows sets of float32 data and their part of the parameters' gradients, in one reading.
-template <int kRows, class Weight>
-FASTNORM_LOOPS inline void sum_rows(const float* const* x, const float* const* dy, int64_t n, const Statistic* s,
-                                    Weight weight, const ParameterSums* params, SegmentSums* totals, int64_t distance) {
-  PackPair lanes[kRows];
-  Size size[kRows];
-  Pack<double> mean[kRows], rstd[kRows];
-  for (int r = 0; r < kRows; ++r) {
-    lanes[r] = PackPair{0.0, 0.0};
-    mean[r] = Pack<double>(s[r].mean);
-    rstd[r] = Pack<double>(s[r].rstd);
-  }
-  const auto add = [&](auto at, int r, PackPair& gradient) {
-    prefetch(x[r] + at.start, distance);
-    prefetch(dy[r] + at.start, distance);
-    const Pack<double> g = at.template load<double>(dy[r]);
-    const Pack<double> g_xhat = g * ((at.template load<double>(x[r]) - mean[r]) * rstd[r]);
-    lanes[r].first = add_times(at, g, weight, lanes[r].first);
-    lanes[r].second += times(at, g_xhat, weight);
-    size[r].add(at, dy[r]);
-    gradient.first = add_exact_product(g, Pack<double>(1.0), gradient.first);  // an addition, where units are free
-    gradient.second += g_xhat;
-  };
-  if (params) {
-    const ParameterSums to = *params;
-    for_packs(n, [&](auto at) {
-      PackPair gradient{at.template load<double>(to.dbias), at.template load<double>(to.dweight)};
-      FASTNORM_UNROLL
-      for (int r = 0; r < kRows; ++r) add(at, r, gradient);
-      at.store(to.dbias, gradient.first);
-      at.store(to.dweight, gradient.second);
-    });
-  } else {
-    for_packs(n, [&](auto at) {
-      PackPair unwanted{0.0, 0.0};
-      FASTNORM_UNROLL
-      for (int r = 0; r < kRows; ++r) add(at, r, unwanted);
-    });
-  }
-  for (int r = 0; r < kRows; ++r) {
-    const Pair sums = fold(lanes[r]);
-    totals[r].dy.add(sums.first);
-    totals[r].dy_xhat.add(sums.second);
-    totals[r].size += size[r].total();
-  }
-}
+// Float32 rows up to this length are read in tiles: as many at a time as the nearest cache holds.
+constexpr int64_t kTiledElements = kBlock * kChunkBlocks;
+inline int rows_together(int64_t elements) { return elements <= 512 ? kMostRows : elements <= 4096 ? 4 : 2; }
 
 template <class T>
 class RowBackward {
  public:
-  RowBackward(const Plan& plan, const NormArgs<T>& args)
+  // `weight`: args.weight, or ones where that is not given and parameters' gradients are wanted.
+  RowBackward(const Plan& plan, const NormArgs<T>& args, const T* weight)
       : plan_(plan),
         args_(args),
+        weight_(weight),
         run_(shared_run<T>(plan, {&plan.x, &plan.dy, &plan.dx})),
-        units_(units_per_set(plan)),
-        together_(!kMayOverflow<T> && run_ == plan.elements && plan.elements <= kTogetherElements &&
-                  plan.params == plan.params_per_set) {
-    if (plan.params == plan.params_per_set) plain_weights_ = plain_weights(0);
+        units_(units_per_set(plan)) {
+    if (plan.params != plan.params_per_set) return;
+    plain_weights_ = plain_weights(0);
+    if constexpr (!kMayOverflow<T>) {
+      if (plan.elements >= kPack && plan.elements <= kTiledElements && tile_weights()) {
+        together_ = rows_together(plan.elements);
+        in_place_ = run_ == plan.elements;
+        // The next rows, while these are read.
+        if (in_place_ && reading_ahead<T>(plan, plan.x, run_) != 0) {
+          distance_ = together_ * plan.elements * static_cast<int64_t>(sizeof(T));
+        }
+      }
+    }
   }
+
+  // Room that `sets` needs for rows that do not lie in one piece: the bits must not depend on where a row lies.
+  int64_t copied() const { return in_place_ ? 0 : (2 * together_ + 1) * plan_.elements; }
 
   Statistic statistic(int64_t set) const { return kept_statistic(plan_, args_, set); }
 
   // Sets [begin, end), which are of one group; `params` nullptr: no gradients of parameters wanted.
-  void sets(int64_t begin, int64_t end, const ParameterSums* params) const {
-    int64_t set = begin;
+  void sets(int64_t begin, int64_t end, const ParameterSums* params, T* copies) const {
     if constexpr (!kMayOverflow<T>) {
-      for (; together_ && set + kRowsTogether <= end; set += kRowsTogether) rows<kRowsTogether>(set, params);
-      for (; together_ && set < end; ++set) rows<1>(set, params);
-    }
-    for (; set < end; ++set) {
-      const Statistic s = statistic(set);
-      SegmentSums total;
-      for (int64_t unit = 0; unit < units_; ++unit) total.add(sums(set, unit, s));
-      for (int64_t unit = 0; unit < units_; ++unit) {
-        if (params) parameters(set, unit, s, *params);
-        gradient(set, unit, s, total);
+      if (together_ > 0) {
+        for (int64_t set = begin; set < end; set += together_) {
+          const int count = static_cast<int>(end - set < together_ ? end - set : together_);
+          if (args_.centred) {
+            params ? rows<true, true>(set, count, params, copies) : rows<true, false>(set, count, params, copies);
+          } else {
+            params ? rows<false, true>(set, count, params, copies) : rows<false, false>(set, count, params, copies);
+          }
+        }
+        return;
       }
     }
+    for (int64_t set = begin; set < end; ++set) set_in_double(set, statistic(set), params);
   }
 
   SegmentSums sums(int64_t set, int64_t unit, const Statistic& s) const {
@@ -198,53 +142,182 @@ class RowBackward {
     along(InputGradient<T, double, Weight>(s, means.a, means.b, weight));
   }
 
-  template <int kRows>
-  void rows(int64_t set, const ParameterSums* params) const {
-    const float *x[kRows], *dy[kRows];
-    Statistic s[kRows];
-    SegmentSums totals[kRows];
-    for (int r = 0; r < kRows; ++r) {
-      x[r] = Line<float>(plan_.x, set + r, 0, run_).at(0, 0);
-      dy[r] = Line<float>(plan_.dy, set + r, 0, run_).at(0, 0);
-      s[r] = statistic(set + r);
+  // One set after the other, each value of it in double (or dx alone in float32, where means_of says so).
+  [[gnu::noinline]] void set_in_double(int64_t set, const Statistic& s, const ParameterSums* params) const {
+    SegmentSums total;
+    for (int64_t unit = 0; unit < units_; ++unit) total.add(sums(set, unit, s));
+    for (int64_t unit = 0; unit < units_; ++unit) {
+      if (params) parameters(set, unit, s, *params);
+      gradient(set, unit, s, total);
     }
-    const int64_t param = plan_.set_param.offset(set);
-    const T* weight = args_.weight ? args_.weight + param : nullptr;
-    ParameterSums to{};
-    if (params) to = params->from(param);
-    with_weight(weight, 0, [&](auto w) {
-      sum_rows<kRows>(x, dy, plan_.elements, s, w, params ? &to : nullptr, totals, distance_);
-      for (int r = 0; r < kRows; ++r) {
-        T* dx = Line<float>(plan_.dx, set + r, 0, run_).at(0, 0);
-        write(x[r], dy[r], dx, plan_.elements, s[r], means_of(set + r, s[r], totals[r]), w, args_.past_cache);
+  }
+
+  bool tile_weights() const {
+    int wrong = 0;
+    for (int64_t p = 0; args_.weight && p < plan_.params; ++p) wrong |= !tile_weight(args_.weight[p]);
+    return wrong == 0;
+  }
+
+  // Rows [set, set + count) by tiles, those of them for which that will do.
+  template <bool kCentred, bool kParams>
+  void rows(int64_t set, int count, const ParameterSums* params, float* copies) const {
+    Statistic s[kMostRows];
+    bool fit = true;
+    for (int r = 0; r < count; ++r) {
+      s[r] = statistic(set + r);
+      fit = fit && fits_tiles(s[r]);
+    }
+    if (fit) return tiled_rows<kCentred, kParams>(set, count, s, params, copies);
+    for (int r = 0; r < count; ++r) {
+      if (fits_tiles(s[r])) {
+        tiled_rows<kCentred, kParams>(set + r, 1, &s[r], params, copies);
+      } else {
+        set_in_double(set + r, s[r], params);
       }
-    });
+    }
+  }
+
+  template <bool kCentred, bool kParams>
+  void tiled_rows(int64_t set, int count, const Statistic* s, const ParameterSums* params, float* copies) const {
+    const int64_t n = plan_.elements;
+    RowTiles<kCentred, kParams> tiles(n, weight_, kParams ? *params : ParameterSums{}, distance_);
+    for (int r = 0; r < count; ++r) {
+      if (in_place_) {
+        tiles.add_row(row(plan_.x, set + r), row(plan_.dy, set + r), s[r]);
+      } else {
+        float *const x = copies + 2 * r * n, *const dy = x + n;
+        tiles.add_row(port(plan_.x, set + r).read(0, n, x), port(plan_.dy, set + r).read(0, n, dy), s[r]);
+      }
+    }
+    tiles.sum();
+    for (int r = 0; r < count; ++r) {
+      const TileMeans means = tiles.means(r);
+      if (!means.in_float() && !tiles.zeros(r)) {
+        set_in_double(set + r, s[r], nullptr);
+      } else if (in_place_) {
+        tiles.write(r, means, row(plan_.dx, set + r), args_.past_cache);
+      } else {
+        float *const own = copies + 2 * together_ * n, *const dx = port(plan_.dx, set + r).open(0, n, own);
+        tiles.write(r, means, dx, args_.past_cache);
+        port(plan_.dx, set + r).commit(0, n, own, dx);
+      }
+    }
+  }
+
+  static float* row(const Operand& operand, int64_t set) {
+    return reinterpret_cast<float*>(operand.data + operand.set.offset(set));
+  }
+  static Port<float> port(const Operand& operand, int64_t set) {
+    return {operand.data + operand.set.offset(set), operand.element, operand.aligned};
   }
 
   const Plan& plan_;
   const NormArgs<T>& args_;
+  const T* const weight_;
   const int64_t run_, units_;
-  const int64_t distance_ = reading_ahead<T>(plan_, plan_.x, run_);
-  const bool together_;
+  int64_t distance_ = 0;  // bytes from a row to the one that is read in its place next; 0: not worth asking for
+  bool in_place_ = false;
+  int together_ = 0;  // rows that are read side by side, in tiles; 0: none are
   bool plain_weights_ = true;
+};
+
+inline int64_t whole_packs(int64_t n) { return (n + kPack - 1) / kPack * kPack; }
+
+// The first whole line of cache from p on, where packs lie in as few lines as can be.
+template <class T>
+inline T* aligned(T* p) {
+  constexpr uintptr_t kLine = 64;
+  return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(p) + kLine - 1) / kLine * kLine);
+}
+
+// The gradients of the parameters, which every group of sets adds into rows of its own; those are added in order, with
+// what the additions lose kept. A single thread does that as it goes, with one pair of rows for all groups.
+class GroupedGradients {
+ public:
+  GroupedGradients(int64_t groups, int64_t params, int threads)
+      : groups_(groups),
+        width_(2 * whole_packs(params)),
+        in_turn_(threads <= 1),
+        work_((in_turn_ ? 1 : groups) * width_ + (groups > 1 ? 2 * width_ : 0) + kPack),
+        first_(aligned(work_.data())) {}
+
+  explicit operator bool() const { return static_cast<bool>(work_); }
+
+  ParameterSums of(int64_t group) const { return {part(group), part(group) + width_ / 2}; }
+
+  // Called by a single thread when a group is complete.
+  void finish(int64_t group) const {
+    if (!in_turn_ || groups_ == 1) return;
+    add(group, 0, width_);
+    std::memset(part(group), 0, static_cast<size_t>(width_) * sizeof(double));
+  }
+
+  template <class T>
+  void store(const Plan& plan, T* dweight, T* dbias) const {
+    constexpr int64_t kStrip = 1024;
+    if (!in_turn_ && groups_ > 1) {
+      parallel_for(plan.threads, (width_ + kStrip - 1) / kStrip, [&](int64_t strip) {
+        const int64_t first = strip * kStrip, n = width_ - first < kStrip ? width_ - first : kStrip;
+        for (int64_t group = 0; group < groups_; ++group) add(group, first, n);
+      });
+    }
+    store_half(0, plan.params, dweight);
+    store_half(width_ / 2, plan.params, dbias);
+  }
+
+ private:
+  double* part(int64_t group) const { return first_ + (in_turn_ ? 0 : group * width_); }
+  double* totals() const { return first_ + (in_turn_ ? 1 : groups_) * width_; }
+
+  template <class T>
+  void store_half(int64_t first, int64_t n, T* gradient) const {
+    if (!gradient) return;
+    const double *sums = (groups_ > 1 ? totals() : part(0)) + first, *rests = sums + width_;
+    for (int64_t i = 0; i < n; ++i) {
+      // Of an infinite sum nothing is lost.
+      const double rest = groups_ > 1 && std::fabs(sums[i]) < HUGE_VAL ? rests[i] : 0;
+      gradient[i] = static_cast<T>(sums[i] + rest);
+    }
+  }
+
+  void add(int64_t group, int64_t first, int64_t n) const {
+    double *sums = totals() + first, *rests = sums + width_;
+    const double* values = part(group) + first;
+    for_packs(n, [&](auto at) {
+      const Pack<double> sum = at.template load<double>(sums), value = at.template load<double>(values);
+      const Pack<double> total = sum + value, share = total - sum;
+      at.store(rests, at.template load<double>(rests) + ((sum - (total - share)) + (value - share)));
+      at.store(sums, total);
+    });
+  }
+
+  const int64_t groups_, width_;
+  const bool in_turn_;
+  const Workspace<double> work_;
+  double* const first_;
 };
 
 template <class T>
 bool row_backward(const Plan& plan, const NormArgs<T>& args) {
   const int64_t units = units_per_set(plan), params = plan.params;
-  const bool want_params = args.dweight || args.dbias;
-  const int64_t per_group = kSetsPerGroup<T> * (params / plan.params_per_set);
+  // Float32 tiles know two kinds of calls: those that have weights and want gradients, and those that do neither.
+  const bool want_params = args.dweight || args.dbias || (!kMayOverflow<T> && args.weight);
+  const Workspace<T> work(!kMayOverflow<T> && want_params ? params + kPack : 0);
+  const int64_t per_group = sets_summed_together<T>(plan) * (params / plan.params_per_set);
   const int64_t groups = (plan.sets + per_group - 1) / per_group;
   const bool split = plan.threads > 1 && groups < 2 * plan.threads && units > 1;
-  const Workspace<double> partial(want_params ? groups * 2 * params : 0);
+  const GroupedGradients gradients(want_params ? groups : 1, want_params ? params : 0, plan.threads);
   const Workspace<SegmentSums> sums(split ? plan.sets * units : 0);
-  if (!partial || !sums) return false;
+  if (!work || !gradients || !sums) return false;
 
-  const RowBackward<T> backward(plan, args);
-  const auto group_params = [&](int64_t group) {
-    double* rows = partial.data() + group * 2 * params;
-    return ParameterSums{rows, rows + params};
-  };
+  T* const weight = aligned(work.data());
+  if constexpr (!kMayOverflow<T>) {
+    for (int64_t p = 0; want_params && p < params; ++p) weight[p] = args.weight ? args.weight[p] : 1;
+  }
+  const RowBackward<T> backward(plan, args, weight);
+
+  const Workspace<T> copies((plan.threads > 1 ? groups : 1) * backward.copied());
+  if (!copies) return false;
 
   if (split) {
     // Few sets, long ones: first all sums, then every unit (a range of parameters) walks over the sets.
@@ -260,38 +333,26 @@ bool row_backward(const Plan& plan, const NormArgs<T>& args) {
     for_results(plan, args, units, [&](int64_t unit) {
       for (int64_t set = 0; set < plan.sets; ++set) {
         const Statistic s = backward.statistic(set);
-        if (want_params) backward.parameters(set, unit, s, group_params(set / per_group));
+        if (want_params) backward.parameters(set, unit, s, gradients.of(set / per_group));
         backward.gradient(set, unit, s, sums[set * units]);
       }
     });
     if (args.finished) args.finished(args.context, 0, plan.sets);
   } else {
     for_results(plan, args, groups, [&](int64_t group) {
-      const ParameterSums to = want_params ? group_params(group) : ParameterSums{};
+      const ParameterSums to = gradients.of(group);
+      T* const own = copies.data() + (plan.threads > 1 ? group : 0) * backward.copied();
       const int64_t end = (group + 1) * per_group, last = end < plan.sets ? end : plan.sets;
-      const int64_t step = args.finished ? args.sets_at_once : per_group;
+      const int64_t step = args.finished ? whole_tiles(args.sets_at_once) : per_group;
       for (int64_t set = group * per_group; set < last; set += step) {
         const int64_t stop = set + step < last ? set + step : last;
-        backward.sets(set, stop, want_params ? &to : nullptr);
+        backward.sets(set, stop, want_params ? &to : nullptr, own);
         if (args.finished) args.finished(args.context, set, stop);
       }
+      if (want_params) gradients.finish(group);
     });
   }
-
-  if (want_params) {
-    constexpr int64_t kStrip = 1024;
-    parallel_for(plan.threads, (params + kStrip - 1) / kStrip, [&](int64_t strip) {
-      for (int64_t p = strip * kStrip; p < params && p < (strip + 1) * kStrip; ++p) {
-        Sum dweight, dbias;
-        for (int64_t group = 0; group < groups; ++group) {
-          dweight.add(partial[group * 2 * params + p]);
-          dbias.add(partial[(group * 2 + 1) * params + p]);
-        }
-        if (args.dweight) args.dweight[p] = static_cast<T>(dweight.value());
-        if (args.dbias) args.dbias[p] = static_cast<T>(dbias.value());
-      }
-    });
-  }
+  if (want_params) gradients.store(plan, args.dweight, args.dbias);
   return true;
 }
 

@@ -242,6 +242,47 @@ FASTNORM_INLINE Pack<C> magnitude(Pack<C> pack) {
   return pack;
 }
 
+// Loaded once: where registers are many, compilers would rather load a value for each of its uses.
+FASTNORM_INLINE Pack<float> in_register(Pack<float> pack) {
+#if defined(__AVX512F__)
+  for (auto& part : pack.part) asm("" : "+v"(part));
+#endif
+  return pack;
+}
+
+// Watches float32 magnitudes: do all packs given as `terms` lie in [2^-80, 2^100), and those given as `sums` below
+// 2^53? They are compared as integers, which puts infinities and NaN above all numbers.
+class MagnitudeWatch {
+ public:
+  FASTNORM_INLINE void terms(const Pack<float>& v) { note(v, kLeast); }
+  FASTNORM_INLINE void sums(const Pack<float>& v) { note(v, 0); }
+  FASTNORM_INLINE bool hold() const {
+#if defined(__AVX512F__)
+    return _mm512_cmpge_epu32_mask(reinterpret_cast<__m512i>(worst_), _mm512_set1_epi32(kRange)) == 0;
+#else
+    const auto beyond = worst_ >= kRange;
+    uint64_t parts[kVectorBytes / sizeof(uint64_t)], any = 0;
+    std::memcpy(parts, &beyond, sizeof parts);
+    for (const uint64_t part : parts) any |= part;
+    return any == 0;
+#endif
+  }
+
+ private:
+  using Bits = Vector<uint32_t, kVectorBytes>;
+  static constexpr uint32_t kLeast = (127 - 80) << 23, kRange = 180 << 23;
+
+  FASTNORM_INLINE void note(const Pack<float>& v, uint32_t least) {
+    FASTNORM_UNROLL
+    for (int k = 0; k < Pack<float>::kParts; ++k) {
+      const Bits above = (reinterpret_cast<Bits>(v.part[k]) & 0x7fffffffu) - least;
+      worst_ = worst_ > above ? worst_ : above;
+    }
+  }
+
+  Bits worst_ = Bits{};
+};
+
 // A store that does not bring the line into the cache; p is a multiple of the vector's size.
 template <class V>
 FASTNORM_INLINE void store_past(void* p, const V& v) {

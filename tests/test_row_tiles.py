@@ -1,0 +1,137 @@
+"""The backward of float32 rows adds up in float32 tiles: what float32 cannot hold has to be noticed, tile by tile."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fastnorm as fn
+
+UNIT = 2.0**-24
+SHAPES = [(13, 100), (8, 64), (5, 515), (21, 17)]
+
+
+def _plain(rng: Any, shape: tuple[int, int]) -> tuple[Any, Any, Any]:
+    return rng.standard_normal(shape), rng.standard_normal(shape), rng.uniform(0.5, 1.5, shape[1])
+
+
+def _offset(rng: Any, shape: tuple[int, int]) -> tuple[Any, Any, Any]:
+    x, dy, weight = _plain(rng, shape)
+    return x + 1e5, dy, weight
+
+
+def _scaled_dy(factor: float) -> Any:
+    def make(rng: Any, shape: tuple[int, int]) -> tuple[Any, Any, Any]:
+        x, dy, weight = _plain(rng, shape)
+        return x, dy * factor, weight
+
+    return make
+
+
+def _padding(rng: Any, shape: tuple[int, int]) -> tuple[Any, Any, Any]:
+    x, dy, weight = _plain(rng, shape)
+    dy[::3] = 0
+    dy[:, shape[1] // 2 :] = 0
+    return x, dy, weight
+
+
+def _zero_weights(rng: Any, shape: tuple[int, int]) -> tuple[Any, Any, Any]:
+    x, dy, weight = _plain(rng, shape)
+    weight[::2] = 0
+    return x, dy, weight
+
+
+def _small_x(rng: Any, shape: tuple[int, int]) -> tuple[Any, Any, Any]:
+    x, dy, weight = _plain(rng, shape)
+    return x * 1e-30, dy, weight
+
+
+def _underflowing_column(rng: Any, shape: tuple[int, int]) -> tuple[Any, Any, Any]:
+    x, dy, weight = _plain(rng, shape)
+    x[:, 3] = 1e-41 * rng.integers(1, 9, shape[0])
+    x -= x.mean(axis=1, keepdims=True) if shape[0] % 2 else 0
+    dy[:, 3] *= 1e-5
+    return x, dy, weight
+
+
+def _overflowing_column(rng: Any, shape: tuple[int, int]) -> tuple[Any, Any, Any]:
+    x, dy, weight = _plain(rng, shape)
+    dy[:, 2] = 2e38
+    dy[1::2, 2] *= -1
+    return x, dy, weight
+
+
+def _constant_rows(rng: Any, shape: tuple[int, int]) -> tuple[Any, Any, Any]:
+    x, dy, weight = _plain(rng, shape)
+    x[1::2] = 0.1
+    return x, dy, weight
+
+
+CASES = {
+    "plain": _plain,
+    "offset": _offset,
+    "dy of 1e-20": _scaled_dy(1e-20),
+    "dy of 1e-41": _scaled_dy(1e-41),
+    "dy of 1e30": _scaled_dy(1e30),
+    "padding": _padding,
+    "zero weights": _zero_weights,
+    "x of 1e-30": _small_x,
+    "a column that underflows": _underflowing_column,
+    "a column that overflows": _overflowing_column,
+    "constant rows": _constant_rows,
+}
+
+
+def _exact(x: Any, dy: Any, weight: Any, mean: Any, rstd: Any) -> list[tuple[Any, Any]]:
+    """dx, dweight, dbias, each with the sum of its terms' magnitudes."""
+    x, dy, weight, mean, rstd = (np.asarray(v, np.longdouble) for v in (x, dy, weight, mean, rstd))
+    xhat = (x - mean[:, None]) * rstd[:, None]
+    g = dy * weight
+    centred = np.any(mean != 0)
+    a = g.mean(axis=1, keepdims=True) * centred
+    b = (g * xhat).mean(axis=1, keepdims=True)
+    size = np.abs(g) + centred * np.abs(g).mean(axis=1, keepdims=True)
+    size = size + np.abs(xhat) * np.abs(g * xhat).mean(axis=1, keepdims=True)
+    return [
+        (rstd[:, None] * (g - a - xhat * b), rstd[:, None] * size),
+        ((dy * xhat).sum(axis=0), np.abs(dy * xhat).sum(axis=0)),
+        (dy.sum(axis=0), np.abs(dy).sum(axis=0)),
+    ]
+
+
+def _grads(x: Any, dy: Any, weight: Any, centred: bool, out: Any = None) -> tuple[Any, Any]:
+    if centred:
+        _, cache = fn.layer_norm_forward(x, weight, np.zeros_like(weight), eps=0.0)
+        return cache, fn.layer_norm_backward(dy, cache, out=out)
+    _, cache = fn.rms_norm_forward(x, weight, eps=0.0)
+    return cache, fn.rms_norm_backward(dy, cache, out=out)
+
+
+@pytest.mark.parametrize("centred", [True, False], ids=["layer", "rms"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_of_data_that_float32_sums_do_not_hold(case: str, shape: tuple[int, int], centred: bool) -> None:
+    rng = np.random.default_rng(7)
+    x, dy, weight = (v.astype(np.float32) for v in CASES[case](rng, shape))
+    cache, grads = _grads(x, dy, weight, centred)
+    mean = np.asarray(cache.mean) if centred else np.zeros(shape[0])
+    limit = np.finfo(np.float32).max
+    for name, got, (exact, size) in zip(grads._fields, grads, _exact(x, dy, weight, mean, cache.rstd), strict=True):
+        if got is None:
+            continue
+        holds = np.abs(exact) <= limit
+        error = np.abs(got - exact)[holds]
+        allowed = np.maximum(8 * UNIT * size, np.longdouble(2.0**-149))[holds]
+        worst = np.max(error / allowed) if error.size else 0
+        assert worst <= 1, f"{name}: {8 * worst} u of the sum of the terms' magnitudes"
+
+    # In place, and each row alone.
+    own = dy.copy()
+    _, in_place = _grads(x, own, weight, centred, out=own)
+    for one, two in zip(grads, in_place, strict=True):
+        np.testing.assert_array_equal(one, two)
+    for row in range(shape[0]):
+        _, alone = _grads(x[row : row + 1], dy[row : row + 1], weight, centred)
+        np.testing.assert_array_equal(alone.dx[0], grads.dx[row])
