@@ -33,7 +33,7 @@ inline void with_weight(const T* weight, int64_t first, const Call& call) {
 
 // Float32 rows up to this length are read in tiles: as many at a time as the nearest cache holds.
 constexpr int64_t kTiledElements = kBlock * kChunkBlocks;
-inline int rows_together(int64_t elements) { return elements <= 512 ? kMostRows : elements <= 4096 ? 4 : 2; }
+inline int rows_together(int64_t elements) { return elements <= 512 ? kMostRows : elements <= 896 ? 4 : 2; }
 
 template <class T>
 class RowBackward {
@@ -168,11 +168,20 @@ class RowBackward {
       fit = fit && fits_tiles(s[r]);
     }
     if (fit) return tiled_rows<kCentred, kParams>(set, count, s, params, copies);
+    ParameterSums weight_alone{};
+    if constexpr (kParams) {
+      weight_alone = params->without_bias();
+      if constexpr (kCentred) {
+        RowTiles<true, true> all(plan_.elements, weight_, *params, 0);
+        give_rows(all, set, count, s, copies);
+        all.sum_bias();
+      }
+    }
     for (int r = 0; r < count; ++r) {
       if (fits_tiles(s[r])) {
-        tiled_rows<kCentred, kParams>(set + r, 1, &s[r], params, copies);
+        tiled_rows<kCentred, kParams>(set + r, 1, &s[r], &weight_alone, copies);
       } else {
-        set_in_double(set + r, s[r], params);
+        set_in_double(set + r, s[r], kParams ? &weight_alone : nullptr);
       }
     }
   }
@@ -181,14 +190,7 @@ class RowBackward {
   void tiled_rows(int64_t set, int count, const Statistic* s, const ParameterSums* params, float* copies) const {
     const int64_t n = plan_.elements;
     RowTiles<kCentred, kParams> tiles(n, weight_, kParams ? *params : ParameterSums{}, distance_);
-    for (int r = 0; r < count; ++r) {
-      if (in_place_) {
-        tiles.add_row(row(plan_.x, set + r), row(plan_.dy, set + r), s[r]);
-      } else {
-        float *const x = copies + 2 * r * n, *const dy = x + n;
-        tiles.add_row(port(plan_.x, set + r).read(0, n, x), port(plan_.dy, set + r).read(0, n, dy), s[r]);
-      }
-    }
+    give_rows(tiles, set, count, s, copies);
     tiles.sum();
     for (int r = 0; r < count; ++r) {
       const TileMeans means = tiles.means(r);
@@ -200,6 +202,19 @@ class RowBackward {
         float *const own = copies + 2 * together_ * n, *const dx = port(plan_.dx, set + r).open(0, n, own);
         tiles.write(r, means, dx, args_.past_cache);
         port(plan_.dx, set + r).commit(0, n, own, dx);
+      }
+    }
+  }
+
+  template <class Tiles>
+  void give_rows(Tiles& tiles, int64_t set, int count, const Statistic* s, float* copies) const {
+    const int64_t n = plan_.elements;
+    for (int r = 0; r < count; ++r) {
+      if (in_place_) {
+        tiles.add_row(row(plan_.x, set + r), row(plan_.dy, set + r), s[r]);
+      } else {
+        float *const x = copies + 2 * r * n, *const dy = x + n;
+        tiles.add_row(port(plan_.x, set + r).read(0, n, x), port(plan_.dy, set + r).read(0, n, dy), s[r]);
       }
     }
   }

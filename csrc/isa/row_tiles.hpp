@@ -50,11 +50,12 @@ struct TileMeans {
   }
 };
 
-// dweight += dy * xhat, dbias += dy, in double, for one set after the other.
+// dweight += dy * xhat, dbias += dy, in double, for one set after the other. dbias: nullptr where it is not wanted.
 struct ParameterSums {
   double *dweight, *dbias;
 
-  ParameterSums from(int64_t first) const { return {dweight + first, dbias + first}; }
+  ParameterSums from(int64_t first) const { return {dweight + first, dbias ? dbias + first : nullptr}; }
+  ParameterSums without_bias() const { return {dweight, nullptr}; }
 };
 
 template <class T>
@@ -65,7 +66,7 @@ FASTNORM_LOOPS inline void add_parameter_gradients(const T* x, const T* dy, int6
   for_packs(n, [&](auto at) {
     const PackPair terms = gradient_terms(at, x, dy, centre, rstd, None{});
     at.store(sums.dweight, at.template load<double>(sums.dweight) + terms.second);
-    at.store(sums.dbias, at.template load<double>(sums.dbias) + terms.first);
+    if (sums.dbias) at.store(sums.dbias, at.template load<double>(sums.dbias) + terms.first);
   });
 }
 
@@ -94,24 +95,19 @@ class RowTiles {
       }
       add_trees(tiles);
     }
-    const int64_t rest = n_ - first;
-    if (rest == 0) return;
-    const int64_t packs = (rest - 1) / kPack;
-    const Partial last{first + packs * kPack, rest - packs * kPack};
-    switch (packs) {
-      case 0:
-        tile<1>(0, first, last);
-        break;
-      case 1:
-        tile<2>(0, first, last);
-        break;
-      case 2:
-        tile<3>(0, first, last);
-        break;
-      default:
-        tile<4>(0, first, last);
+    last_tile(first, [&](auto packs, Partial last) FASTNORM_IN_PLACE {
+      tile<packs>(0, first, last);
+      add_trees(1);
+    });
+  }
+
+  // The gradient of the bias alone, as `sum` has it: no x, not one with a NaN, may change its bits.
+  FASTNORM_LOOPS void sum_bias() const {
+    int64_t first = 0;
+    for (; n_ - first >= kRowTile; first += kRowTile) {
+      bias_tile<kTreePacks>(first, Whole{first + kRowTile - kPack});
     }
-    add_trees(1);
+    last_tile(first, [&](auto packs, Partial last) FASTNORM_IN_PLACE { bias_tile<packs>(first, last); });
   }
 
   TileMeans means(int r) const {
@@ -149,6 +145,36 @@ class RowTiles {
     float mean, mean_lo, rstd;
   };
 
+  // body(packs, the last of them) for what is left of a row from `first` on, if anything is.
+  template <class Body>
+  FASTNORM_INLINE void last_tile(int64_t first, const Body& body) const {
+    const int64_t rest = n_ - first;
+    if (rest == 0) return;
+    const int64_t packs = (rest - 1) / kPack;
+    const Partial last{first + packs * kPack, rest - packs * kPack};
+    switch (packs) {
+      case 0:
+        return body(std::integral_constant<int, 1>{}, last);
+      case 1:
+        return body(std::integral_constant<int, 2>{}, last);
+      case 2:
+        return body(std::integral_constant<int, 3>{}, last);
+      default:
+        return body(std::integral_constant<int, 4>{}, last);
+    }
+  }
+
+  template <int kPacks, class Last>
+  FASTNORM_INLINE void bias_tile(int64_t first, Last last) const {
+    Pack<float> dbias[kPacks];
+    for_constants<kPacks>([&](auto k) FASTNORM_IN_PLACE {
+      dbias[k] = Pack<float>(0.0f);
+      const auto at = place<kPacks, k>(first, last);
+      for (int r = 0; r < count_; ++r) dbias[k] += at.template load<float>(rows_[r].dy);
+    });
+    add_bias<kPacks>(first, last, dbias);
+  }
+
   // The packs of a tile but the last are whole.
   template <int kPacks, class Last>
   FASTNORM_INLINE void tile(int index, int64_t first, Last last) {
@@ -182,7 +208,10 @@ class RowTiles {
         prefetch(dy + first + k * kPack, ahead_);
       });
     }
-    if constexpr (kParams) add_columns<kPacks>(first, last, dweight, dbias);
+    if constexpr (kParams) add_weight<kPacks>(first, last, dweight);
+    if constexpr (kParams && kCentred) {
+      if (params_.dbias) add_bias<kPacks>(first, last, dbias);
+    }
   }
 
   template <int kPacks, int k, class Last>
@@ -221,17 +250,26 @@ class RowTiles {
   }
 
   template <int kPacks, class Last>
-  FASTNORM_INLINE void add_columns(int64_t first, Last last, const Pack<float>* dweight, const Pack<float>* dbias) {
+  FASTNORM_INLINE void add_weight(int64_t first, Last last, const Pack<float>* dweight) const {
     MagnitudeWatch watch;
     for_constants<kPacks - 1>([&](auto k) FASTNORM_IN_PLACE { watch.terms(dweight[k]); });
     watch.terms(dweight[kPacks - 1] + absent(last));
-    if constexpr (kCentred) for_constants<kPacks>([&](auto k) FASTNORM_IN_PLACE { watch.sums(dbias[k]); });
     const int64_t n = (kPacks - 1) * kPack + width(last);
-    if (!watch.hold() && !nothing_lost(first, first + n)) return add_in_double(first, n);
+    if (!watch.hold() && !nothing_lost(first, first + n)) return add_weight_in_double(first, n);
     for_constants<kPacks>([&](auto k) FASTNORM_IN_PLACE {
       const auto at = place<kPacks, k>(first, last);
       at.store(params_.dweight, at.template load<double>(params_.dweight) + widen(dweight[k]));
-      if constexpr (kCentred) at.store(params_.dbias, at.template load<double>(params_.dbias) + widen(dbias[k]));
+    });
+  }
+
+  template <int kPacks, class Last>
+  FASTNORM_INLINE void add_bias(int64_t first, Last last, const Pack<float>* dbias) const {
+    MagnitudeWatch watch;
+    for_constants<kPacks>([&](auto k) FASTNORM_IN_PLACE { watch.sums(dbias[k]); });
+    if (!watch.hold()) return add_bias_in_double(first, (kPacks - 1) * kPack + width(last));
+    for_constants<kPacks>([&](auto k) FASTNORM_IN_PLACE {
+      const auto at = place<kPacks, k>(first, last);
+      at.store(params_.dbias, at.template load<double>(params_.dbias) + widen(dbias[k]));
     });
   }
 
@@ -253,14 +291,21 @@ class RowTiles {
         sum += row.dy[i] * ((row.x[i] - row.mean) - row.mean_lo) * row.rstd;
         size += std::fabs(row.dy[i]);
       }
-      if (size != 0 && !(std::fabs(sum) > 0x1p-70f && std::fabs(sum) < 0x1p50f && size < 0x1p50f)) return false;
+      if (size != 0 && !(std::fabs(sum) > 0x1p-70f && std::fabs(sum) < 0x1p50f)) return false;
     }
     return true;
   }
 
-  [[gnu::noinline]] void add_in_double(int64_t first, int64_t n) const {
+  [[gnu::noinline]] void add_weight_in_double(int64_t first, int64_t n) const {
     for (int r = 0; r < count_; ++r) {
-      add_parameter_gradients(rows_[r].x + first, rows_[r].dy + first, n, *statistics_[r], params_.from(first));
+      add_parameter_gradients(rows_[r].x + first, rows_[r].dy + first, n, *statistics_[r],
+                              params_.from(first).without_bias());
+    }
+  }
+
+  [[gnu::noinline]] void add_bias_in_double(int64_t first, int64_t n) const {
+    for (int r = 0; r < count_; ++r) {
+      for (int64_t i = first; i < first + n; ++i) params_.dbias[i] += static_cast<double>(rows_[r].dy[i]);
     }
   }
 
