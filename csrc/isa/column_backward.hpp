@@ -87,7 +87,8 @@ inline bool short_tree_gradient_sums(const Columns<float>& columns, int64_t oute
   return good_ones == static_cast<double>(sets);
 }
 
-// The same in double, for the sets that are not done; what float64 sums have lost stays where they were added up.
+// The same in double, for the sets that are not done (space.weight being what |dy| adds up to); what float64 sums have
+// lost stays where they were added up.
 template <class T>
 inline void exact_gradient_sums(const Columns<T>& columns, int64_t outer, const ColumnSpace<T>& space) {
   const Plan& plan = columns.plan();
@@ -128,7 +129,8 @@ inline void exact_gradient_sums(const Columns<T>& columns, int64_t outer, const 
   for (int64_t set = 0; set < sets; ++set) {
     if (space.done[set] != 0) continue;
     for (int64_t c = set * width; c < (set + 1) * width; ++c) {
-      space.dy[c] = sums.first[c];
+      // Float32 trees of dy alone can but overflow: no x, not one with a NaN, may change the gradient of the bias.
+      if (kMayOverflow<T> || !(space.weight[c] < 0x1p120)) space.dy[c] = sums.first[c];
       space.dy_xhat[c] = sums.second[c];
     }
   }
