@@ -94,6 +94,19 @@ inline void with_maker(const Plan& plan, const NormArgs<float>& args, const Call
   }
 }
 
+// y = formula(x) along a run, which ends with a whole pack like the others, not with a part of one: it computes some
+// values twice, from x as it was, should y be x.
+template <class Formula>
+FASTNORM_INLINE void write_run(const float* x, float* y, int64_t n, const Formula& formula) {
+  const auto each = [&](auto at) { at.store(y, formula(at, x)); };
+  if (n < kPack || n % kPack == 0) return for_packs(n, each);
+  const Whole end{n - kPack};
+  const Pack<float> last = formula(end, x);
+#pragma GCC unroll 4
+  for (int64_t i = 0; i < end.start; i += kPack) each(Whole{i});
+  end.store(y, last);
+}
+
 // Normalises the sets of one batch and measures those of the next in the same loops: arithmetic of the one hides
 // memory of the other.
 template <class Make>
@@ -133,7 +146,7 @@ FASTNORM_LOOPS inline void normalise_and_measure(const Plan& plan, const NormArg
         });
       } else {
         for_packs(run, [&](auto at) {
-          prefetch(coming + at.start, distance);
+          if (distance > 0) prefetch(coming + at.start, distance);
           inner.add(at, coming);
           at.store(y, normalise(at, x));
         });
@@ -146,12 +159,47 @@ FASTNORM_LOOPS inline void normalise_and_measure(const Plan& plan, const NormArg
   }
 }
 
-// The same for sets of several segments (group norm), which are measured as one run where x has them so.
+// Adds up a set that is one run, a part of it at a time.
+class RunInParts {
+ public:
+  RunInParts(const float* x, int64_t n, int64_t distance) : x_(x), size_(n), distance_(distance) {}
+
+  // What there is before `end`, four packs at a time.
+  FASTNORM_INLINE void add_up_to(int64_t end) {
+    PlainSums inner = sums_;
+    constexpr int64_t kStep = 4 * kPack;
+    for (; done_ + kStep <= end; done_ += kStep) {
+      if (distance_ > 0) {
+        for (int64_t i = 0; i < kStep; i += kPack) prefetch(x_ + done_ + i, distance_);
+      }
+      FASTNORM_UNROLL
+      for (int64_t i = 0; i < kStep; i += kPack) inner.add(Whole{done_ + i}, x_);
+    }
+    sums_ = inner;
+  }
+  FASTNORM_INLINE PlainTotals totals() {
+    add_up_to(size_);
+    for (; done_ + kPack <= size_; done_ += kPack) sums_.add(Whole{done_}, x_);
+    if (done_ < size_) sums_.add(Partial{done_, size_ - done_}, x_);
+    PlainTotals totals;
+    totals.add(sums_, (size_ + kPack - 1) / kPack);
+    return totals;
+  }
+
+ private:
+  const float* x_;
+  int64_t size_, distance_, done_ = 0;
+  PlainSums sums_;
+};
+
+// Normalises a set of several segments (group norm); before_segment(i) comes before each.
+template <class Before>
 FASTNORM_LOOPS inline void normalise_segments(const Plan& plan, const NormArgs<float>& args, int64_t run, int64_t set,
-                                              const Statistic& s) {
+                                              const Statistic& s, const Before& before_segment) {
   const Centre<float, float> centre(s);
   const int64_t lines = plan.elements / run, param = plan.set_param.offset(set), units = chunks_per_segment(plan);
   for (int64_t segment = 0; segment < plan.segments; ++segment) {
+    before_segment(segment);
     const double factor = args.weight ? s.rstd * static_cast<double>(args.weight[param + segment]) : s.rstd;
     if (!moderate(factor)) {
       for (int64_t unit = 0; unit < units; ++unit) normalise_unit(plan, args, run, set, segment * units + unit, s);
@@ -159,11 +207,41 @@ FASTNORM_LOOPS inline void normalise_segments(const Plan& plan, const NormArgs<f
     }
     const Pack<float> scale(static_cast<float>(factor)), bias(args.bias ? args.bias[param + segment] : 0.0f);
     const Line<float> from(plan.x, set, segment, run), to(plan.y, set, segment, run);
+    const auto normalise = [&](auto at, const float* x) { return centre(at, x) * scale + bias; };
     for (int64_t line = 0; line < lines; ++line) {
       const float* x = from.at(line, 0);
       float* y = to.at(line, 0);
-      for_stored_packs(args.past_cache, y, run,
-                       [&](auto at, auto out) { out.store(at, y, centre(at, x) * scale + bias); });
+      if (args.past_cache) {
+        for_stored_packs(true, y, run, [&](auto at, auto out) { out.store(at, y, normalise(at, x)); });
+      } else {
+        write_run(x, y, run, normalise);
+      }
+    }
+  }
+}
+
+// Normalises the sets of one batch and measures those of the next, which are one run each where x has them so, between
+// their segments.
+inline void normalise_and_measure_segments(const Plan& plan, const NormArgs<float>& args, int64_t run, const Batch& now,
+                                           Batch& next) {
+  const bool one_run = plan.x.aligned && plan.whole.rank == 1 && plan.whole.stride[0] == sizeof(float);
+  const int64_t distance = reading_ahead<float>(plan, plan.x, plan.whole.inner_size());
+  for (int64_t lane = 0; lane < now.count; ++lane) {
+    const int64_t set = now.first + lane, other = next.first + lane;
+    const Statistic& s = now.statistic[lane];
+    const bool measures = lane < next.count;
+    if (now.in_float[lane] && measures && one_run) {
+      RunInParts coming(Line<float>(plan.x, other, 0, run).at(0, 0), plan.whole.count, distance);
+      normalise_segments(plan, args, run, set, s,
+                         [&](int64_t segment) { coming.add_up_to((segment + 1) * plan.elements); });
+      next.put(lane, coming.totals());
+      continue;
+    }
+    if (measures) next.put(lane, plain_totals(plan, run, other, 0));
+    if (now.in_float[lane]) {
+      normalise_segments(plan, args, run, set, s, [](int64_t) {});
+    } else {
+      for (int64_t unit = 0; unit < units_per_set(plan); ++unit) normalise_unit(plan, args, run, set, unit, s);
     }
   }
 }
@@ -190,17 +268,7 @@ inline void forward_batches(const Plan& plan, const NormArgs<float>& args, int64
       if (plan.segments == 1) {
         normalise_and_measure(plan, args, run, *now, *next, make);
       } else {
-        for (int64_t lane = 0; lane < next->count; ++lane)
-          next->put(lane, plain_totals(plan, run, next->first + lane, 0));
-        for (int64_t lane = 0; lane < now->count; ++lane) {
-          if (now->in_float[lane]) {
-            normalise_segments(plan, args, run, first + lane, now->statistic[lane]);
-            continue;
-          }
-          for (int64_t unit = 0; unit < units_per_set(plan); ++unit) {
-            normalise_unit(plan, args, run, first + lane, unit, now->statistic[lane]);
-          }
-        }
+        normalise_and_measure_segments(plan, args, run, *now, *next);
       }
       std::swap(now, next);
     }
