@@ -4,10 +4,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from operations import OPERATIONS
-from ulps import assert_close, expected
 
 import fastnorm as fn
+from operations import OPERATIONS
+from ulps import assert_close, expected
 
 ROWS = 200
 LAYOUTS: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {

@@ -162,3 +162,31 @@ def test_many_small_sets_of_float64(m: int) -> None:
         y, _ = fn.batch_norm_forward(columns, eps=0.0)
         exact = expected("batch_norm_forward", x=columns, eps=0.0)["y"]
         assert_close({"y": y}, {"y": exact}, f"columns + {offset}")
+
+
+def test_columns_of_few_values_in_a_period() -> None:
+    """Rows that come again every seven or eight: samples of them say nothing of the rest, and all roundings repeat."""
+    rng = np.random.default_rng(0)
+    columns = [np.resize(rng.standard_normal((p, 256)), (n, 256)) for p, n in ((8, 64), (7, 56), (2, 200), (16, 200))]
+    odd_one_out = np.full((200, 16), 1.5521175861358643)
+    odd_one_out[77] = 0.506162703037262
+    edge = np.full((64, 16), -0.12017095)
+    edge[::8] = -1.3068626
+    for x in (*columns, odd_one_out, edge):
+        x = x.astype(np.float32)
+        y, cache = fn.batch_norm_forward(x)
+        exact = {k: v for k, v in expected("batch_norm_forward", x=x).items() if "running" not in k}
+        assert_close({"y": y, **results(cache)}, exact, f"{x.shape}")
+
+
+@pytest.mark.parametrize("n", [16, 512])
+def test_gradients_of_weights_whose_terms_round_alike(n: int) -> None:
+    """One term of about 1, seven just under half a unit of it: a chain of float32 additions loses them one by one."""
+    x = np.random.default_rng(253).standard_normal((8, n)).astype(np.float32)
+    weight = np.ones(n, np.float32)
+    y, cache = fn.layer_norm_forward(x, weight, np.zeros_like(weight))
+    dy = np.concatenate([1.0005 / y[:1], 0.498 * 2.0**-23 / y[1:]]).astype(np.float32)
+    assert_close(fn.layer_norm_backward(dy, cache)._asdict(), expected("layer_norm_backward", dy=dy, cache=cache))
+    _, cache = fn.rms_norm_forward(x, weight)
+    grads = {k: v for k, v in fn.rms_norm_backward(dy, cache)._asdict().items() if v is not None}
+    assert_close(grads, expected("rms_norm_backward", dy=dy, cache=cache))

@@ -168,7 +168,7 @@ class ChannelBatches {
     }
 #pragma omp simd
     for (int64_t i = 0; i < kPack; ++i) {
-      const double mean_lo = std::fabs(mean_lo_[i]) * rstd_[i] < 0x1p-54 ? 0 : mean_lo_[i];
+      const double mean_lo = std::fabs(mean_lo_[i]) * rstd_[i] < 0x1p-56 ? 0 : mean_lo_[i];
       pivot_[i] = static_cast<float>(mean_[i]);
       off_[i] = (static_cast<double>(pivot_[i]) - mean_[i]) - mean_lo;
     }

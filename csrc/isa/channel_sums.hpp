@@ -18,28 +18,6 @@ struct SegmentSums {
   }
 };
 
-// Float32 data not too far from zero: sum(dy * xhat) is (sum(dy * x) - mean * sum(dy)) * rstd, with exact products and
-// digits to spare for the difference: what `additions` in a chain may lose of it stays a small part of a float32 unit
-// even of a sum that one value far from the others makes up. Not where the variance is nothing beside eps: the
-// dy * xhat of a constant set are exactly 0, and so has to be their sum.
-inline bool sums_plainly(const Statistic& s, double eps, double additions) {
-  return std::fabs(s.mean) * s.rstd * (additions + kPack) < 0x1p22 && eps * s.rstd * s.rstd < 0.999;
-}
-
-// Sums of dy and of dy * x of float32 data, in plain lanes of double.
-struct PlainGradientSums {
-  Pack<double> dy_sum = Pack<double>(0.0), product_sum = Pack<double>(0.0);
-  Size size;
-
-  template <class At>
-  FASTNORM_INLINE void add(At at, const float* x, const float* dy) {
-    const Pack<double> g = at.template load<double>(dy);
-    dy_sum += g;
-    product_sum = add_exact_product(g, at.template load<double>(x), product_sum);
-    size.add(at, dy);
-  }
-};
-
 // Asks for what a first reading of x and dy will want soon, or for nothing.
 struct ReadAhead {
   int64_t x_distance, dy_distance;

@@ -184,65 +184,34 @@ inline void sample_pivots(const Columns<T>& columns, int64_t outer, const Column
   for (int64_t set = 0; set < sets; ++set) space.pivot[set] = static_cast<double>(static_cast<T>(totals[set] / count));
 }
 
-// A set's float32 sums about a pivot are good if they are nowhere near float32's limits, and the pivot not much farther
-// from the mean than a standard deviation: what the sums have lost is a few units of sqrt(squares) for the mean, and of
-// `squares` for m2. Squares of exactly 0 are those of a constant set where the values are too large to be so close
-// to each other that squares vanish.
-constexpr double kPivotMargin = 8;
-
-// The terms of the moments, for add_in_short_trees.
-template <bool kAhead>
-struct DeviationTerms {
-  static constexpr int kSums = 2;
-  const float* x;
-  int64_t stride, distance;
-
-  FASTNORM_INLINE void move(int64_t columns) { x += columns; }
-  FASTNORM_INLINE void next(int64_t lines) { x += lines * stride; }
-  template <class At>
-  FASTNORM_INLINE FloatTerms<2> operator()(At at, int64_t line, const Pack<float>& pivot) const {
-    const float* const from = x + line * stride;
-    if constexpr (kAhead) prefetch(from + at.start, distance);
-    const Pack<float> d = at.template load<float>(from) - pivot;
-    return {{d, d * d}};
-  }
-};
-
-// Moments of the sets of one outer index from short trees: done = 1 where these will do. True if that was everywhere.
-inline bool short_tree_moments(const Columns<float>& columns, int64_t outer, const ColumnSpace<float>& space) {
-  const int64_t width = columns.plan().columns_per_set, sets = columns.sets_in_outer(), all_columns = columns.columns();
+// Moments of the sets of one outer index from plain sums of float32 data: done = 1 where these will do (moments_of has
+// the reason), true if that was everywhere. Not from short trees, whose roundings the squares of few distinct values
+// share: 4 u of y leave no room for that.
+inline bool plain_moments(const Columns<float>& columns, int64_t outer, const ColumnSpace<float>& space) {
+  const int64_t width = columns.plan().columns_per_set, sets = columns.sets_in_outer();
   const double count = static_cast<double>(columns.rows() * width), eps = columns.args().eps;
   const Operand* const operands[1] = {&columns.plan().x};
   const int64_t ahead = columns.lines_ahead();
-  const double* const pivots = spread_sets(space.pivot, sets, width, space.of_column[0]);
-#pragma omp simd
-  for (int64_t c = 0; c < all_columns; ++c) space.subtract[c] = static_cast<float>(pivots[c]);
-  repeat(columns.lines(), space.subtract);
-  columns.sum<1>(outer, operands, space.sums,
-                 [&](const ColumnSums& to, int64_t column, int64_t lines, int64_t n, const Panel<float>& x) {
-                   const int64_t distance = ahead * x.stride * static_cast<int64_t>(sizeof(float));
-                   with_ahead(ahead != 0, [&](auto asks) {
-                     const DeviationTerms<decltype(asks)::value> terms{x.data, x.stride, distance};
-                     add_in_short_trees(to, lines, n, space.subtract + column, terms);
-                   });
-                 });
+  columns.sum<1>(
+      outer, operands, space.sums, [&](const ColumnSums& to, int64_t, int64_t lines, int64_t n, const Panel<float>& x) {
+        const int64_t distance = ahead * x.stride * static_cast<int64_t>(sizeof(float));
+        with_ahead(ahead != 0, [&](auto asks) { add_plainly<decltype(asks)::value>(to, lines, n, x, distance); });
+      });
   const ColumnSums sums = columns.sums_at(space.sums, 0);
   const double* const first = add_up_sets(sums.first, sets, width, space.first);
   const double* const second = add_up_sets(sums.second, sets, width, space.second);
-  const double least = 0x1p-100 * count;
+  const double additions = columns.additions() + kPack;
   double good_ones = 0;
 #pragma omp simd reduction(+ : good_ones)
   for (int64_t set = 0; set < sets; ++set) {
-    const double sum = first[set], squares = second[set], correction = sum / count;
-    const double m2 = squares - sum * correction, var = m2 / count;
-    const bool ordinary = (m2 * kPivotMargin >= squares) & (m2 > least) & (squares < 0x1p200);
-    const bool constant = (squares == 0) & (std::fabs(space.pivot[set]) > 0x1p-40);
-    space.mean[set] = space.pivot[set] + correction;
+    const double sum = first[set], squares = second[set], mean = sum / count;
+    const double m2 = squares - sum * mean, var = m2 / count;
+    space.mean[set] = mean;
     space.mean_lo[set] = 0;
     space.rstd[set] = var + eps == 0 ? 0 : 1 / std::sqrt(var + eps);
     space.scale[set] = 1;
     space.var[set] = var;
-    space.done[set] = ordinary | constant ? 1.0 : 0.0;
+    space.done[set] = (m2 * kPlainMargin > squares * additions) | (squares == 0) ? 1.0 : 0.0;
     good_ones += space.done[set];
   }
   return good_ones == static_cast<double>(sets);
@@ -320,11 +289,10 @@ template <class T>
 inline void measure_outer(const Columns<T>& columns, int64_t outer, const ColumnSpace<T>& space) {
   const NormArgs<T>& args = columns.args();
   const int64_t sets = columns.sets_in_outer();
-  sample_pivots(columns, outer, space);
   if constexpr (kMayOverflow<T>) {
     for (int64_t set = 0; set < sets; ++set) space.done[set] = 0;
   } else {
-    const bool all = short_tree_moments(columns, outer, space);
+    const bool all = plain_moments(columns, outer, space);
     const int64_t base = columns.stat(outer, 0), step = columns.plan().column_stat;
     const auto hand_out = [&](double* to, const double* from) {
       if (to == nullptr) return;
@@ -336,6 +304,7 @@ inline void measure_outer(const Columns<T>& columns, int64_t outer, const Column
     hand_out(args.rstd, space.rstd);
     if (all) return;
   }
+  sample_pivots(columns, outer, space);
   exact_moments(columns, outer, space,
                 [&](int64_t set, Moments& moments) { finish_column_set(columns, outer, space, set, moments); });
 }

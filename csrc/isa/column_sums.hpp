@@ -117,6 +117,9 @@ class Columns {
   int64_t param(int64_t outer, int64_t column) const {
     return plan_.set_param.offset(outer) + column * plan_.column_param;
   }
+  // The longest chain of additions behind a plain sum of a set.
+  double additions() const { return static_cast<double>(chunk_lines_ + chunks_ + lines_.fold + plan_.columns_per_set); }
+
   // body(group, outer) for all outer indices: the groups go to threads, or each outer index to all of them.
   template <class Body>
   void for_outer(const Body& body) const {
@@ -229,6 +232,35 @@ FASTNORM_INLINE void add_in_trees(const ColumnSums& to, int64_t count, int64_t w
     }
     first.store(at, to.first, to.first_lo);
     second.store(at, to.second, to.second_lo);
+  });
+}
+
+// Sums of x and of x * x of float32 data in plain chains of double (PlainSums, moments.hpp).
+template <bool kAhead>
+FASTNORM_INLINE void add_plainly(const ColumnSums& to, int64_t count, int64_t width, const Panel<float>& x,
+                                 int64_t distance) {
+  for_pack_groups<float>(width, [&](auto at, auto packs) {
+    constexpr int kPacks = decltype(packs)::value;
+    PlainSums sums[kPacks];
+    FASTNORM_UNROLL
+    for (int k = 0; k < kPacks; ++k) {
+      sums[k].sum = at.template load<double>(to.first + k * kPack);
+      sums[k].squares = at.template load<double>(to.second + k * kPack);
+    }
+    const float* from = x.data;
+    const int64_t step = x.stride, lines = count;
+    for (int64_t line = 0; line < lines; ++line, from += step) {
+      FASTNORM_UNROLL
+      for (int k = 0; k < kPacks; ++k) {
+        if constexpr (kAhead) prefetch(from + at.start + k * kPack, distance);
+        sums[k].add(at, from + k * kPack);
+      }
+    }
+    FASTNORM_UNROLL
+    for (int k = 0; k < kPacks; ++k) {
+      at.store(to.first + k * kPack, sums[k].sum);
+      at.store(to.second + k * kPack, sums[k].squares);
+    }
   });
 }
 

@@ -2,7 +2,7 @@
 // are sums over sets: each group of sets adds into rows of its own, and those are added in order, so that the cut
 // depends on the shape alone.
 //
-// Float32 rows in one piece go through row_tiles.hpp, some at a time: a first reading gives the sums, the second, from
+// Float32 rows go through row_tiles.hpp, some at a time: a first reading gives the sums, the second, from
 // cache, writes dx. All others, float64, and rows that float32 is not enough for, are summed up one by one in double.
 #pragma once
 
@@ -33,7 +33,7 @@ inline void with_weight(const T* weight, int64_t first, const Call& call) {
 
 // Float32 rows up to this length are read in tiles: as many at a time as the nearest cache holds.
 constexpr int64_t kTiledElements = kBlock * kChunkBlocks;
-inline int rows_together(int64_t elements) { return elements <= 512 ? kMostRows : elements <= 896 ? 4 : 2; }
+inline int rows_together(int64_t elements) { return elements <= 896 ? kMostRows : 2; }
 
 template <class T>
 class RowBackward {
@@ -60,7 +60,7 @@ class RowBackward {
   }
 
   // Room that `sets` needs for rows that do not lie in one piece: the bits must not depend on where a row lies.
-  int64_t copied() const { return in_place_ ? 0 : (2 * together_ + 1) * plan_.elements; }
+  int64_t copied() const { return together_ == 0 || in_place_ ? 0 : (2 * together_ + 1) * plan_.elements; }
 
   Statistic statistic(int64_t set) const { return kept_statistic(plan_, args_, set); }
 

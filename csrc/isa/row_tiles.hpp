@@ -15,8 +15,9 @@
 namespace fastnorm {
 namespace {
 
-// Rows whose columns are added up in float32. Where rows are cut for other reasons, it is at multiples of this.
-constexpr int kMostRows = 8;
+// Rows whose columns are added up in float32: each more would be a rounding more, and dweight has 8 u. Where rows are
+// cut for other reasons, it is at multiples of this.
+constexpr int kMostRows = 4;
 
 // body(constant) for 0 .. count - 1: arrays that are indexed with constants stay in registers, in loops they may not.
 template <class Body, int... k>

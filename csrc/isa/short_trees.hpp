@@ -1,7 +1,7 @@
 // Sums of float32 terms: trees of four packs in float32, whose results are added in lanes of double. A value then costs
-// a quarter of a conversion, which is what double sums of float32 data spend most of their time on; and no more than
-// two additions of a term are rounded to float32, so that a sum is off by at most two units (and what its terms bring
-// along) of the sum of their magnitudes. Terms that cancel have to be taken about a pivot first.
+// a quarter of a conversion, which is what double sums of float32 data spend most of their time on. Each level of a
+// tree rounds once, so that a sum is off by as many units (and what its terms bring along) of the sum of their
+// magnitudes: for gradients, which have eight, not for moments. Terms that cancel have to be taken about a pivot first.
 #pragma once
 
 #include "isa/vec.hpp"

@@ -423,10 +423,12 @@ FASTNORM_INLINE void with_store(bool past_cache, const void* p, int64_t stride, 
   }
 }
 
-// Values from p to the first place where a vector may be stored past the cache.
+// Values from p to the first line that is stored past the cache as a whole: one that is written half past the cache and
+// half into it costs a trip to memory (layer norm of 64 MB in halves of lines: 8.4 ms instead of 4.9).
 template <class T>
 FASTNORM_INLINE int64_t unaligned_values(const T* p) {
-  return static_cast<int64_t>(-reinterpret_cast<uintptr_t>(p) % kVectorBytes / sizeof(T));
+  constexpr uintptr_t kLineBytes = 64;
+  return static_cast<int64_t>(-reinterpret_cast<uintptr_t>(p) % kLineBytes / sizeof(T));
 }
 
 // body(place) along a run of n values.
