@@ -1,5 +1,6 @@
-// Two sums per column, over all rows: cut into chunks by the shape alone, added in trees of eight rows, of float32
-// where that will do, of double where it will not. Nothing here knows what is summed.
+// Two sums per column, over all rows: cut into chunks by the shape alone; added in plain lanes of double (float32
+// moments), in trees of eight rows of float32 (float32 gradients) or of double (all else). Nothing here knows what is
+// summed.
 #pragma once
 
 #include <cstdlib>

@@ -1,4 +1,4 @@
-// The only reduction loop of the project: a fixed number of lanes and a fixed tree, so that a sum has the same bits at
+// Sums in double to the last digit: a fixed number of lanes and a fixed tree, so that a sum has the same bits at
 // every instruction-set level. A plain `reduction(+:s)` would leave the order to the compiler (and be one latency
 // chain).
 //

@@ -12,8 +12,8 @@
 namespace fastnorm {
 namespace {
 
-// Sets in a group: float64 has no digits to spare for long chains of additions; float32 data are summed in double, and
-// only have to leave something to do for every thread.
+// Sets in a group: float64 has no digits to spare for long chains of additions; the tiles of float32 rows are added in
+// double, and only have to leave something to do for every thread.
 template <class T>
 inline int64_t sets_summed_together(const Plan& plan) {
   constexpr int64_t kLeast = 64, kGroups = 64;
