@@ -242,7 +242,7 @@ FASTNORM_INLINE void add_plainly(const ColumnSums& to, int64_t count, int64_t wi
                                  int64_t distance) {
   for_pack_groups<float>(width, [&](auto at, auto packs) {
     constexpr int kPacks = decltype(packs)::value;
-    PlainSums sums[kPacks];
+    PlainSums<> sums[kPacks];
     FASTNORM_UNROLL
     for (int k = 0; k < kPacks; ++k) {
       sums[k].sum = at.template load<double>(to.first + k * kPack);

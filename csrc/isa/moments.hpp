@@ -164,13 +164,15 @@ inline Moments block_squares(const T* x, int64_t n, double scale) {
 // The short way for float32 data: sums of x and x * x in double, from one reading. Each square is exact, and what the
 // additions lose is far below a float32's last digit as long as the mean is not many thousand standard deviations from
 // zero; `moments_of` says whether that was so.
+template <bool centred = true>
 struct PlainSums {
   Pack<double> sum = Pack<double>(0.0), squares = Pack<double>(0.0);
 
   template <class At>
   FASTNORM_INLINE void add(At at, const float* x) {
     const Pack<double> v = at.template load<double>(x);
-    sum = add_exact_product(v, Pack<double>(1.0), sum);  // an addition, on the units that multiply
+    if constexpr (centred)
+      sum = add_exact_product(v, Pack<double>(1.0), sum);  // an addition, on the units that multiply
     squares = add_exact_product(v, v, squares);
   }
 };
@@ -179,7 +181,7 @@ struct PlainTotals {
   double sum = 0, squares = 0;
   double additions = 0;  // in the longest chain
 
-  void add(const PlainSums& sums, int64_t packs) {
+  void add(const PlainSums<>& sums, int64_t packs) {
     sum += fold(sums.sum);
     squares += fold(sums.squares);
     additions += static_cast<double>(packs);
@@ -204,7 +206,7 @@ inline bool moments_of(const PlainTotals& totals, double count, bool centred, Mo
   }
   moments.mean = totals.sum / count;
   moments.m2.hi = totals.squares - totals.sum * moments.mean;
-  return moments.m2.hi * kPlainMargin > totals.squares * (totals.additions + kPack) || totals.squares == 0;
+  return moments.m2.hi * kPlainMargin - totals.squares * (totals.additions + kPack) >= 0;
 }
 
 // What turns x into xhat: ((x * scale - mean) - mean_lo) * rstd.

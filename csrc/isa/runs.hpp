@@ -5,6 +5,7 @@
 
 #include <initializer_list>
 
+#include "isa/vec.hpp"
 #include "isa/walk_io.hpp"
 
 namespace fastnorm {
@@ -76,6 +77,28 @@ class Line {
  private:
   char* base_;
   int64_t step_;
+};
+
+// The sets of an operand of one segment, seen the same way: for loops over many short sets.
+template <class T>
+class SetLines {
+ public:
+  SetLines(const Operand& operand, int64_t run)
+      : operand_(operand),
+        base_(operand.data),
+        evenly_(operand.set.rank <= 1),
+        set_step_(operand.set.rank == 1 ? operand.set.stride[0] : 0),
+        step_(operand.element.rank == 2 ? operand.element.stride[0] : run * static_cast<int64_t>(sizeof(T))) {}
+  FASTNORM_INLINE char* set(int64_t index) const {
+    return base_ + (evenly_ ? index * set_step_ : operand_.set.offset(index));
+  }
+  int64_t step() const { return step_; }  // from run to run, in bytes
+
+ private:
+  const Operand& operand_;
+  char* base_;
+  bool evenly_;
+  int64_t set_step_, step_;
 };
 
 // visit(run, offset, first, n) for the runs of [begin, end), cut at multiples of `piece`.

@@ -57,10 +57,12 @@ FASTNORM_INLINE Pack<C> plus(At at, const Pack<C>& v, Each<T> bias) {
 
 // Far enough from overflow and underflow that products of a few such numbers are too. (A zero is exact, but says
 // nothing of what it is compared with.)
-inline bool moderate(double v) { return std::fabs(v) > 0x1p-40 && std::fabs(v) < 0x1p40; }
+constexpr double kLeastModerate = 0x1p-40, kMostModerate = 0x1p40;
+inline bool moderate(double v) { return std::fabs(v) > kLeastModerate && std::fabs(v) < kMostModerate; }
 
 // Can float32 data with these statistics be normalised in float32?
-inline bool fits(const Statistic& s) { return moderate(s.rstd) && std::fabs(s.mean) < 0x1p100; }
+constexpr double kMostMean = 0x1p100;
+inline bool fits(const Statistic& s) { return moderate(s.rstd) && std::fabs(s.mean) < kMostMean; }
 
 // v - mean - mean_lo in float64, rounded once: a second rounding is more than float64 results can bear. Where mean_lo
 // is 0 there is but one anyway (and infinities may pass).

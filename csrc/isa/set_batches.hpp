@@ -14,266 +14,340 @@ namespace {
 constexpr int64_t kPairedBytes = 512 << 10;
 // Values of the sets of a batch: as many as leave room in the nearest cache for the next batch and for the results.
 constexpr int64_t kBatchElements = 4096;
-
+constexpr int64_t kMostSets = 32;
 // Sets whose statistics are computed together, one per lane: divisions and roots cost no more for eight than for one.
 constexpr int64_t kStatisticLanes = 8;
 
-struct Batch {
-  int64_t first, count;
-  double sum[kPack], squares[kPack], additions[kPack];
-  Statistic statistic[kPack];
-  bool in_float[kPack];
+inline bool fits_batch(const Plan& plan) {
+  return plan.set_size() * static_cast<int64_t>(sizeof(float)) <= kPairedBytes && plan.blocks.count <= kChunkBlocks &&
+         measured_units(plan) == 1;
+}
 
+// Some sets, their sums, and what normalises them.
+struct Batch {
+  int64_t first = 0, count = 0;
+  bool in_float = false;     // are all of them measured the short way, and to be normalised in float32?
+  int64_t param[kMostSets];  // of a set's first weight and bias
+  alignas(64) double sum[kMostSets], squares[kMostSets], weight[kMostSets];
+  double mean[kMostSets], var[kMostSets], rstd[kMostSets], factor[kMostSets], excess[kMostSets];
+  float high_mean[kMostSets], low_mean[kMostSets],
+      scale[kMostSets];  // mean = high + low, scale is factor
+
+  template <bool centred>
+  FASTNORM_INLINE void put(int64_t lane, const PlainSums<centred>& sums) {
+    sum[lane] = centred ? fold(sums.sum) : 0;
+    squares[lane] = fold(sums.squares);
+  }
   void put(int64_t lane, const PlainTotals& totals) {
     sum[lane] = totals.sum;
     squares[lane] = totals.squares;
-    additions[lane] = totals.additions;
   }
 };
 
-// What statistic_of and store_statistic do, for all lanes.
-inline void finish_batch(const Plan& plan, const NormArgs<float>& args, Batch& batch) {
-  double mean[kPack], var[kPack], rstd[kPack], excess[kPack];
-  const double count = static_cast<double>(plan.set_size()), eps = args.eps;
-  const double margin = args.centred ? kPlainMargin : HUGE_VAL, centred = args.centred ? 1 : 0;
-  for (int64_t lane = batch.count; lane % kStatisticLanes != 0; ++lane) batch.put(lane, PlainTotals{});
-  for (int64_t lanes = 0; lanes < batch.count; lanes += kStatisticLanes) {
+// What moments_of and statistic_of do, for eight sets. True if float32 will do for all of them (zeros included).
+[[gnu::noinline]] inline bool finish_lanes(Batch& batch, int64_t first, double count, double eps, double centred,
+                                           double additions) {
+  double *mean = batch.mean + first, *var = batch.var + first, *rstd = batch.rstd + first;
+  double *factor = batch.factor + first, *excess = batch.excess + first;
+  const double *sum = batch.sum + first, *squares = batch.squares + first, *weight = batch.weight + first;
 #pragma omp simd
-    for (int64_t lane = lanes; lane < lanes + kStatisticLanes; ++lane) {
-      mean[lane] = centred * (batch.sum[lane] / count);
-      const double m2 = batch.squares[lane] - batch.sum[lane] * mean[lane];
-      var[lane] = m2 / count;
-      rstd[lane] = 1 / std::sqrt(var[lane] + eps);
-      excess[lane] = m2 * margin - batch.squares[lane] * (batch.additions[lane] + kPack);
-    }
+  for (int64_t i = 0; i < kStatisticLanes; ++i) {
+    mean[i] = centred * (sum[i] / count);
+    const double m2 = squares[i] - sum[i] * mean[i];
+    var[i] = m2 / count;
+    excess[i] = m2 * kPlainMargin - squares[i] * additions;
   }
+#pragma omp simd
+  for (int64_t i = 0; i < kStatisticLanes; ++i) {
+    rstd[i] = 1 / std::sqrt(var[i] + eps);
+    factor[i] = rstd[i] * weight[i];
+  }
+#pragma omp simd
+  for (int64_t i = 0; i < kStatisticLanes; ++i) {
+    const float high = static_cast<float>(mean[i]);
+    batch.high_mean[first + i] = high;
+    batch.low_mean[first + i] = static_cast<float>(mean[i] - static_cast<double>(high));
+    batch.scale[first + i] = static_cast<float>(factor[i]);
+  }
+  int64_t beyond = 0;
+#pragma omp simd reduction(| : beyond)
+  for (int64_t i = 0; i < kStatisticLanes; ++i) {
+    const double size = std::fabs(factor[i]);
+    const bool short_way = (excess[i] >= 0) & (squares[i] < HUGE_VAL);
+    const bool fit = (rstd[i] > kLeastModerate) & (rstd[i] < kMostModerate) & (std::fabs(mean[i]) < kMostMean);
+    const bool fit_scaled = (size == 0) | ((size > kLeastModerate) & (size < kMostModerate));
+    beyond |= short_way & fit & fit_scaled ? 0 : 1;
+  }
+  return beyond == 0;
+}
+
+// Where the parameters of each set are; and the parameters of sets of one segment of Family::channel, which have one of
+// each: a factor of 1 for the others.
+inline void load_parameters(const Plan& plan, const NormArgs<float>& args, Batch& batch) {
+  for (int64_t lane = 0; lane < kMostSets; ++lane) batch.weight[lane] = 1;
+  if (!(args.weight || args.bias)) return;
+  Offsets params(plan.set_param, batch.first);
+  for (int64_t lane = 0; lane < batch.count; ++lane) batch.param[lane] = params.next();
+  if (plan.family != Family::channel || plan.segments > 1 || !args.weight) return;
+  for (int64_t lane = 0; lane < batch.count; ++lane) {
+    batch.weight[lane] = static_cast<double>(args.weight[batch.param[lane]]);
+  }
+}
+
+// The statistics of a batch from its sums of `packs` packs each, stored.
+inline void finish_batch(const Plan& plan, const NormArgs<float>& args, int64_t packs, Batch& batch) {
+  // Lanes without a set are those of one before.
+  for (int64_t lane = batch.count; lane % kStatisticLanes != 0; ++lane) {
+    batch.sum[lane] = batch.sum[0];
+    batch.squares[lane] = batch.squares[0];
+  }
+  load_parameters(plan, args, batch);
+  batch.in_float = true;
+  for (int64_t lane = 0; lane < batch.count; lane += kStatisticLanes) {
+    batch.in_float &= finish_lanes(batch, lane, static_cast<double>(plan.set_size()), args.eps, args.centred ? 1 : 0,
+                                   static_cast<double>(packs + kPack));
+  }
+  if (!batch.in_float) return;
+  Offsets stats(plan.set_stat, batch.first);
+  for (int64_t lane = 0; lane < batch.count; ++lane) {
+    const int64_t stat = stats.next();
+    if (args.mean) args.mean[stat] = batch.mean[lane];
+    if (args.var) args.var[stat] = batch.var[lane];
+    if (args.rstd) args.rstd[stat] = batch.rstd[lane];
+  }
+}
+
+// The sets of a batch one by one, where float32 may not do.
+inline void normalise_one_by_one(const Plan& plan, const NormArgs<float>& args, int64_t run, int64_t packs,
+                                 const Batch& batch) {
   for (int64_t lane = 0; lane < batch.count; ++lane) {
     const int64_t set = batch.first + lane;
-    Statistic& s = batch.statistic[lane];
-    if (excess[lane] > 0 && batch.squares[lane] < HUGE_VAL) {  // as moments_of has it, but for sets of zeros
-      s = Statistic{mean[lane], 0, rstd[lane], 1};
-      const int64_t stat = plan.set_stat.offset(set);
-      if (args.mean) args.mean[stat] = s.mean;
-      if (args.var) args.var[stat] = var[lane];
-      if (args.rstd) args.rstd[stat] = s.rstd;
-    } else {
-      s = finish_plain(plan, args, set, {batch.sum[lane], batch.squares[lane], batch.additions[lane]});
-    }
-    batch.in_float[lane] = fits(s) && (plan.segments > 1 || in_float(plan, args, s, plan.set_param.offset(set)));
+    const PlainTotals totals{batch.sum[lane], batch.squares[lane], static_cast<double>(packs)};
+    const Statistic s = finish_plain(plan, args, set, totals);
+    for (int64_t unit = 0; unit < units_per_set(plan); ++unit) normalise_unit(plan, args, run, set, unit, s);
   }
 }
 
-// call(make), make(s, param) giving what normalises a set of one segment whose first parameter is `param`.
-template <class Call>
-inline void with_maker(const Plan& plan, const NormArgs<float>& args, const Call& call) {
-  const float *weight = args.weight, *bias = args.bias;
-  const auto by_row = [&](auto weight_from, auto bias_from) {
-    call([=](const Statistic& s, int64_t param) {
-      const auto w = weight_from(param);
-      const auto b = bias_from(param);
-      return Normalise<float, float, decltype(w), decltype(b)>(s, s.rstd, w, b);
-    });
+// Goes through the sets [begin, end) in batches: measure(first), then finish(batch) and normalise(batch, next), which
+// measures `next` too.
+template <class Measure, class Finish, class Normalise>
+inline void for_batches(const Plan& plan, int64_t begin, int64_t end, const Measure& measure, const Finish& finish,
+                        const Normalise& normalise) {
+  const int64_t fitting = kBatchElements / plan.set_size();
+  const int64_t whole = (fitting + kStatisticLanes / 2 - 1) / kStatisticLanes * kStatisticLanes;
+  const int64_t size = fitting >= kMostSets ? kMostSets : whole > 0 ? whole : fitting < 1 ? 1 : fitting;
+  Batch batches[2];
+  Batch *now = &batches[0], *next = &batches[1];
+  const auto start = [&](Batch& batch, int64_t first) {
+    batch.first = first;
+    batch.count = end - first < size ? end - first : size;
   };
-  const auto none = [](int64_t) { return None{}; };
-  const auto weights = [=](int64_t param) { return Each<float>{weight + param}; };
-  const auto biases = [=](int64_t param) { return Each<float>{bias + param}; };
-  if (plan.family == Family::channel) {
-    call([=](const Statistic& s, int64_t param) {
-      const double factor = weight ? s.rstd * static_cast<double>(weight[param]) : s.rstd;
-      const Same<float> b(bias ? static_cast<double>(bias[param]) : 0);
-      return Normalise<float, float, None, Same<float>>(s, factor, None{}, b);
-    });
-  } else if (weight && bias) {
-    by_row(weights, biases);
-  } else if (weight) {
-    by_row(weights, none);
-  } else if (bias) {
-    by_row(none, biases);
-  } else {
-    by_row(none, none);
+  start(*now, begin);
+  measure(*now);
+  while (now->count > 0) {
+    finish(*now);
+    start(*next, now->first + now->count);
+    normalise(*now, *next);
+    std::swap(now, next);
   }
 }
 
-// y = formula(x) along a run, which ends with a whole pack like the others, not with a part of one: it computes some
-// values twice, from x as it was, should y be x.
-template <class Formula>
-FASTNORM_INLINE void write_run(const float* x, float* y, int64_t n, const Formula& formula) {
-  const auto each = [&](auto at) { at.store(y, formula(at, x)); };
-  if (n < kPack || n % kPack == 0) return for_packs(n, each);
-  const Whole end{n - kPack};
-  const Pack<float> last = formula(end, x);
-#pragma GCC unroll 4
-  for (int64_t i = 0; i < end.start; i += kPack) each(Whole{i});
-  end.store(y, last);
-}
+// y = (x - mean) * factor * weight + bias of a set.
+template <bool centred, class Weight, class Bias>
+struct SetFormula {
+  Pack<float> mean, mean_lo, factor;
+  Weight weight;
+  Bias bias;
 
-// Normalises the sets of one batch and measures those of the next in the same loops: arithmetic of the one hides
-// memory of the other.
-template <class Make>
-FASTNORM_LOOPS inline void normalise_and_measure(const Plan& plan, const NormArgs<float>& args, int64_t run,
-                                                 const Batch& now, Batch& next, const Make& make) {
-  const int64_t lines = plan.elements / run, packs = lines * ((run + kPack - 1) / kPack);
-  const int64_t distance = reading_ahead<float>(plan, plan.x, run);
-  for (int64_t lane = 0; lane < now.count; ++lane) {
-    const int64_t set = now.first + lane, other = next.first + lane;
-    const Statistic& s = now.statistic[lane];
-    if (!now.in_float[lane] || lane >= next.count) {
-      for (int64_t unit = 0; unit < units_per_set(plan); ++unit) normalise_unit(plan, args, run, set, unit, s);
-      if (lane < next.count) next.put(lane, plain_totals(plan, run, other, 0));
-      continue;
+  template <class At>
+  FASTNORM_INLINE Pack<float> operator()(At at, const float* x) const {
+    Pack<float> v = at.template load<float>(x);
+    if constexpr (centred) v = (v - mean) - mean_lo;
+    return plus(at, times(at, v * factor, weight), bias);
+  }
+};
+
+class SetBatches {
+ public:
+  SetBatches(const Plan& plan, const NormArgs<float>& args, int64_t run)
+      : plan_(plan),
+        args_(args),
+        run_(run),
+        lines_(plan.elements / run),
+        additions_(lines_ * ((run + kPack - 1) / kPack)),
+        distance_(reading_ahead<float>(plan, plan.x, run)) {}
+
+  static bool suit(const Plan& plan, int64_t run) {
+    // A weight per value wants all values in one run.
+    const bool lines_alike = plan.family == Family::channel || run == plan.elements;
+    return run > 0 && plan.segments == 1 && lines_alike && fits_batch(plan);
+  }
+
+  // Sets [begin, end), batch by batch, each measured while the one before is normalised.
+  void forward(int64_t begin, int64_t end) const {
+    with_formula([&](const auto& formula_of) {
+      constexpr bool centred = std::decay_t<decltype(formula_of)>::kCentred;
+      for_batches(
+          plan_, begin, end, [&](Batch& batch) { measure<centred>(batch); },
+          [&](Batch& batch) { finish_batch(plan_, args_, additions_, batch); },
+          [&](const Batch& now, Batch& next) { normalise<centred>(now, next, formula_of); });
+    });
+  }
+
+ private:
+  template <bool centred, class WeightOf, class BiasOf>
+  struct Maker {
+    static constexpr bool kCentred = centred;
+    WeightOf weight_of;
+    BiasOf bias_of;
+
+    auto operator()(const Batch& batch, int64_t lane) const {
+      const auto w = weight_of(batch, lane);
+      const auto b = bias_of(batch, lane);
+      return SetFormula<centred, decltype(w), decltype(b)>{batch.high_mean[lane], batch.low_mean[lane],
+                                                           batch.scale[lane], w, b};
     }
-    const Line<float> from(plan.x, set, 0, run), to(plan.y, set, 0, run), ahead(plan.x, other, 0, run);
-    const auto normalise = make(s, plan.set_param.offset(set));
-    PlainSums sums;
-    for (int64_t line = 0; line < lines; ++line) {
-      const float *x = from.at(line, 0), *coming = ahead.at(line, 0);
-      float* y = to.at(line, 0);
-      PlainSums inner = sums;
-      if (args.past_cache) {
-        // Stores past the cache are aligned, the lanes of the sums are not: the one runs a few values ahead of the
-        // other.
+  };
+
+  // call(formula_of), formula_of(batch, lane) giving what normalises that set.
+  template <class Call>
+  void with_formula(const Call& call) const {
+    const auto make = [&](auto centred, auto weight_of, auto bias_of) {
+      call(Maker<decltype(centred)::value, decltype(weight_of), decltype(bias_of)>{weight_of, bias_of});
+    };
+    const float *w = args_.weight, *b = args_.bias;
+    const auto none = [](const Batch&, int64_t) { return None{}; };
+    if (plan_.family == Family::channel) {
+      return make(std::true_type{}, none, [b](const Batch& batch, int64_t lane) {
+        return Same<float>(b ? static_cast<double>(b[batch.param[lane]]) : 0);
+      });
+    }
+    const auto weights = [w](const Batch& batch, int64_t lane) { return Each<float>{w + batch.param[lane]}; };
+    const auto biases = [b](const Batch& batch, int64_t lane) { return Each<float>{b + batch.param[lane]}; };
+    const auto by_row = [&](auto centred) {
+      if (w && b) return make(centred, weights, biases);
+      if (w) return make(centred, weights, none);
+      if (b) return make(centred, none, biases);
+      return make(centred, none, none);
+    };
+    if (args_.centred) return by_row(std::true_type{});
+    by_row(std::false_type{});
+  }
+
+  // Sums of all sets of a batch.
+  template <bool centred>
+  FASTNORM_LOOPS void measure(Batch& batch) const {
+    for (int64_t lane = 0; lane < batch.count; ++lane) {
+      const Line<float> from(plan_.x, batch.first + lane, 0, run_);
+      PlainSums<centred> sums;
+      for (int64_t line = 0; line < lines_; ++line) add_line(from.at(line, 0), sums);
+      batch.put(lane, sums);
+    }
+  }
+
+  template <bool centred>
+  FASTNORM_INLINE void add_line(const float* x, PlainSums<centred>& sums) const {
+    PlainSums<centred> inner = sums;
+    for_packs(run_, [&](auto at) { inner.add(at, x); });
+    sums = inner;
+  }
+
+  // Normalises one batch and measures the next.
+  template <bool centred, class FormulaOf>
+  void normalise(const Batch& now, Batch& next, const FormulaOf& formula_of) const {
+    if (!now.in_float) {
+      normalise_one_by_one(plan_, args_, run_, additions_, now);
+      return measure<centred>(next);
+    }
+    if (args_.past_cache) {
+      normalise_past_cache<centred>(now, next, formula_of);
+    } else {
+      normalise_and_measure<centred>(now, next, formula_of);
+      normalise_rest(now, next.count, formula_of);
+    }
+  }
+
+  // In the same loops: arithmetic of the one hides memory of the other.
+  template <bool centred, class FormulaOf>
+  [[gnu::noinline]] FASTNORM_LOOPS void normalise_and_measure(const Batch& now, Batch& next,
+                                                              const FormulaOf& formula_of) const {
+    const int64_t run = run_, lines = lines_, distance = distance_, count = next.count;
+    const SetLines<float> from(plan_.x, run), to(plan_.y, run);
+    const int64_t x_step = from.step(), y_step = to.step();
+    for (int64_t lane = 0; lane < count; ++lane) {
+      const char *x_line = from.set(now.first + lane), *coming_line = from.set(next.first + lane);
+      char* y_line = to.set(now.first + lane);
+      const auto formula = formula_of(now, lane);
+      PlainSums<centred> sums;
+      for (int64_t line = 0; line < lines; ++line) {
+        const float *x = reinterpret_cast<const float*>(x_line), *coming = reinterpret_cast<const float*>(coming_line);
+        float* y = reinterpret_cast<float*>(y_line);
+        PlainSums<centred> inner = sums;
+        for_packs(run, [&](auto at) {
+          if (distance > 0) prefetch(coming + at.start, distance);
+          inner.add(at, coming);
+          at.store(y, formula(at, x));
+        });
+        sums = inner;
+        x_line += x_step;
+        coming_line += x_step;
+        y_line += y_step;
+      }
+      next.put(lane, sums);
+    }
+  }
+
+  template <class FormulaOf>
+  FASTNORM_LOOPS void normalise_rest(const Batch& now, int64_t first, const FormulaOf& formula_of) const {
+    for (int64_t lane = first; lane < now.count; ++lane) {
+      const Line<float> from(plan_.x, now.first + lane, 0, run_), to(plan_.y, now.first + lane, 0, run_);
+      const auto formula = formula_of(now, lane);
+      for (int64_t line = 0; line < lines_; ++line) {
+        const float* x = from.at(line, 0);
+        float* y = to.at(line, 0);
+        for_packs(run_, [&](auto at) { at.store(y, formula(at, x)); });
+      }
+    }
+  }
+
+  // Stores past the cache are aligned, the lanes of the sums are not: the one runs a few values ahead of the other.
+  template <bool centred, class FormulaOf>
+  FASTNORM_LOOPS void normalise_past_cache(const Batch& now, Batch& next, const FormulaOf& formula_of) const {
+    const int64_t run = run_, distance = distance_;
+    for (int64_t lane = 0; lane < now.count; ++lane) {
+      const Line<float> from(plan_.x, now.first + lane, 0, run), to(plan_.y, now.first + lane, 0, run);
+      const bool measures = lane < next.count;
+      const Line<float> ahead = measures ? Line<float>(plan_.x, next.first + lane, 0, run) : from;
+      const auto formula = formula_of(now, lane);
+      PlainSums<centred> sums;
+      for (int64_t line = 0; line < lines_; ++line) {
+        const float *x = from.at(line, 0), *coming = ahead.at(line, 0);
+        float* y = to.at(line, 0);
         const int64_t unaligned = unaligned_values(y), lead = unaligned < run ? unaligned : run;
-        if (lead > 0) Partial{0, lead}.store(y, normalise(Partial{0, lead}, x));
+        if (lead > 0) Partial{0, lead}.store(y, formula(Partial{0, lead}, x));
+        PlainSums<centred> inner = sums;
         for_packs(run, [&](auto at) {
           prefetch(coming + at.start, distance);
           inner.add(at, coming);
           const int64_t i = at.start + lead;
           if (i + kPack <= run) {
-            Whole{i}.store_past(y, normalise(Whole{i}, x));
+            Whole{i}.store_past(y, formula(Whole{i}, x));
           } else if (i < run) {
-            Partial{i, run - i}.store(y, normalise(Partial{i, run - i}, x));
+            Partial{i, run - i}.store(y, formula(Partial{i, run - i}, x));
           }
         });
-      } else {
-        for_packs(run, [&](auto at) {
-          if (distance > 0) prefetch(coming + at.start, distance);
-          inner.add(at, coming);
-          at.store(y, normalise(at, x));
-        });
+        sums = inner;
       }
-      sums = inner;
+      if (measures) next.put(lane, sums);
     }
-    PlainTotals totals;
-    totals.add(sums, packs);
-    next.put(lane, totals);
-  }
-}
-
-// Adds up a set that is one run, a part of it at a time.
-class RunInParts {
- public:
-  RunInParts(const float* x, int64_t n, int64_t distance) : x_(x), size_(n), distance_(distance) {}
-
-  // What there is before `end`, four packs at a time.
-  FASTNORM_INLINE void add_up_to(int64_t end) {
-    PlainSums inner = sums_;
-    constexpr int64_t kStep = 4 * kPack;
-    for (; done_ + kStep <= end; done_ += kStep) {
-      if (distance_ > 0) {
-        for (int64_t i = 0; i < kStep; i += kPack) prefetch(x_ + done_ + i, distance_);
-      }
-      FASTNORM_UNROLL
-      for (int64_t i = 0; i < kStep; i += kPack) inner.add(Whole{done_ + i}, x_);
-    }
-    sums_ = inner;
-  }
-  FASTNORM_INLINE PlainTotals totals() {
-    add_up_to(size_);
-    for (; done_ + kPack <= size_; done_ += kPack) sums_.add(Whole{done_}, x_);
-    if (done_ < size_) sums_.add(Partial{done_, size_ - done_}, x_);
-    PlainTotals totals;
-    totals.add(sums_, (size_ + kPack - 1) / kPack);
-    return totals;
   }
 
- private:
-  const float* x_;
-  int64_t size_, distance_, done_ = 0;
-  PlainSums sums_;
+  const Plan& plan_;
+  const NormArgs<float>& args_;
+  int64_t run_, lines_;
+  int64_t additions_;  // in the longest chain of a sum
+  int64_t distance_;
 };
-
-// Normalises a set of several segments (group norm); before_segment(i) comes before each.
-template <class Before>
-FASTNORM_LOOPS inline void normalise_segments(const Plan& plan, const NormArgs<float>& args, int64_t run, int64_t set,
-                                              const Statistic& s, const Before& before_segment) {
-  const Centre<float, float> centre(s);
-  const int64_t lines = plan.elements / run, param = plan.set_param.offset(set), units = chunks_per_segment(plan);
-  for (int64_t segment = 0; segment < plan.segments; ++segment) {
-    before_segment(segment);
-    const double factor = args.weight ? s.rstd * static_cast<double>(args.weight[param + segment]) : s.rstd;
-    if (!moderate(factor)) {
-      for (int64_t unit = 0; unit < units; ++unit) normalise_unit(plan, args, run, set, segment * units + unit, s);
-      continue;
-    }
-    const Pack<float> scale(static_cast<float>(factor)), bias(args.bias ? args.bias[param + segment] : 0.0f);
-    const Line<float> from(plan.x, set, segment, run), to(plan.y, set, segment, run);
-    const auto normalise = [&](auto at, const float* x) { return centre(at, x) * scale + bias; };
-    for (int64_t line = 0; line < lines; ++line) {
-      const float* x = from.at(line, 0);
-      float* y = to.at(line, 0);
-      if (args.past_cache) {
-        for_stored_packs(true, y, run, [&](auto at, auto out) { out.store(at, y, normalise(at, x)); });
-      } else {
-        write_run(x, y, run, normalise);
-      }
-    }
-  }
-}
-
-// Normalises the sets of one batch and measures those of the next, which are one run each where x has them so, between
-// their segments.
-inline void normalise_and_measure_segments(const Plan& plan, const NormArgs<float>& args, int64_t run, const Batch& now,
-                                           Batch& next) {
-  const bool one_run = plan.x.aligned && plan.whole.rank == 1 && plan.whole.stride[0] == sizeof(float);
-  const int64_t distance = reading_ahead<float>(plan, plan.x, plan.whole.inner_size());
-  for (int64_t lane = 0; lane < now.count; ++lane) {
-    const int64_t set = now.first + lane, other = next.first + lane;
-    const Statistic& s = now.statistic[lane];
-    const bool measures = lane < next.count;
-    if (now.in_float[lane] && measures && one_run) {
-      RunInParts coming(Line<float>(plan.x, other, 0, run).at(0, 0), plan.whole.count, distance);
-      normalise_segments(plan, args, run, set, s,
-                         [&](int64_t segment) { coming.add_up_to((segment + 1) * plan.elements); });
-      next.put(lane, coming.totals());
-      continue;
-    }
-    if (measures) next.put(lane, plain_totals(plan, run, other, 0));
-    if (now.in_float[lane]) {
-      normalise_segments(plan, args, run, set, s, [](int64_t) {});
-    } else {
-      for (int64_t unit = 0; unit < units_per_set(plan); ++unit) normalise_unit(plan, args, run, set, unit, s);
-    }
-  }
-}
-
-// Forward of sets [begin, end), batch by batch, each measured while the one before is normalised.
-inline void forward_batches(const Plan& plan, const NormArgs<float>& args, int64_t run, int64_t begin, int64_t end) {
-  const int64_t fitting = kBatchElements / plan.set_size();
-  const int64_t size = fitting >= kPack             ? kPack
-                       : fitting >= kStatisticLanes ? kStatisticLanes
-                       : fitting < 1                ? 1
-                                                    : fitting;
-  Batch batches[2];
-  const auto start = [&](Batch& batch, int64_t first) {
-    batch.first = first;
-    batch.count = end - first < size ? end - first : size;
-  };
-  Batch *now = &batches[0], *next = &batches[1];
-  start(*now, begin);
-  for (int64_t lane = 0; lane < now->count; ++lane) now->put(lane, plain_totals(plan, run, begin + lane, 0));
-  with_maker(plan, args, [&](const auto& make) {
-    for (int64_t first = begin; first < end; first += size) {
-      finish_batch(plan, args, *now);
-      start(*next, first + size < end ? first + size : end);
-      if (plan.segments == 1) {
-        normalise_and_measure(plan, args, run, *now, *next, make);
-      } else {
-        normalise_and_measure_segments(plan, args, run, *now, *next);
-      }
-      std::swap(now, next);
-    }
-  });
-}
 
 }  // namespace
 }  // namespace fastnorm

@@ -3,7 +3,7 @@
 // threads.
 #pragma once
 
-#include "isa/set_batches.hpp"
+#include "isa/group_batches.hpp"
 #include "parallel.hpp"
 
 namespace fastnorm {
@@ -16,12 +16,8 @@ constexpr int64_t kGroupBytes = 64 << 10;
 template <class T>
 inline void forward_sets(const Plan& plan, const NormArgs<T>& args, int64_t run, int64_t begin, int64_t end) {
   if constexpr (!kMayOverflow<T>) {
-    const bool small = plan.set_size() * static_cast<int64_t>(sizeof(T)) <= kPairedBytes;
-    // A weight per value wants all values in one run.
-    const bool lines_alike = plan.family == Family::channel || run == plan.elements;
-    if (run > 0 && small && lines_alike && plan.blocks.count <= kChunkBlocks && measured_units(plan) == 1) {
-      return forward_batches(plan, args, run, begin, end);
-    }
+    if (SetBatches::suit(plan, run)) return SetBatches(plan, args, run).forward(begin, end);
+    if (GroupBatches::suit(plan, run)) return GroupBatches(plan, args, run).forward(begin, end);
   }
   for (int64_t set = begin; set < end; ++set) {
     const Statistic s = measure_set(plan, args, run, set);

@@ -45,7 +45,9 @@ inline void with_normalise(const Plan& plan, const NormArgs<T>& args, const Stat
 template <class T>
 inline bool in_float(const Plan& plan, const NormArgs<T>& args, const Statistic& s, int64_t param) {
   if (kMayOverflow<T> || !fits(s)) return false;
-  return plan.family == Family::row || !args.weight || moderate(s.rstd * static_cast<double>(args.weight[param]));
+  if (plan.family == Family::row || !args.weight) return true;
+  const double factor = s.rstd * static_cast<double>(args.weight[param]);
+  return factor == 0 || moderate(factor);
 }
 
 template <class T>
@@ -71,14 +73,14 @@ FASTNORM_LOOPS inline void normalise_unit(const Plan& plan, const NormArgs<T>& a
 inline int64_t measured_units(const Plan& plan) { return plan.set_size() <= kSmallSet ? 1 : units_per_set(plan); }
 
 FASTNORM_LOOPS inline PlainTotals plain_unit(const Plan& plan, int64_t run, int64_t set, int64_t unit, int64_t units) {
-  PlainSums sums;
+  PlainSums<> sums;
   int64_t packs = 0;
   const Operands<1, false> operands{{&plan.x}, nullptr};
   const int64_t distance = reading_ahead<float>(plan, plan.x, run);
   for (int64_t u = unit; u < unit + units; ++u) {
     visit_unit<float>(plan, operands, run, set, u, [&](const float* const* in, float*, int64_t, int64_t n) {
       const float* x = in[0];
-      PlainSums inner = sums;
+      PlainSums<> inner = sums;
       for_packs(n, [&](auto at) {
         prefetch(x + at.start, distance);
         inner.add(at, x);
@@ -97,11 +99,11 @@ FASTNORM_LOOPS inline PlainTotals plain_whole(const Plan& plan, int64_t set) {
   alignas(64) float buffer[kBlock];
   const Port<float> port = whole_port<float>(plan, set);
   const int64_t distance = reading_ahead<float>(plan, plan.x, plan.whole.inner_size());
-  PlainSums sums;
+  PlainSums<> sums;
   for (int64_t start = 0; start < plan.whole.count; start += kBlock) {
     const int64_t left = plan.whole.count - start, n = left < kBlock ? left : kBlock;
     const float* x = port.read(start, n, buffer);
-    PlainSums inner = sums;
+    PlainSums<> inner = sums;
     for_packs(n, [&](auto at) {
       prefetch(x + at.start, distance);
       inner.add(at, x);

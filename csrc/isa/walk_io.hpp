@@ -19,6 +19,32 @@ inline bool contiguous(const Walk& walk, bool aligned, int64_t start, int64_t n)
          (walk.rank == 1 || start % walk.size[inner] + n <= walk.size[inner]);
 }
 
+// The offsets of an index and of those after it, without a division for each.
+class Offsets {
+ public:
+  Offsets(const Walk& walk, int64_t first) : walk_(walk), step_(walk.rank ? walk.stride[walk.rank - 1] : 0) {
+    start(first);
+  }
+  int64_t next() {
+    if (left_ == 0) start(index_);
+    const int64_t offset = offset_;
+    offset_ += step_;
+    --left_;
+    return offset;
+  }
+
+ private:
+  void start(int64_t index) {
+    const int64_t inner = walk_.inner_size();
+    offset_ = walk_.offset(index);
+    left_ = inner - index % inner;
+    index_ = index + left_;
+  }
+
+  const Walk& walk_;
+  int64_t step_, offset_ = 0, left_ = 0, index_ = 0;  // index_: the first of the next inner walk
+};
+
 // visit(pointer, byte stride, first, count) for the pieces of [start, start + n) that lie along the innermost axis.
 template <class Visit>
 inline void for_pieces(char* base, const Walk& walk, int64_t start, int64_t n, const Visit& visit) {
