@@ -173,6 +173,26 @@ def test_a_row_alone_has_the_bits_it_has_in_a_batch() -> None:
             np.testing.assert_array_equal(fn.layer_norm(x[i]), whole[i], f"{n} {i}")
 
 
+@pytest.mark.parametrize("n", [5, 30, 49, 100, 515, 1024])
+@pytest.mark.parametrize("stem", ["layer_norm", "rms_norm", "group_norm", "instance_norm"])
+def test_a_set_has_the_same_bits_beside_any_other(stem: str, n: int) -> None:
+    """Sets that float32 cannot normalise must not change how their neighbours are normalised."""
+    rng = np.random.default_rng(n)
+    shape = (70, 2, n)
+    hard = {1: np.nan, 12: np.inf, 20: 3e38, 33: 1e-38, 40: 0.0, 41: 7.7, 69: -1e30}
+    x = rng.normal(2, 3, shape).astype(np.float32)
+    call = OPERATIONS[training(stem)].make(fn, shape, np.float32)
+    expected, _ = call(x=x)
+    beside = x.copy()
+    for i, value in hard.items():
+        beside[i] = value
+    with np.errstate(all="ignore"):
+        y, _ = call(x=beside)
+    for i in range(shape[0]):
+        alone = call(x=beside[i : i + 1])[0][0] if i in hard else expected[i]
+        np.testing.assert_array_equal(y[i], alone, f"{i}")
+
+
 @pytest.mark.parametrize("stem", STEMS)
 def test_two_runs_have_the_same_bits(stem: str) -> None:
     for suffix in ("", "_forward", "_backward"):
