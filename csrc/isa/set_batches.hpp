@@ -15,6 +15,8 @@ constexpr int64_t kPairedBytes = 512 << 10;
 // Values of the sets of a batch: as many as leave room in the nearest cache for the next batch and for the results.
 constexpr int64_t kBatchElements = 4096;
 constexpr int64_t kMostSets = 32;
+// What a thread takes of a batch whose statistics are given.
+constexpr int64_t kAppliedBytes = 256 << 10;
 // Sets whose statistics are computed together, one per lane: divisions and roots cost no more for eight than for one.
 constexpr int64_t kStatisticLanes = 8;
 
@@ -177,11 +179,11 @@ class SetBatches {
         additions_(lines_ * ((run + kPack - 1) / kPack)),
         distance_(reading_ahead<float>(plan, plan.x, run)) {}
 
-  static bool suit(const Plan& plan, int64_t run) {
-    // A weight per value wants all values in one run.
-    const bool lines_alike = plan.family == Family::channel || run == plan.elements;
-    return run > 0 && plan.segments == 1 && lines_alike && fits_batch(plan);
+  // Can the sets be read in place? A weight per value wants all values in one run.
+  static bool in_place(const Plan& plan, int64_t run) {
+    return run > 0 && plan.segments == 1 && (plan.family == Family::channel || run == plan.elements);
   }
+  static bool suit(const Plan& plan, int64_t run) { return in_place(plan, run) && fits_batch(plan); }
 
   // Sets [begin, end), batch by batch, each measured while the one before is normalised.
   void forward(int64_t begin, int64_t end) const {
@@ -191,6 +193,30 @@ class SetBatches {
           plan_, begin, end, [&](Batch& batch) { measure<centred>(batch); },
           [&](Batch& batch) { finish_batch(plan_, args_, additions_, batch); },
           [&](const Batch& now, Batch& next) { normalise<centred>(now, next, formula_of); });
+    });
+  }
+
+  // All sets through given statistics. Channels take turns line by line: that is the order of memory.
+  void apply() const {
+    const int64_t batches = (plan_.sets + kMostSets - 1) / kMostSets;
+    const int64_t bytes = kMostSets * run_ * static_cast<int64_t>(sizeof(float));
+    const int64_t lines_at_once = bytes < kAppliedBytes ? kAppliedBytes / bytes : 1;
+    const int64_t parts = (lines_ + lines_at_once - 1) / lines_at_once;
+    with_formula([&](const auto& formula_of) {
+      parallel_for(plan_.threads, batches * parts, [&](int64_t i) {
+        Batch batch;
+        batch.first = i % batches * kMostSets;
+        batch.count = plan_.sets - batch.first < kMostSets ? plan_.sets - batch.first : kMostSets;
+        const int64_t line = i / batches * lines_at_once;
+        const int64_t end = line + lines_at_once < lines_ ? line + lines_at_once : lines_;
+        take_given(batch);
+        if (batch.in_float) {
+          normalise_lines(batch, 0, line, end, formula_of);
+        } else if (line == 0) {
+          apply_one_by_one(batch);
+        }
+        if (args_.past_cache) finish_stores();
+      });
     });
   }
 
@@ -263,7 +289,7 @@ class SetBatches {
       normalise_past_cache<centred>(now, next, formula_of);
     } else {
       normalise_and_measure<centred>(now, next, formula_of);
-      normalise_rest(now, next.count, formula_of);
+      normalise_lines(now, next.count, 0, lines_, formula_of);
     }
   }
 
@@ -297,16 +323,43 @@ class SetBatches {
     }
   }
 
+  // Lines [line, end) of the sets from the lane `first` on.
   template <class FormulaOf>
-  FASTNORM_LOOPS void normalise_rest(const Batch& now, int64_t first, const FormulaOf& formula_of) const {
-    for (int64_t lane = first; lane < now.count; ++lane) {
-      const Line<float> from(plan_.x, now.first + lane, 0, run_), to(plan_.y, now.first + lane, 0, run_);
-      const auto formula = formula_of(now, lane);
-      for (int64_t line = 0; line < lines_; ++line) {
-        const float* x = from.at(line, 0);
-        float* y = to.at(line, 0);
-        for_packs(run_, [&](auto at) { at.store(y, formula(at, x)); });
+  [[gnu::noinline]] FASTNORM_LOOPS void normalise_lines(const Batch& batch, int64_t first, int64_t line, int64_t end,
+                                                        const FormulaOf& formula_of) const {
+    const int64_t run = run_, count = batch.count;
+    const bool past_cache = args_.past_cache;
+    const SetLines<float> from(plan_.x, run), to(plan_.y, run);
+    for (; line < end; ++line) {
+      for (int64_t lane = first; lane < count; ++lane) {
+        const float* x = reinterpret_cast<const float*>(from.set(batch.first + lane) + line * from.step());
+        float* y = reinterpret_cast<float*>(to.set(batch.first + lane) + line * to.step());
+        const auto formula = formula_of(batch, lane);
+        for_stored_packs(past_cache, y, run, [&](auto at, auto out) { out.store(at, y, formula(at, x)); });
       }
+    }
+  }
+
+  void apply_one_by_one(const Batch& batch) const {
+    for (int64_t set = batch.first; set < batch.first + batch.count; ++set) {
+      const Statistic s = given_statistic(args_, plan_.set_stat.offset(set));
+      for (int64_t unit = 0; unit < units_per_set(plan_); ++unit) normalise_unit(plan_, args_, run_, set, unit, s);
+    }
+  }
+
+  // What given_statistic has, for all sets of a batch.
+  void take_given(Batch& batch) const {
+    load_parameters(plan_, args_, batch);
+    batch.in_float = true;
+    Offsets stats(plan_.set_stat, batch.first);
+    for (int64_t lane = 0; lane < batch.count; ++lane) {
+      const Statistic s = given_statistic(args_, stats.next());
+      const double factor = s.rstd * batch.weight[lane];
+      const float high = static_cast<float>(s.mean);
+      batch.high_mean[lane] = high;
+      batch.low_mean[lane] = static_cast<float>((s.mean - static_cast<double>(high)) + s.mean_lo);
+      batch.scale[lane] = static_cast<float>(factor);
+      batch.in_float = batch.in_float && fits(s) && (factor == 0 || moderate(factor));
     }
   }
 

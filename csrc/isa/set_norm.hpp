@@ -97,6 +97,12 @@ bool set_forward(const Plan& plan, const NormArgs<T>& args) {
 template <class T>
 bool set_apply(const Plan& plan, const NormArgs<T>& args) {
   const int64_t run = shared_run<T>(plan, {&plan.x, &plan.y}), units = units_per_set(plan);
+  if constexpr (!kMayOverflow<T>) {
+    if (SetBatches::in_place(plan, run) && !(split_sets(plan) && plan.elements == run)) {
+      SetBatches(plan, args, run).apply();
+      return true;
+    }
+  }
   for_results(plan, args, plan.sets * units, [&](int64_t i) {
     normalise_unit(plan, args, run, i / units, i % units, given_statistic(args, plan.set_stat.offset(i / units)));
   });
