@@ -23,17 +23,22 @@ void run_parallel(int threads, int64_t count, void (*call)(const void* context, 
 
 namespace {
 
+// body(begin, end) for pieces of [0, count).
+template <class Body>
+inline void parallel_pieces(int threads, int64_t count, const Body& body) {
+  if (threads <= 1 || count <= 1) return body(0, count);
+  const auto call = [](const void* context, int64_t begin, int64_t end) {
+    (*static_cast<const Body*>(context))(begin, end);
+  };
+  run_parallel(threads, count, call, &body);
+}
+
 // body(i) for i in [0, count).
 template <class Body>
 inline void parallel_for(int threads, int64_t count, const Body& body) {
-  if (threads <= 1 || count <= 1) {
-    for (int64_t i = 0; i < count; ++i) body(i);
-    return;
-  }
-  const auto call = [](const void* context, int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) (*static_cast<const Body*>(context))(i);
-  };
-  run_parallel(threads, count, call, &body);
+  parallel_pieces(threads, count, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) body(i);
+  });
 }
 
 }  // namespace

@@ -9,8 +9,8 @@
 namespace fastnorm {
 namespace {
 
-// Bytes of sets that a thread takes at a time.
-constexpr int64_t kGroupBytes = 64 << 10;
+// Bytes of sets that a thread takes at a time, at least.
+constexpr int64_t kGroupBytes = 32 << 10;
 
 // Forward of sets [begin, end).
 template <class T>
@@ -25,7 +25,7 @@ inline void forward_sets(const Plan& plan, const NormArgs<T>& args, int64_t run,
   }
 }
 
-// Sets that a thread takes together: a number that depends on the shape alone.
+// Sets that a thread takes together.
 template <class T>
 inline int64_t sets_per_group(const Plan& plan) {
   const int64_t bytes = plan.set_size() * static_cast<int64_t>(sizeof(T));
@@ -41,13 +41,13 @@ inline void for_results(const Plan& plan, const NormArgs<T>& args, int64_t count
   });
 }
 
-// call(begin, end) over groups of the plan's sets, in parallel.
+// call(begin, end) over pieces of the plan's sets, whole groups each, in parallel.
 template <class T, class Call>
 inline void for_set_groups(const Plan& plan, const NormArgs<T>& args, const Call& call) {
-  const int64_t size = plan.threads > 1 ? sets_per_group<T>(plan) : plan.sets;
-  for_results(plan, args, (plan.sets + size - 1) / size, [&](int64_t group) {
-    const int64_t end = (group + 1) * size;
-    call(group * size, end < plan.sets ? end : plan.sets);
+  const int64_t size = sets_per_group<T>(plan);
+  parallel_pieces(plan.threads, (plan.sets + size - 1) / size, [&](int64_t begin, int64_t end) {
+    call(begin * size, end * size < plan.sets ? end * size : plan.sets);
+    if (args.past_cache) finish_stores();
   });
 }
 
