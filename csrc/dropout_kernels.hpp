@@ -78,10 +78,14 @@ struct DropoutKernels {
   void (*drop_tiles)(char* y, const char* x, const ElementWalk& walk, int64_t first, int64_t count,
                      const MaskDraw& draw, T factor);
   // s = residual + (keep ? x * factor : +0) for elements in a row, the first having the logical index `index`; without
-  // a residual s = keep ? x * factor : +0.
-  void (*drop_add)(T* s, const T* x, const T* residual, int64_t index, int64_t count, const MaskDraw& draw, T factor);
-  // g += ds, dx = keep ? g * factor : +0; g stays as it is without ds. dx may be g.
-  void (*add_drop)(T* dx, T* g, const T* ds, int64_t index, int64_t count, const MaskDraw& draw, T factor);
+  // a residual s = keep ? x * factor : +0. s goes past the caches to `past_cache` as well, unless that is nullptr; the
+  // two are at the same place in a line.
+  void (*drop_add)(T* s, const T* x, const T* residual, int64_t index, int64_t count, const MaskDraw& draw, T factor,
+                   T* past_cache);
+  // g += ds, dx = keep ? g * factor : +0; g stays as it is without ds. dx may be g, unless it goes past the caches. g
+  // goes past them to `g_past_cache` as well, as s does.
+  void (*add_drop)(T* dx, T* g, const T* ds, int64_t index, int64_t count, const MaskDraw& draw, T factor,
+                   bool past_cache, T* g_past_cache);
   // The same as drop with a mask of bytes, not 0 = kept, given by the user.
   void (*apply_mask)(char* y, const char* x, const char* keep, const ElementWalk& walk, int64_t first, int64_t count,
                      T factor);

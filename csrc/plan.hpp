@@ -115,6 +115,7 @@ struct Plan {
   int64_t column_stat = 0;
   Walk param_order;      // PARAM axes as x walks them -> index in C order
   Operand x, y, dy, dx;  // y: forward; dy, dx: backward
+  int64_t ahead = 0;     // from x to what is to be on its way to the caches when x is done, in bytes; 0: more of x
   int threads = 1;
 
   int64_t set_size() const { return segments * elements; }

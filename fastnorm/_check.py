@@ -200,7 +200,7 @@ def _overlaps_itself(found: np.ndarray[Any, Any]) -> bool:
     return False
 
 
-def _same_view(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> bool:
+def same_view(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> bool:
     return a.shape == b.shape and a.strides == b.strides and a.ctypes.data == b.ctypes.data
 
 
@@ -219,6 +219,7 @@ def output(
     in_place: str | None,
     others: dict[str, np.ndarray[Any, Any] | None],
     of: str = "x",
+    name: str = "out",
 ) -> np.ndarray[Any, Any] | None:
     """`out` for a result of x's shape and dtype; None stays None.
 
@@ -230,28 +231,37 @@ def output(
         return None
     if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray):
         raise TypeError(
-            f"out is a {type(out).__name__}; expected a NumPy array of shape {_shape(x.shape)} and dtype {x.dtype}"
+            f"{name} is a {type(out).__name__}; expected a NumPy array of shape {_shape(x.shape)} and dtype {x.dtype}"
         )
     found = out if type(out) is np.ndarray else out.view(np.ndarray)
     if found.dtype != x.dtype:
-        raise TypeError(f"out has dtype {found.dtype}; expected {x.dtype}, the dtype of {of}")
+        raise TypeError(f"{name} has dtype {found.dtype}; expected {x.dtype}, the dtype of {of}")
     if found.shape != x.shape:
-        raise ValueError(f"out has shape {_shape(found.shape)}; expected {_shape(x.shape)}, the shape of {of}")
+        raise ValueError(f"{name} has shape {_shape(found.shape)}; expected {_shape(x.shape)}, the shape of {of}")
     if not found.flags.writeable:
-        raise ValueError("out is read-only; expected a writeable array")
+        raise ValueError(f"{name} is read-only; expected a writeable array")
     if _overlaps_itself(found):
-        raise ValueError(f"out has elements that share memory (strides {found.strides}); expected separate elements")
+        raise ValueError(f"{name} has elements that share memory (strides {found.strides}); expected separate elements")
     if in_place is None:
         if shares(found, x):
             raise ValueError(
-                f"out shares memory with {of}; expected separate memory: a forward with a cache is never in place"
+                f"{name} shares memory with {of}; expected separate memory: a forward with a cache is never in place"
             )
-    elif not _same_view(found, x) and shares(found, x):
-        raise ValueError(f"out overlaps {of} in part; expected out={in_place} itself or separate memory")
-    for name, other in others.items():
+    elif not same_view(found, x) and shares(found, x):
+        raise ValueError(f"{name} overlaps {of} in part; expected out={in_place} itself or separate memory")
+    for other_name, other in others.items():
         if other is not None and shares(found, other):
-            raise ValueError(f"out shares memory with {name}; expected separate memory")
+            raise ValueError(f"{name} shares memory with {other_name}; expected separate memory")
     return found
+
+
+def two_outputs(out: Any, names: str) -> tuple[Any, Any]:
+    """`out` of a function with two results: an array for the first, or a tuple with an array or None for each."""
+    if not isinstance(out, tuple):
+        return out, None
+    if len(out) != 2:
+        raise ValueError(f"out is a tuple of {len(out)}; expected an array or a tuple of two, ({names})")
+    return out
 
 
 def updated_in_place(name: str, found: np.ndarray[Any, Any], others: dict[str, np.ndarray[Any, Any] | None]) -> None:

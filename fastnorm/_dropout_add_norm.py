@@ -7,6 +7,7 @@ Refuses `rng=None` unless p is 0.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -54,6 +55,14 @@ class DropoutAddNormGrads(NamedTuple):
     dbias: Array | None
 
 
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "layer_norm": layer_norm,
+    "layer_norm_forward": layer_norm_forward,
+    "rms_norm": rms_norm,
+    "rms_norm_forward": rms_norm_forward,
+}
+
+
 def _forward(
     norm: str,
     x: Any,
@@ -93,8 +102,7 @@ def _forward(
         raise TypeError(
             f"rng is None; expected an int seed, a numpy.random.Generator or a fastnorm.Philox stream, since p is {p}"
         )
-    others = {"residual": residual, "weight": weight, "bias": bias}
-    _check.output(out, x, in_place=None if cached else "x", others=others)
+    out = _results(out, x, residual, {"weight": weight, "bias": bias}, cached)
 
     stream = None if rng is None else Philox(*_philox.take(rng))
     if not _verify.active():
@@ -108,6 +116,21 @@ def _forward(
     )
 
 
+def _results(
+    out: Any, x: Array, residual: Array | None, parameters: dict[str, Array | None], cached: bool
+) -> tuple[Any, Any]:
+    """The caller's arrays for y and s, checked; None where there is none."""
+    y, s = _check.two_outputs(out, "y, s")
+    names = ("out[0]", "out[1]") if isinstance(out, tuple) else ("out", "")
+    in_place = None if cached else "x"
+    found = _check.output(y, x, in_place=in_place, others={"residual": residual, **parameters}, name=names[0])
+    # s may be the residual: each of its values is read before it is written.
+    of_s = _check.output(s, x, in_place=in_place, others={"out[0]": found, **parameters}, name=names[1])
+    if of_s is not None and residual is not None and not _check.same_view(of_s, residual):
+        _check.output(s, x, in_place=in_place, others={"residual": residual}, name=names[1])
+    return y, s
+
+
 def _step(
     norm: str,
     x: Array,
@@ -118,65 +141,88 @@ def _step(
     stream: Philox | None,
     axis: int,
     eps: float,
-    out: Any,
+    out: tuple[Any, Any],
     cached: bool,
 ) -> tuple[Array, Array] | tuple[tuple[Array, Array], DropoutAddNormCache]:
     """The public function's result, of arguments that are checked."""
-    s = np.empty_like(x, order="K", subok=False)
+    out_y, out_s = out
+    s = np.empty_like(x, order="K", subok=False) if out_s is None else out_s.view(np.ndarray)
+    # Where s is one of the arrays that it is the sum of, the other is made first.
+    in_place = out_s is not None and (
+        np.may_share_memory(s, x) or (residual is not None and np.may_share_memory(s, residual))
+    )
+    term = np.empty_like(x, order="K", subok=False) if in_place else s
     dropped: DropoutCache | None = None
     if p == 0.0 or stream is None:
-        np.copyto(s, x)
+        np.copyto(term, x)
     elif cached:
-        _, dropped = dropout_forward(x, p, rng=stream, out=s)
+        _, dropped = dropout_forward(x, p, rng=stream, out=term)
     else:
-        dropout(x, p, rng=stream, out=s)
+        dropout(x, p, rng=stream, out=term)
     if residual is not None:
         with np.errstate(all="ignore"):
-            np.add(residual, s, out=s)
+            np.add(residual, term, out=s)
+    elif in_place:
+        np.copyto(s, term)
 
+    normalise = _FUNCTIONS[norm + "_forward" * cached]
+    parameters = (weight,) if norm == "rms_norm" else (weight, bias)
+    result = normalise(s, *parameters, axis=axis, eps=eps, out=out_y)
+    y = out_y if out_y is not None else result[0] if cached else result
+    results = (y, s if out_s is None else out_s)
     if not cached:
-        y = (
-            rms_norm(s, weight, axis=axis, eps=eps, out=out)
-            if norm == "rms_norm"
-            else layer_norm(s, weight, bias, axis=axis, eps=eps, out=out)
-        )
-        return y if out is None else out, s
-    y, norm_cache = (
-        rms_norm_forward(s, weight, axis=axis, eps=eps, out=out)
-        if norm == "rms_norm"
-        else layer_norm_forward(s, weight, bias, axis=axis, eps=eps, out=out)
-    )
-    cache = DropoutAddNormCache(f"dropout_add_{norm}", norm_cache, dropped, residual is not None)
-    return (y if out is None else out, s), cache
+        return results
+    return results, DropoutAddNormCache(f"dropout_add_{norm}", result[1], dropped, residual is not None)
 
 
-def _backward(norm: str, dy: Any, cache: Any, ds: Any) -> DropoutAddNormGrads:
+def _backward(norm: str, dy: Any, cache: Any, ds: Any, out: Any) -> DropoutAddNormGrads:
     function = f"dropout_add_{norm}"
     _check.cache(cache, DropoutAddNormCache, function)
     p, seed, offset = (0.0, 0, 0) if (d := cache.dropout) is None else (d.p, d.seed, d.offset)
-    fused = _core.dropout_add_norm_backward(dy, cache.norm, ds, p, seed, offset, cache.has_residual)
+    fused = _core.dropout_add_norm_backward(dy, cache.norm, ds, p, seed, offset, cache.has_residual, out)
     if fused is not None:
         return DropoutAddNormGrads(*fused)
     dy = _check.same("dy", dy, cache.s.shape, cache.s.dtype, of="the forward's x")
     if ds is not None:
         ds = _check.same("ds", ds, cache.s.shape, cache.s.dtype, of="the forward's s")
+    out = _gradient_results(out, dy, cache, ds)
     if not _verify.active():
-        return _gradients(norm, dy, cache, ds)
-    return _verify.run(f"{function}_backward", lambda: _gradients(norm, dy, cache, ds), (dy, cache), {"ds": ds})
+        return _gradients(norm, dy, cache, ds, out)
+    kwargs = {"ds": ds, "out": out}
+    return _verify.run(f"{function}_backward", lambda: _gradients(norm, dy, cache, ds, out), (dy, cache), kwargs)
 
 
-def _gradients(norm: str, dy: Array, cache: DropoutAddNormCache, ds: Array | None) -> DropoutAddNormGrads:
+def _gradient_results(out: Any, dy: Array, cache: DropoutAddNormCache, ds: Array | None) -> tuple[Any, Any]:
+    """The caller's arrays for dx and dresidual, checked; None where there is none."""
+    dx, dresidual = _check.two_outputs(out, "dx, dresidual")
+    if dresidual is not None and not cache.has_residual:
+        raise ValueError("out[1] is for dresidual; expected None, since the forward had no residual")
+    names = ("out[0]", "out[1]") if isinstance(out, tuple) else ("out", "")
+    read = {"the cache's s": cache.s, "the cache's weight": cache.norm.weight, "ds": ds}
+    found = _check.output(dx, dy, in_place="dy", others=read, of="dy", name=names[0])
+    others = {"dy": dy, "out[0]": found, **read}
+    _check.output(dresidual, dy, in_place="dy", others=others, of="dy", name=names[1])
+    return dx, dresidual
+
+
+def _gradients(
+    norm: str, dy: Array, cache: DropoutAddNormCache, ds: Array | None, out: tuple[Any, Any]
+) -> DropoutAddNormGrads:
     """The backward's result, of arguments that are checked."""
+    out_x, out_residual = out
     gradient = rms_norm_backward if norm == "rms_norm" else layer_norm_backward
-    total, dweight, dbias = gradient(dy, cache.norm)
+    total, dweight, dbias = gradient(dy, cache.norm, out=out_residual if cache.has_residual else out_x)
     if ds is not None:
         with np.errstate(all="ignore"):
             np.add(total, ds, out=total)
-    if not cache.has_residual:
-        dx = total if cache.dropout is None else dropout_backward(total, cache.dropout, out=total)
-        return DropoutAddNormGrads(dx, None, dweight, dbias)
-    dx = total.copy(order="K") if cache.dropout is None else dropout_backward(total, cache.dropout)
-    return DropoutAddNormGrads(dx, total, dweight, dbias)
+    dx = out_x if cache.has_residual else total
+    if cache.dropout is not None:
+        dx = dropout_backward(total, cache.dropout, out=dx)
+    elif cache.has_residual and dx is None:
+        dx = total.copy(order="K")
+    elif cache.has_residual:
+        np.copyto(dx, total)
+    return DropoutAddNormGrads(dx, total if cache.has_residual else None, dweight, dbias)
 
 
 def dropout_add_layer_norm(
@@ -189,7 +235,7 @@ def dropout_add_layer_norm(
     rng: Rng | None = None,
     axis: int = -1,
     eps: float = 1e-5,
-    out: Array | None = None,
+    out: Array | tuple[Array | None, Array | None] | None = None,
 ) -> tuple[Array, Array]:
     """The residual step of a transformer: ``s = residual + dropout(x, p)``, ``y = layer_norm(s, weight, bias)``.
 
@@ -204,13 +250,13 @@ def dropout_add_layer_norm(
         As in `dropout`. rng may be None, and is not needed, when p is 0.
     axis, eps :
         As in `layer_norm`.
-    out : array of x's shape and dtype, optional
-        Receives y. May be x itself.
+    out : array of x's shape and dtype, or a tuple of two, optional
+        Receives y, or y and s: ``out=(y, s)``, of which either may be None. y may be x itself, s may be x or residual.
 
     Returns
     -------
     y, s : arrays of x's shape and dtype, in x's memory order
-        s is always a new array.
+        New arrays, but for those given.
 
     Raises
     ------
@@ -238,7 +284,7 @@ def dropout_add_layer_norm_forward(
     rng: Rng | None = None,
     axis: int = -1,
     eps: float = 1e-5,
-    out: Array | None = None,
+    out: Array | tuple[Array | None, Array | None] | None = None,
 ) -> tuple[tuple[Array, Array], DropoutAddNormCache]:
     """`dropout_add_layer_norm`, and what its backward needs.
 
@@ -246,8 +292,9 @@ def dropout_add_layer_norm_forward(
     ----------
     x, residual, weight, bias, p, rng, axis, eps :
         As in `dropout_add_layer_norm`.
-    out : array of x's shape and dtype, optional
-        Receives y; must not share memory with x or residual.
+    out : array of x's shape and dtype, or a tuple of two, optional
+        Receives y, or y and s: ``out=(y, s)``, of which either may be None. Neither may share memory with x, nor y with
+        residual; s may be residual itself.
 
     Returns
     -------
@@ -266,7 +313,9 @@ def dropout_add_layer_norm_forward(
     return result
 
 
-def dropout_add_layer_norm_backward(dy: Any, cache: DropoutAddNormCache, *, ds: Any = None) -> DropoutAddNormGrads:
+def dropout_add_layer_norm_backward(
+    dy: Any, cache: DropoutAddNormCache, *, ds: Any = None, out: Any = None
+) -> DropoutAddNormGrads:
     """Gradients of `dropout_add_layer_norm`.
 
     With g the layer norm's input gradient for dy, plus ds: ``dresidual = g``, ``dx = keep * g / P(keep)``.
@@ -278,6 +327,8 @@ def dropout_add_layer_norm_backward(dy: Any, cache: DropoutAddNormCache, *, ds: 
     cache : DropoutAddNormCache
     ds : array of the forward's shape and dtype, optional
         Gradient that reaches s by the other path (the next residual).
+    out : array of dy's shape and dtype, or a tuple of two, optional
+        Receives dx, or dx and dresidual: ``out=(dx, dresidual)``, of which either may be None. dx may be dy itself.
 
     Returns
     -------
@@ -289,7 +340,7 @@ def dropout_add_layer_norm_backward(dy: Any, cache: DropoutAddNormCache, *, ds: 
     TypeError, ValueError
         cache of another function; dy or ds of another shape or dtype.
     """
-    return _backward("layer_norm", dy, cache, ds)
+    return _backward("layer_norm", dy, cache, ds, out)
 
 
 def dropout_add_rms_norm(
@@ -301,7 +352,7 @@ def dropout_add_rms_norm(
     rng: Rng | None = None,
     axis: int = -1,
     eps: float = 1e-5,
-    out: Array | None = None,
+    out: Array | tuple[Array | None, Array | None] | None = None,
 ) -> tuple[Array, Array]:
     """The residual step with an RMS norm: ``s = residual + dropout(x, p)``, ``y = rms_norm(s, weight)``.
 
@@ -315,7 +366,7 @@ def dropout_add_rms_norm(
     Returns
     -------
     y, s : arrays of x's shape and dtype, in x's memory order
-        s is always a new array.
+        New arrays, but for those given.
 
     Raises
     ------
@@ -335,7 +386,7 @@ def dropout_add_rms_norm_forward(
     rng: Rng | None = None,
     axis: int = -1,
     eps: float = 1e-5,
-    out: Array | None = None,
+    out: Array | tuple[Array | None, Array | None] | None = None,
 ) -> tuple[tuple[Array, Array], DropoutAddNormCache]:
     """`dropout_add_rms_norm`, and what its backward needs.
 
@@ -343,8 +394,9 @@ def dropout_add_rms_norm_forward(
     ----------
     x, residual, weight, p, rng, axis, eps :
         As in `dropout_add_rms_norm`.
-    out : array of x's shape and dtype, optional
-        Receives y; must not share memory with x or residual.
+    out : array of x's shape and dtype, or a tuple of two, optional
+        Receives y, or y and s: ``out=(y, s)``, of which either may be None. Neither may share memory with x, nor y with
+        residual; s may be residual itself.
 
     Returns
     -------
@@ -363,14 +415,16 @@ def dropout_add_rms_norm_forward(
     return result
 
 
-def dropout_add_rms_norm_backward(dy: Any, cache: DropoutAddNormCache, *, ds: Any = None) -> DropoutAddNormGrads:
+def dropout_add_rms_norm_backward(
+    dy: Any, cache: DropoutAddNormCache, *, ds: Any = None, out: Any = None
+) -> DropoutAddNormGrads:
     """Gradients of `dropout_add_rms_norm`.
 
     With g the RMS norm's input gradient for dy, plus ds: ``dresidual = g``, ``dx = keep * g / P(keep)``.
 
     Parameters
     ----------
-    dy, ds :
+    dy, ds, out :
         As in `dropout_add_layer_norm_backward`.
     cache : DropoutAddNormCache
         From `dropout_add_rms_norm_forward`.
@@ -385,4 +439,4 @@ def dropout_add_rms_norm_backward(dy: Any, cache: DropoutAddNormCache, *, ds: An
     TypeError, ValueError
         As `dropout_add_layer_norm_backward`.
     """
-    return _backward("rms_norm", dy, cache, ds)
+    return _backward("rms_norm", dy, cache, ds, out)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+import tracemalloc
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -316,13 +318,160 @@ def test_the_compiled_step_takes_rows_in_one_piece_and_leaves_the_rest() -> None
         {"residual": x.astype(np.float64)}, {"residual": np.asfortranarray(x)}, {"weight": w[:8]}, {"weight": w[::-1]},
         {"bias": np.ones(9)}, {"rms": True}, {"p": 2.0}, {"p": True}, {"p": math.nan}, {"rng": None}, {"rng": -1},
         {"rng": np.random.default_rng(1)}, {"axis": 2}, {"axis": 1.0}, {"eps": -1.0}, {"eps": math.nan},
-        {"out": x[::-1]}, {"out": x, "cached": True}, {"out": np.empty((4, 9))}, {"x": x[:0], "residual": x[:0]},
+        {"out": x[::-1]}, {"out": x, "cached": True}, {"out": ()}, {"out": (x.copy(), x[::-1])},
+        {"out": np.empty((4, 9))}, {"x": x[:0], "residual": x[:0]},
         {"x": x[:, :0].copy()},
     ):  # fmt: skip
         assert step(**odd) is None, odd
     assert rng.offset == 3
     (_, _), cache = fn.dropout_add_layer_norm_forward(x, x, w, w, p=0.5, rng=7)
-    good = (x, cache.norm, None, 0.5, 7, 0, True)
+    good = (x, cache.norm, None, 0.5, 7, 0, True, None)
     assert _core.dropout_add_norm_backward(*good) is not None
-    for i, value in [(0, x[:3]), (0, x.T), (1, None), (1, cache), (2, x[:3]), (3, 2.0), (4, -1), (5, 2**64)]:
+    for i, value in [(0, x[:3]), (0, x.T), (1, None), (1, cache), (2, x[:3]), (3, 2.0), (4, -1), (5, 2**64), (7, x.T)]:
         assert _core.dropout_add_norm_backward(*good[:i], value, *good[i + 1 :]) is None, (i, value)
+
+
+def calls_into(
+    norm: str, arrays: dict[str, np.ndarray], p: float, out: Any, gradients: Any, settings: dict[str, Any]
+) -> tuple[Any, Any, Any]:
+    x, residual, dy, ds = (arrays[name] for name in ("x", "residual", "dy", "ds"))
+    (y, s), cache = function(norm, "_forward")(x, residual, p=p, rng=fn.Philox(5, 6), out=out, **settings)
+    return y, s, function(norm, "_backward")(dy, cache, ds=ds, out=gradients)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("dtype", FLOATS)
+# The last shape is past the caches, with blocks of rows that do not fit the groups of the parameters' sums.
+@pytest.mark.parametrize("shape", [(5, 33), (300, 131), (2051, 1031)])
+def test_results_into_given_arrays(shape: tuple[int, ...], dtype: type, norm: str, threads: int) -> None:
+    arrays = {name: sample(shape, dtype, i) for i, name in enumerate(("x", "residual", "dy", "ds"))}
+    settings = parameters(norm, shape[-1:], dtype)
+    y, s, grads = calls_into(norm, arrays, 0.3, None, None, settings)
+    y_out, s_out, dx_out, dresidual_out = (np.full(shape, np.nan, dtype) for _ in range(4))
+    for out, gradients in [
+        ((y_out, s_out), (dx_out, dresidual_out)),
+        ((None, s_out), (None, dresidual_out)),
+        ((y_out, None), dx_out),
+    ]:
+        for a in (y_out, s_out, dx_out, dresidual_out):
+            a.fill(np.nan)
+        with fn.num_threads(threads):
+            got_y, got_s, got = calls_into(norm, arrays, 0.3, out, gradients, settings)
+        assert (got_y is y_out) == (out[0] is not None)
+        assert (got_s is s_out) == (out[1] is not None)
+        assert (got.dx is dx_out) == (gradients is dx_out or gradients[0] is not None)
+        assert (got.dresidual is dresidual_out) == (isinstance(gradients, tuple))
+        assert_same_bits(got_y, y)
+        assert_same_bits(got_s, s)
+        for found, expected in zip(got, grads, strict=True):
+            assert (found is None) == (expected is None)
+            if expected is not None:
+                assert_same_bits(found, expected)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize(("shape", "verified"), [((7, 33), False), ((7, 33), True), ((2051, 1031), False)])
+def test_in_place(shape: tuple[int, ...], verified: bool, norm: str) -> None:
+    """s may be the residual, or x where no cache is made; dx may be dy; without a residual too."""
+    arrays = {name: sample(shape, np.float32, i) for i, name in enumerate(("x", "residual", "dy", "ds"))}
+    for residual in (arrays["residual"], None):
+        for p in (0.3, 0.0):
+            wanted = calls_into(norm, {**arrays, "residual": residual}, p, None, None, {})
+            with fn.verify() if verified else nullcontext():
+                x, dy, y = arrays["x"].copy(), arrays["dy"].copy(), np.empty(shape, np.float32)
+                found = function(norm)(x, residual, p=p, rng=fn.Philox(5, 6), out=(y, x))
+                assert found[0] is y
+                assert found[1] is x
+                assert_same_bits(y, wanted[0])
+                assert_same_bits(x, wanted[1])
+                changed = None if residual is None else residual.copy()
+                own = {**arrays, "residual": changed, "dy": dy}
+                got = calls_into(norm, own, p, (None, changed), (dy, None), {})
+                assert residual is None or got[1] is changed
+                assert got[2].dx is dy
+                assert_same_bits(got[1], wanted[1])
+                assert_same_bits(dy, wanted[2].dx)
+                if residual is not None:
+                    assert_same_bits(got[2].dresidual, wanted[2].dresidual)
+
+
+@pytest.mark.skipif("FASTNORM_VERIFY" in os.environ, reason="the references make arrays of their own")
+@pytest.mark.parametrize("norm", NORMS)
+def test_given_arrays_save_the_memory(norm: str) -> None:
+    arrays = {name: sample((512, 768), np.float32, i) for i, name in enumerate(("x", "residual", "dy", "ds"))}
+    out, gradients = (tuple(np.empty((512, 768), np.float32) for _ in range(2)) for _ in range(2))
+    tracemalloc.start()
+    try:
+        calls_into(norm, arrays, 0.3, out, gradients, {})
+        assert tracemalloc.get_traced_memory()[1] < arrays["x"].nbytes // 8
+        calls_into(norm, arrays, 0.3, out, None, {})
+        assert tracemalloc.get_traced_memory()[1] > arrays["x"].nbytes  # so such memory is seen
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("strided", [False, True])
+def test_given_arrays_that_do_not_fit(norm: str, strided: bool) -> None:
+    """Every refusal comes before anything is drawn or written."""
+    shape = (4, 18)
+    x, residual, dy, ds = (sample(shape, np.float64, i) for i in range(4))
+    if strided:
+        x, residual, dy, ds = (np.asfortranarray(a) for a in (x, residual, dy, ds))
+    weight = np.ones((4, 18))
+    rng, y, s = fn.Philox(3, 4), np.full(shape, 7.0), np.full(shape, 7.0)
+    read_only = np.full(shape, 7.0)
+    read_only.flags.writeable = False
+    call = {"p": 0.5, "rng": rng, "weight": weight, "axis": 0}
+    step, forward = function(norm), function(norm, "_forward")
+    for out, error, message in [
+        ((y,), ValueError, r"out is a tuple of 1; expected an array or a tuple of two, \(y, s\)"),
+        ((y, s, s), ValueError, "out is a tuple of 3"),
+        ((y, s[:3]), ValueError, r"out\[1\] has shape \(3, 18\); expected \(4, 18\)"),
+        ((y[:3], s), ValueError, r"out\[0\] has shape \(3, 18\)"),
+        ((y, s.astype(np.float32)), TypeError, r"out\[1\] has dtype float32"),
+        ((y, [1.0]), TypeError, r"out\[1\] is a list"),
+        ((y, read_only), ValueError, r"out\[1\] is read-only"),
+        ((y, np.broadcast_to(s[:1], shape)), ValueError, r"out\[1\] is read-only"),
+        ((y, y), ValueError, r"out\[1\] shares memory with out\[0\]"),
+        ((y, y[::-1]), ValueError, r"out\[1\] shares memory with out\[0\]"),
+        ((y, weight), ValueError, r"out\[1\] shares memory with weight"),
+        ((residual, s), ValueError, r"out\[0\] shares memory with residual"),
+        ((y, residual[::-1]), ValueError, r"out\[1\] shares memory with residual"),
+        ((y, x[::-1]), ValueError, r"out\[1\] (overlaps x in part|shares memory with x)"),
+    ]:
+        for f in (step, forward):
+            with pytest.raises(error, match=message):
+                f(x, residual, out=out, **call)
+    for out in ((y, x), (x, s)):
+        with pytest.raises(ValueError, match=r"out\[[01]\] shares memory with x; expected separate memory: a forward"):
+            forward(x, residual, out=out, **call)
+    assert rng.offset == 4
+    _, cache = forward(x, residual, **call)
+    _, without = forward(x, **call)
+    for out, error, message in [
+        ((y,), ValueError, r"out is a tuple of 1; expected an array or a tuple of two, \(dx, dresidual\)"),
+        (y[:3], ValueError, r"out has shape \(3, 18\)"),
+        ((y, y), ValueError, r"out\[1\] shares memory with out\[0\]"),
+        (cache.s, ValueError, "out shares memory with the cache's s"),
+        ((None, cache.s), ValueError, r"out\[1\] shares memory with the cache's s"),
+        ((y, weight), ValueError, r"out\[1\] shares memory with the cache's weight"),
+        (ds, ValueError, "out shares memory with ds"),
+        ((y, ds), ValueError, r"out\[1\] shares memory with ds"),
+        ((y, dy), ValueError, r"out\[1\] shares memory with dy"),
+        (dy[::-1], ValueError, "out overlaps dy in part"),
+        ((y, s.astype(np.float32)), TypeError, r"out\[1\] has dtype float32"),
+        ((y, read_only), ValueError, r"out\[1\] is read-only"),
+    ]:
+        with pytest.raises(error, match=message):
+            function(norm, "_backward")(dy, cache, ds=ds, out=out)
+    with pytest.raises(
+        ValueError, match=r"out\[1\] is for dresidual; expected None, since the forward had no residual"
+    ):
+        function(norm, "_backward")(dy, without, out=(y, s))
+    assert np.all(y == 7.0)
+    assert np.all(s == 7.0)
+    assert np.all(weight == 1.0)
+    for i, a in enumerate((x, residual, dy, ds)):
+        assert np.array_equal(a, sample(shape, np.float64, i))

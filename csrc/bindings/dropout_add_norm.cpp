@@ -2,7 +2,9 @@
 // of a block while the one before it is in cache. A set has the same bits alone as in a batch, so this has those of the
 // separate calls. Accepts contiguous arrays and rows that fit the caches; declines the rest, before anything is written
 // or drawn.
+#include <algorithm>
 #include <atomic>
+#include <memory>
 #include <new>
 
 #include "cpu_features.hpp"
@@ -15,9 +17,11 @@
 namespace fastnorm {
 namespace {
 
-constexpr int64_t kBlockBytes = 131072;  // of one array: what is written of a block is still near when it is read
+constexpr int64_t kBlockBytes = 262144;  // of one array: what is written of a block is still near when it is read
 constexpr int64_t kBlocksAtOnce = 8;
 constexpr int64_t kLongestRow = 262144;  // bytes
+constexpr int64_t kLine = 64;
+constexpr int64_t kRowsInLines = 16;  // rows of any length that are a whole number of lines
 
 bool in_one_piece(const Array& a) { return a.c_contiguous() && a.aligned(); }
 
@@ -75,47 +79,128 @@ struct Step {
   MaskDraw draw;
 };
 
+// Two results of a call: arrays of the caller's where it gave some, at first None where it did not.
+struct Results {
+  py::handle object[2] = {Py_None, Py_None};
+  bool given[2] = {false, false};
+  bool accepted = true;
+
+  // `out`: None, an array for the first one, or a tuple of two, either of which may be None.
+  explicit Results(PyObject* out) {
+    if (PyTuple_Check(out)) {
+      accepted = PyTuple_GET_SIZE(out) == 2;
+      for (int i = 0; accepted && i < 2; ++i) object[i] = PyTuple_GET_ITEM(out, i);
+    } else {
+      object[0] = out;
+    }
+    for (int i = 0; i < 2; ++i) given[i] = !object[i].is_none();
+  }
+  py::object take(int i, const Array& like) const {
+    return given[i] ? py::reinterpret_borrow<py::object>(object[i]) : new_like(like);
+  }
+};
+
+// A piece of memory that rows are kept in on their way past the caches, each at its result's place in a line.
+class NearRows {
+ public:
+  NearRows(bool wanted, int64_t bytes) : memory_(wanted ? new char[static_cast<size_t>(bytes + kLine)] : nullptr) {}
+  template <class T>
+  T* beside(const T* result) const {
+    const uintptr_t first = reinterpret_cast<uintptr_t>(memory_.get());
+    return reinterpret_cast<T*>(first + (reinterpret_cast<uintptr_t>(result) - first) % kLine);
+  }
+
+ private:
+  std::unique_ptr<char[]> memory_;
+};
+
+// Where the results of a step go past the caches.
+struct PastCache {
+  bool first = false, second = false;
+
+  // As elsewhere: what no cache holds, and whose lines the call has not read.
+  PastCache(bool far, const Results& out, std::initializer_list<const Array*> read) {
+    const auto past = [&](int i) {
+      if (!far || !out.given[i]) return false;
+      const char* const data = Array(out.object[i]).data();
+      return std::none_of(read.begin(), read.end(), [&](const Array* a) { return a && a->data() == data; });
+    };
+    first = past(0);
+    second = past(1);
+  }
+};
+
 template <class T>
-void run_forward(const Step& step, const Sizes& sizes, const Array& x, const Array* residual, const Array& s,
-                 const Array& y, const Optional& weight, const Optional& bias, const Statistics& statistics,
-                 bool reused) {
+T* values(const Array& a) {
+  return reinterpret_cast<T*>(a.data());
+}
+
+// The arrays of a forward; residual may be nullptr.
+struct ForwardArrays {
+  const Array x, *residual, s, y;
+  const Optional &weight, &bias;
+  PastCache past;  // first: y
+  bool far;        // no cache holds them
+};
+
+// Blocks [begin, end) of rows. Of a block whose s goes past the caches, the norm reads a copy.
+template <class T>
+bool forward_blocks(const Step& step, const Rows& rows, const ForwardArrays& a, NormArgs<T> args, const Plan& whole,
+                    const Plan& rest, int64_t begin, int64_t end) {
+  const T factor = keep_scale<T>(step.draw.threshold);
+  const NearRows near(a.past.second, rows.block * rows.length * static_cast<int64_t>(sizeof(T)));
+  double *const mean = args.mean, *const mean_lo = args.mean_lo, *const rstd = args.rstd;
+  Plan plan = whole;
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t row = i * rows.block, count = std::min(rows.block, rows.count - row);
+    if (count < rows.block) plan = rest;
+    const int64_t first = row * rows.length, elements = count * rows.length;
+    T *const result = values<T>(a.s) + first, *const s = a.past.second ? near.beside(result) : result;
+    const T* const x = values<T>(a.x) + first;
+    dropout_kernels<T>().drop_add(s, x, a.residual ? values<T>(*a.residual) + first : nullptr, first, elements,
+                                  step.draw, factor, a.past.second ? result : nullptr);
+    plan.x.data = reinterpret_cast<char*>(s);
+    plan.y.data = reinterpret_cast<char*>(values<T>(a.y) + first);
+    if (a.far) plan.ahead = reinterpret_cast<intptr_t>(x + elements) - reinterpret_cast<intptr_t>(s);
+    args.rstd = rstd + row;
+    if (mean) args.mean = mean + row;
+    if (mean_lo) args.mean_lo = mean_lo + row;
+    if (!norm_kernels<T>().forward(plan, args)) return false;
+  }
+  return true;
+}
+
+template <class T>
+void run_forward(const Step& step, const Sizes& sizes, const ForwardArrays& a, const Statistics& statistics) {
   const int threads = threads_for(sizes.total);
   Rows rows(sizes, sizeof(T));
   rows.share(threads);
-  const DropoutKernels<T>& dropout = dropout_kernels<T>();
-  const NormKernels<T>& norm = norm_kernels<T>();
-  const T factor = keep_scale<T>(step.draw.threshold);
   const int64_t last = rows.count % rows.block;
-  const Plan whole = rows_plan(step.spec, rows.block, rows.length, sizeof(T), &s, &y, nullptr, nullptr);
-  const Plan rest = last == 0 ? whole : rows_plan(step.spec, last, rows.length, sizeof(T), &s, &y, nullptr, nullptr);
+  const auto plan_of = [&](int64_t count) {
+    return rows_plan(step.spec, count, rows.length, sizeof(T), &a.s, &a.y, nullptr, nullptr);
+  };
+  const Plan whole = plan_of(rows.block), rest = last == 0 ? whole : plan_of(last);
   NormArgs<T> args;
-  args.weight = weight.given ? reinterpret_cast<const T*>(weight.array.data()) : nullptr;
-  args.bias = bias.given ? reinterpret_cast<const T*>(bias.array.data()) : nullptr;
+  args.weight = a.weight.given ? values<T>(a.weight.array) : nullptr;
+  args.bias = a.bias.given ? values<T>(a.bias.array) : nullptr;
   args.eps = step.eps;
   args.centred = step.spec.kind != Kind::rms;
-  args.past_cache = reused && exceeds_cache(3 * sizes.total * x.itemsize());
+  args.past_cache = a.past.first;
+  args.rstd = statistics.rstd;
+  args.mean = statistics.mean;
+  args.mean_lo = statistics.mean_lo;
   std::atomic<bool> done{true};
   {
     const ReleaseForLargeWork release(sizes.total);
     // Some blocks at a time, so that a plan is copied seldom.
-    const int64_t blocks = rows.blocks(), at_once = threads == 1 ? kBlocksAtOnce : 1;
+    const int64_t blocks = rows.blocks();
+    const int64_t at_once = threads == 1 ? kBlocksAtOnce : std::max<int64_t>(blocks / (kBlocksAtOnce * threads), 1);
     parallel_for(threads, (blocks + at_once - 1) / at_once, [&](int64_t piece) {
-      Plan plan = whole;
-      for (int64_t i = piece * at_once; i < std::min(blocks, (piece + 1) * at_once); ++i) {
-        const int64_t row = i * rows.block, count = std::min(rows.block, rows.count - row);
-        if (count < rows.block) plan = rest;
-        const int64_t first = row * rows.length, elements = count * rows.length;
-        const int64_t start = first * static_cast<int64_t>(sizeof(T));
-        dropout.drop_add(reinterpret_cast<T*>(s.data()) + first, reinterpret_cast<const T*>(x.data()) + first,
-                         residual ? reinterpret_cast<const T*>(residual->data()) + first : nullptr, first, elements,
-                         step.draw, factor);
-        plan.x.data = s.data() + start;
-        plan.y.data = y.data() + start;
-        NormArgs<T> own = args;
-        own.rstd = statistics.rstd + row;
-        if (statistics.mean) own.mean = statistics.mean + row;
-        if (statistics.mean_lo) own.mean_lo = statistics.mean_lo + row;
-        if (!norm.forward(plan, own)) done = false;
+      const int64_t begin = piece * at_once, end = std::min(blocks, begin + at_once);
+      try {
+        if (!forward_blocks<T>(step, rows, a, args, whole, rest, begin, end)) done = false;
+      } catch (const std::bad_alloc&) {
+        done = false;
       }
     });
   }
@@ -130,13 +215,30 @@ py::object tuple_of(std::initializer_list<py::object> items) {
   return made;
 }
 
-bool accepts_result(const Array& out, const Array& x, bool in_place, std::initializer_list<const Array*> others) {
+// Is this array fit for a result of x's shape? It may be the same view as one of `in_place`, else has to lie apart.
+bool accepts_result(py::handle object, const Array& x, std::initializer_list<const Array*> in_place,
+                    std::initializer_list<const Array*> others) {
+  const Array out(object);
   if (!fits(out, x) || !out.writeable()) return false;
-  if (out.may_overlap(x) && !(in_place && out.same_view(x))) return false;
-  for (const Array* other : others) {
-    if (other && out.may_overlap(*other)) return false;
+  for (const Array* other : in_place) {
+    if (other && out.may_overlap(*other) && !out.same_view(*other)) return false;
   }
-  return true;
+  return std::none_of(others.begin(), others.end(), [&](const Array* a) { return a && out.may_overlap(*a); });
+}
+
+// Of accepted results.
+bool apart(const Results& out) {
+  return !out.given[0] || !out.given[1] || !Array(out.object[0]).may_overlap(Array(out.object[1]));
+}
+
+// y may be x where no cache is wanted, s the residual or, without a cache, x.
+bool accepts_results(const Results& out, const Array& x, const Array* residual, const Optional& weight,
+                     const Optional& bias, bool cached) {
+  if (!out.accepted) return false;
+  const Array *const w = weight.given ? &weight.array : nullptr, *const b = bias.given ? &bias.array : nullptr;
+  const Array *const kept = cached ? &x : nullptr, *const given = cached ? nullptr : &x;
+  return (!out.given[0] || accepts_result(out.object[0], x, {given}, {kept, residual, w, b})) &&
+         (!out.given[1] || accepts_result(out.object[1], x, {given, residual}, {kept, w, b})) && apart(out);
 }
 
 // (rms, x, residual, weight, bias, p, rng, axis, eps, out, cached) -> (y, s) or (y, s, norm cache, seed, offset)
@@ -160,21 +262,24 @@ py::object forward(PyObject* const* args) {
   }
   if (bias.given && spec.kind == Kind::rms) return py::none();
   const bool cached = args[10] == Py_True;
-  if (args[9] != Py_None && !accepts_result(Array(args[9]), x, !cached,
-                                            {has_residual ? &residual : nullptr, weight.given ? &weight.array : nullptr,
-                                             bias.given ? &bias.array : nullptr})) {
-    return py::none();
-  }
+  const Results out(args[9]);
+  if (!accepts_results(out, x, has_residual ? &residual : nullptr, weight, bias, cached)) return py::none();
 
-  py::object s = new_like(x);
-  py::object y = args[9] == Py_None ? new_like(x) : py::reinterpret_borrow<py::object>(args[9]);
+  py::object y = out.take(0, x), s = out.take(1, x);
   Statistics statistics;
   statistics.allocate(spec.kind, sizes.sets, x.dtype() == Dtype::float64, false, false);
   const PhiloxStream stream = args[6] == Py_None ? PhiloxStream{0, 0} : take(args[6]);
   const Step step{spec, settings.eps, {stream, keep_threshold(p)}};
-  (x.dtype() == Dtype::float32 ? run_forward<float>
-                               : run_forward<double>)(step, sizes, x, has_residual ? &residual : nullptr, Array(s),
-                                                      Array(y), weight, bias, statistics, args[9] != Py_None);
+  const bool far = exceeds_cache(4 * sizes.total * x.itemsize());
+  const ForwardArrays arrays{x,
+                             has_residual ? &residual : nullptr,
+                             Array(s),
+                             Array(y),
+                             weight,
+                             bias,
+                             PastCache(far, out, {&x, has_residual ? &residual : nullptr}),
+                             far};
+  (x.dtype() == Dtype::float32 ? run_forward<float> : run_forward<double>)(step, sizes, arrays, statistics);
   if (!cached) return tuple_of({y, s});
   settings.count = sizes.per_set;
   py::object cache = make_cache(settings, Array(s), args[3], args[4], statistics, sizes.sets);
@@ -184,30 +289,58 @@ py::object forward(PyObject* const* args) {
 // What is done with the rows of the norm's gradient as soon as they are there: + ds, and the mask.
 template <class T>
 struct Finish {
-  const DropoutKernels<T>& kernels;
   const Step& step;
-  int64_t length;
-  T* g;
+  const Rows& rows;
   const T* ds;  // nullptr: there is none
-  T* dx;        // may be g
-  T factor;
+  T *dx, *g;    // may be one
+  T* near;      // g of row i, i % rows.block rows on; nullptr: g is where it belongs
+  bool past;    // dx goes past the caches
+  bool want_g;  // g is a result
+  const T factor;
 
-  void rows(int64_t begin, int64_t end) const {
-    const int64_t first = begin * length;
-    kernels.add_drop(dx + first, g + first, ds ? ds + first : nullptr, first, (end - begin) * length, step.draw,
-                     factor);
+  void operator()(int64_t begin, int64_t end) const {
+    for (int64_t row = begin; row < end;) {
+      // Up to where the rows that are near begin anew.
+      const int64_t stop = near ? std::min(end, (row / rows.block + 1) * rows.block) : end;
+      const int64_t first = row * rows.length, elements = (stop - row) * rows.length;
+      T* const from = near ? near + row % rows.block * rows.length : g + first;
+      dropout_kernels<T>().add_drop(dx + first, from, ds ? ds + first : nullptr, first, elements, step.draw, factor,
+                                    past, near && want_g ? g + first : nullptr);
+      row = stop;
+    }
   }
 };
 
+// The arrays of a backward; ds and dresidual may be nullptr.
+struct BackwardArrays {
+  const Array s, dy, *ds, dx, *dresidual;
+  PastCache past;  // first: dx
+};
+
 template <class T>
-void run_backward(const Step& step, const Sizes& sizes, const NormCache& cache, const Array& dy, const Array* ds,
-                  const Array& g, const Array& dx, T* dweight, T* dbias) {
-  const Array s(cache.x);
-  const Rows rows(sizes, sizeof(T));
-  Plan plan = rows_plan(step.spec, rows.count, rows.length, sizeof(T), &s, nullptr, &dy, &g);
-  plan.threads = threads_for(sizes.total);
+void run_backward(const Step& step, const Sizes& sizes, const NormCache& cache, const BackwardArrays& a, T* dweight,
+                  T* dbias) {
+  const int threads = threads_for(sizes.total);
+  Rows rows(sizes, sizeof(T));
+  rows.block = std::max(rows.block / kRowsInLines, int64_t{1}) * kRowsInLines;
+  const Array& g = a.dresidual ? *a.dresidual : a.dx;
+  Plan plan = rows_plan(step.spec, rows.count, rows.length, sizeof(T), &a.s, nullptr, &a.dy, &g);
+  plan.threads = threads;
+  // The gradient that goes past the caches is kept near for a block's time, in rows that are used again and again.
+  const bool kept_near = threads == 1 && rows.count > rows.block && (a.dresidual ? a.past.second : a.past.first);
+  const NearRows memory(kept_near, rows.block * rows.length * static_cast<int64_t>(sizeof(T)));
+  T* const near = kept_near ? memory.beside(values<T>(g)) : nullptr;
+  if (kept_near) {
+    Walk& walk = plan.dx.set;
+    plan.dx.data = reinterpret_cast<char*>(near);
+    walk.rank = 2;
+    walk.size[0] = rows.blocks();
+    walk.size[1] = rows.block;
+    walk.stride[0] = 0;
+    walk.stride[1] = rows.length * static_cast<int64_t>(sizeof(T));
+  }
   NormArgs<T> args;
-  args.weight = cache.weight == Py_None ? nullptr : reinterpret_cast<const T*>(Array(cache.weight).data());
+  args.weight = cache.weight == Py_None ? nullptr : values<T>(Array(cache.weight));
   args.eps = cache.eps;
   args.centred = step.spec.kind != Kind::rms;
   args.mean = cache.mean;
@@ -215,23 +348,26 @@ void run_backward(const Step& step, const Sizes& sizes, const NormCache& cache, 
   args.rstd = cache.rstd;
   args.dweight = dweight;
   args.dbias = dbias;
-  const Finish<T> finish{dropout_kernels<T>(),
-                         step,
-                         rows.length,
-                         reinterpret_cast<T*>(g.data()),
-                         ds ? reinterpret_cast<const T*>(ds->data()) : nullptr,
-                         reinterpret_cast<T*>(dx.data()),
+  const bool apart = near || a.dresidual;  // dx is not what it is made of
+  const Finish<T> finish{step,
+                         rows,
+                         a.ds ? values<T>(*a.ds) : nullptr,
+                         values<T>(a.dx),
+                         values<T>(g),
+                         near,
+                         apart && a.past.first,
+                         a.dresidual != nullptr,
                          keep_scale<T>(step.draw.threshold)};
   args.context = &finish;
   args.sets_at_once = rows.block;
   args.finished = [](const void* context, int64_t begin, int64_t end) {
-    static_cast<const Finish<T>*>(context)->rows(begin, end);
+    (*static_cast<const Finish<T>*>(context))(begin, end);
   };
   const ReleaseForLargeWork release(sizes.total);
   if (!norm_kernels<T>().backward(plan, args)) throw std::bad_alloc();
 }
 
-// (dy, norm cache, ds, p, seed, offset, has_residual) -> (dx, dresidual, dweight, dbias)
+// (dy, norm cache, ds, p, seed, offset, has_residual, out) -> (dx, dresidual, dweight, dbias)
 py::object backward(PyObject* const* args) {
   if (verifying()) return py::none();
   const NormCache* cache = as_cache(args[1]);
@@ -246,6 +382,16 @@ py::object backward(PyObject* const* args) {
   if (!accepts_probability(args[3], &p) || !as_word(args[4], &seed) || !as_word(args[5], &offset)) return py::none();
   const Sizes sizes = sizes_of(cache->spec, s);
   if (!worth_it(sizes, s.itemsize())) return py::none();
+  const Results out(args[7]);
+  const Array weight = cache->weight == Py_None ? Array() : Array(cache->weight);
+  const std::initializer_list<const Array*> read = {&s, has_ds ? &ds : nullptr,
+                                                    cache->weight == Py_None ? nullptr : &weight};
+  if (!out.accepted || (out.given[1] && !has_residual)) return py::none();
+  if (out.given[0] && !accepts_result(out.object[0], s, {&dy}, read)) return py::none();
+  if (out.given[1] && (!accepts_result(out.object[1], s, {}, read) || Array(out.object[1]).may_overlap(dy))) {
+    return py::none();
+  }
+  if (!apart(out)) return py::none();
   py::object gradients[2] = {py::none(), py::none()};
   char* to[2] = {nullptr, nullptr};
   PyObject* const params[2] = {cache->weight, cache->bias};
@@ -257,16 +403,22 @@ py::object backward(PyObject* const* args) {
     to[i] = Array(gradients[i]).data();
   }
 
-  const py::object g = new_like(s), dx = has_residual ? new_like(s) : g;
+  const py::object dx = out.take(0, s), dresidual = has_residual ? out.take(1, s) : py::none();
+  const Array g = has_residual ? Array(dresidual) : Array();
   const Step step{cache->spec, cache->eps, {{seed, offset}, keep_threshold(p)}};
+  const BackwardArrays arrays{s,
+                              dy,
+                              has_ds ? &ds : nullptr,
+                              Array(dx),
+                              has_residual ? &g : nullptr,
+                              PastCache(exceeds_cache(5 * sizes.total * s.itemsize()), out, {&dy})};
   if (s.dtype() == Dtype::float32) {
-    run_backward<float>(step, sizes, *cache, dy, has_ds ? &ds : nullptr, Array(g), Array(dx),
-                        reinterpret_cast<float*>(to[0]), reinterpret_cast<float*>(to[1]));
+    run_backward<float>(step, sizes, *cache, arrays, reinterpret_cast<float*>(to[0]), reinterpret_cast<float*>(to[1]));
   } else {
-    run_backward<double>(step, sizes, *cache, dy, has_ds ? &ds : nullptr, Array(g), Array(dx),
-                         reinterpret_cast<double*>(to[0]), reinterpret_cast<double*>(to[1]));
+    run_backward<double>(step, sizes, *cache, arrays, reinterpret_cast<double*>(to[0]),
+                         reinterpret_cast<double*>(to[1]));
   }
-  return tuple_of({dx, has_residual ? g : py::none(), gradients[0], gradients[1]});
+  return tuple_of({dx, dresidual, gradients[0], gradients[1]});
 }
 
 PyObject* forward_entry(PyObject*, PyObject* const* args, Py_ssize_t count) {
@@ -274,7 +426,7 @@ PyObject* forward_entry(PyObject*, PyObject* const* args, Py_ssize_t count) {
 }
 
 PyObject* backward_entry(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  return enter(count, 7, args, [&](bool) { return backward(args); });
+  return enter(count, 8, args, [&](bool) { return backward(args); });
 }
 
 PyMethodDef entries[] = {

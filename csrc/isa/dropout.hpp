@@ -90,10 +90,11 @@ template <class T>
 }
 
 // A long row from logical index `index` on: while a chunk of draws is made, the one before it is used. Never inlined:
-// in a larger function GCC keeps less of the rounds in registers (7 instead of 10 G elements a second).
+// in a larger function GCC keeps less of the rounds in registers (7 instead of 10 G elements a second). `copy`, where
+// there is one, follows the sum.
 template <WithSum sum, bool ahead, class Out, class T>
 [[gnu::noinline]] void drop_long_row(T* y, T* x, const T* other, int64_t length, int64_t index, const MaskDraw& draw,
-                                     T factor) {
+                                     T factor, CopyOut* copy) {
   alignas(64) int16_t halves[2][kDrawChunk];
   MaskDraws draws(draw, static_cast<uint64_t>(index) / 8);
   const int16_t below = draws.below();
@@ -123,6 +124,7 @@ template <WithSum sum, bool ahead, class Out, class T>
                     below, factor);
     });
     out.written();
+    if (sum != WithSum::none && copy) copy->up_to((at + kDrawChunk) * static_cast<int64_t>(sizeof(T)));
   }
   drop_row<sum>(out.finish(), x + at, sum != WithSum::none ? other + at : nullptr, halves[current], length - at, below,
                 factor);
@@ -211,7 +213,7 @@ void drop(char* y, const char* x, const ElementWalk& walk, int64_t first, int64_
       const auto along = reach.past_cache  ? drop_long_row<WithSum::none, true, Streamed<T>, T>
                          : reach.ask_ahead ? drop_long_row<WithSum::none, true, Direct<T>, T>
                                            : drop_long_row<WithSum::none, false, Direct<T>, T>;
-      return along(to, from, nullptr, length, mask, draw, factor);
+      return along(to, from, nullptr, length, mask, draw, factor, nullptr);
     }
     while (length > 0) {
       int64_t part = length;
@@ -232,7 +234,8 @@ void drop(char* y, const char* x, const ElementWalk& walk, int64_t first, int64_
 }
 
 template <WithSum sum, class T>
-void drop_block(T* y, T* x, const T* other, int64_t index, int64_t count, const MaskDraw& draw, T factor) {
+void drop_block(T* y, T* x, const T* other, int64_t index, int64_t count, const MaskDraw& draw, T factor,
+                bool past_cache, CopyOut* copy) {
   if (is_constant(draw)) {
     const bool keep = draw.threshold != 0;
 #pragma omp simd
@@ -251,26 +254,34 @@ void drop_block(T* y, T* x, const T* other, int64_t index, int64_t count, const 
     }
   } else {
     // Two arrays are read: even the last cache is slow enough to be asked ahead.
-    drop_long_row<sum, true, Direct<T>>(y, x, other, count, index, draw, factor);
+    const auto along = past_cache ? drop_long_row<sum, true, Streamed<T>, T> : drop_long_row<sum, true, Direct<T>, T>;
+    along(y, x, other, count, index, draw, factor, copy);
   }
+  if (copy) copy->finish(count * static_cast<int64_t>(sizeof(T)));
 }
 
 template <class T>
-void drop_add(T* s, const T* x, const T* residual, int64_t index, int64_t count, const MaskDraw& draw, T factor) {
+void drop_add(T* s, const T* x, const T* residual, int64_t index, int64_t count, const MaskDraw& draw, T factor,
+              T* past_cache) {
   T* const from = const_cast<T*>(x);  // only read
+  CopyOut copy(past_cache, s);
+  CopyOut* const to = past_cache ? &copy : nullptr;
   if (residual) {
-    drop_block<WithSum::after>(s, from, residual, index, count, draw, factor);
+    drop_block<WithSum::after>(s, from, residual, index, count, draw, factor, false, to);
   } else {
-    drop_block<WithSum::none>(s, from, residual, index, count, draw, factor);
+    drop_block<WithSum::none>(s, from, residual, index, count, draw, factor, false, to);
   }
 }
 
 template <class T>
-void add_drop(T* dx, T* g, const T* ds, int64_t index, int64_t count, const MaskDraw& draw, T factor) {
+void add_drop(T* dx, T* g, const T* ds, int64_t index, int64_t count, const MaskDraw& draw, T factor, bool past_cache,
+              T* g_past_cache) {
+  CopyOut copy(g_past_cache, g);
+  CopyOut* const to = g_past_cache ? &copy : nullptr;
   if (ds) {
-    drop_block<WithSum::before>(dx, g, ds, index, count, draw, factor);
+    drop_block<WithSum::before>(dx, g, ds, index, count, draw, factor, past_cache, to);
   } else {
-    drop_block<WithSum::none>(dx, g, ds, index, count, draw, factor);
+    drop_block<WithSum::none>(dx, g, ds, index, count, draw, factor, past_cache, to);
   }
 }
 

@@ -28,6 +28,7 @@ constexpr int64_t kAheadBytes = 8192, kLargeBytes = 3 << 20;
 // That distance along an operand, in bytes.
 template <class T>
 inline int64_t reading_ahead(const Plan& plan, const Operand& operand, int64_t run) {
+  if (plan.ahead != 0) return plan.ahead;
   const int64_t bytes = plan.sets * plan.set_size() * static_cast<int64_t>(sizeof(T));
   if (bytes < kLargeBytes || run == 0) return 0;
   const int64_t run_bytes = run * static_cast<int64_t>(sizeof(T));

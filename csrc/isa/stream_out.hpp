@@ -61,5 +61,35 @@ class StreamOut {
   alignas(64) char buffer_[size + kLine];
 };
 
+// A copy past the caches of an array that is written in order, made as it grows: its lines are near then. `from` and
+// `to` are at the same place in their lines.
+class CopyOut {
+ public:
+  CopyOut(void* to, const void* from) : to_(static_cast<char*>(to)), from_(static_cast<const char*>(from)) {}
+
+  // The lines that end before byte `end`.
+  FASTNORM_INLINE void up_to(int64_t end) {
+    if (done_ == 0) {
+      const int64_t head = static_cast<int64_t>(-reinterpret_cast<uintptr_t>(to_) % kLine);
+      if (end < head) return;
+      std::memcpy(to_, from_, static_cast<size_t>(head));
+      done_ = head;
+    }
+    for (; done_ + kLine <= end; done_ += kLine) stream_line(to_ + done_, from_ + done_);
+  }
+
+  // The whole array of `size` bytes.
+  void finish(int64_t size) {
+    up_to(size);
+    std::memcpy(to_ + done_, from_ + done_, static_cast<size_t>(size - done_));
+    finish_stores();
+  }
+
+ private:
+  char* to_;
+  const char* from_;
+  int64_t done_ = 0;
+};
+
 }  // namespace
 }  // namespace fastnorm

@@ -146,10 +146,14 @@ def own_calls(case: Case, arrays: Arrays, threads: int = 1) -> dict[str, Call]:
     call = bind(fastnorm, case.operation, arrays, case.options)
     calls: dict[str, Call] = {OWN: call}
     result = call()
-    result = result[0] if isinstance(result, tuple) else result
-    if not isinstance(result, np.ndarray) or case.operation.startswith("dropout_add"):
-        return calls
-    out = np.empty_like(result)
+    out: Any
+    if case.operation.startswith("dropout_add"):
+        out = tuple(np.empty_like(arrays.x) for _ in range(2))
+    else:
+        result = result[0] if isinstance(result, tuple) else result
+        if not isinstance(result, np.ndarray):
+            return calls
+        out = np.empty_like(result)
     try:
         call(out=out)
     except TypeError:  # no such argument: dropout_mask

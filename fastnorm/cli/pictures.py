@@ -23,6 +23,7 @@ _MARKS = {
     "numba": ("#1f78b4", "D"),
     "hash": ("#66a61e", "x"),
     "calls": ("#a6761d", "+"),
+    "fresh-calls": ("#e6ab02", "+"),
 }
 _OWN_COLOUR = "#1b7837"
 _FARTHEST = 20.0  # ratios beyond are drawn here: what they say is "far behind"

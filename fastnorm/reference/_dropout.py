@@ -306,13 +306,20 @@ class DropoutAddNormGrads(NamedTuple):
     dbias: Array | None
 
 
-def _sum(x: Array, residual: Array | None, p: float, rng: Rng | None) -> tuple[Array, DropoutCache | None]:
+def _sum(
+    x: Array, residual: Array | None, p: float, rng: Rng | None, out: Array | None = None
+) -> tuple[Array, DropoutCache | None]:
     """s = residual + dropout(x) in x's dtype."""
     if rng is None and _probability(p) > 0:
         raise TypeError(f"rng is None; expected a source of draws, since p is {p}")
     dropped, cache = (x.copy(order="K"), None) if rng is None else dropout_forward(x, p, rng=rng)
     with np.errstate(all="ignore"):
-        return dropped if residual is None else _norm._filled(residual + dropped, x, None), cache
+        s = dropped if residual is None else residual + dropped
+    return s if residual is None and out is None else _norm._filled(s, x, out), cache
+
+
+def _two(out: Array | tuple[Array | None, Array | None] | None) -> tuple[Array | None, Array | None]:
+    return out if isinstance(out, tuple) else (out, None)
 
 
 def dropout_add_layer_norm_forward(
@@ -325,11 +332,11 @@ def dropout_add_layer_norm_forward(
     rng: Rng | None = None,
     axis: int = -1,
     eps: float = 1e-5,
-    out: Array | None = None,
+    out: Array | tuple[Array | None, Array | None] | None = None,
 ) -> tuple[tuple[Array, Array], DropoutAddNormCache]:
     """s = residual + dropout(x), y = layer_norm(s), and what the backward needs."""
-    s, dropped = _sum(x, residual, p, rng)
-    y, norm = _norm.layer_norm_forward(s, weight, bias, axis=axis, eps=eps, out=out)
+    s, dropped = _sum(x, residual, p, rng, _two(out)[1])
+    y, norm = _norm.layer_norm_forward(s, weight, bias, axis=axis, eps=eps, out=_two(out)[0])
     return (y, s), DropoutAddNormCache("dropout_add_layer_norm", norm, dropped, residual is not None)
 
 
@@ -342,11 +349,11 @@ def dropout_add_rms_norm_forward(
     rng: Rng | None = None,
     axis: int = -1,
     eps: float = 1e-5,
-    out: Array | None = None,
+    out: Array | tuple[Array | None, Array | None] | None = None,
 ) -> tuple[tuple[Array, Array], DropoutAddNormCache]:
     """s = residual + dropout(x), y = rms_norm(s), and what the backward needs."""
-    s, dropped = _sum(x, residual, p, rng)
-    y, norm = _norm.rms_norm_forward(s, weight, axis=axis, eps=eps, out=out)
+    s, dropped = _sum(x, residual, p, rng, _two(out)[1])
+    y, norm = _norm.rms_norm_forward(s, weight, axis=axis, eps=eps, out=_two(out)[0])
     return (y, s), DropoutAddNormCache("dropout_add_rms_norm", norm, dropped, residual is not None)
 
 
@@ -360,11 +367,11 @@ def dropout_add_layer_norm(
     rng: Rng | None = None,
     axis: int = -1,
     eps: float = 1e-5,
-    out: Array | None = None,
+    out: Array | tuple[Array | None, Array | None] | None = None,
 ) -> tuple[Array, Array]:
     """s = residual + dropout(x), y = layer_norm(s); returns y and s."""
-    s, _ = _sum(x, residual, p, rng)
-    return _norm.layer_norm(s, weight, bias, axis=axis, eps=eps, out=out), s
+    s, _ = _sum(x, residual, p, rng, _two(out)[1])
+    return _norm.layer_norm(s, weight, bias, axis=axis, eps=eps, out=_two(out)[0]), s
 
 
 def dropout_add_rms_norm(
@@ -376,14 +383,20 @@ def dropout_add_rms_norm(
     rng: Rng | None = None,
     axis: int = -1,
     eps: float = 1e-5,
-    out: Array | None = None,
+    out: Array | tuple[Array | None, Array | None] | None = None,
 ) -> tuple[Array, Array]:
     """s = residual + dropout(x), y = rms_norm(s); returns y and s."""
-    s, _ = _sum(x, residual, p, rng)
-    return _norm.rms_norm(s, weight, axis=axis, eps=eps, out=out), s
+    s, _ = _sum(x, residual, p, rng, _two(out)[1])
+    return _norm.rms_norm(s, weight, axis=axis, eps=eps, out=_two(out)[0]), s
 
 
-def _residual_backward(function: str, dy: Array, cache: Any, ds: Array | None) -> DropoutAddNormGrads:
+def _residual_backward(
+    function: str,
+    dy: Array,
+    cache: Any,
+    ds: Array | None,
+    out: Array | tuple[Array | None, Array | None] | None,
+) -> DropoutAddNormGrads:
     """The norm's gradient plus ds reaches residual as it is, and x through the mask."""
     backward: Callable[..., Any] = (
         _norm.rms_norm_backward if function == "dropout_add_rms_norm" else _norm.layer_norm_backward
@@ -393,17 +406,31 @@ def _residual_backward(function: str, dy: Array, cache: Any, ds: Array | None) -
         with np.errstate(all="ignore"):
             total = total + ds
     dx = total.copy(order="K") if cache.dropout is None else dropout_backward(total, cache.dropout)
-    return DropoutAddNormGrads(dx, total if cache.has_residual else None, dweight, dbias)
+    out_x, out_residual = _two(out)
+    dresidual = _norm._filled(total, dy, out_residual) if cache.has_residual else None
+    return DropoutAddNormGrads(_norm._filled(dx, dy, out_x), dresidual, dweight, dbias)
 
 
-def dropout_add_layer_norm_backward(dy: Array, cache: Any, *, ds: Array | None = None) -> DropoutAddNormGrads:
+def dropout_add_layer_norm_backward(
+    dy: Array,
+    cache: Any,
+    *,
+    ds: Array | None = None,
+    out: Array | tuple[Array | None, Array | None] | None = None,
+) -> DropoutAddNormGrads:
     """dresidual = g + ds, dx = keep * (g + ds) / P(keep), g being the layer norm's input gradient."""
-    return _residual_backward("dropout_add_layer_norm", dy, cache, ds)
+    return _residual_backward("dropout_add_layer_norm", dy, cache, ds, out)
 
 
-def dropout_add_rms_norm_backward(dy: Array, cache: Any, *, ds: Array | None = None) -> DropoutAddNormGrads:
+def dropout_add_rms_norm_backward(
+    dy: Array,
+    cache: Any,
+    *,
+    ds: Array | None = None,
+    out: Array | tuple[Array | None, Array | None] | None = None,
+) -> DropoutAddNormGrads:
     """dresidual = g + ds, dx = keep * (g + ds) / P(keep), g being the RMS norm's input gradient."""
-    return _residual_backward("dropout_add_rms_norm", dy, cache, ds)
+    return _residual_backward("dropout_add_rms_norm", dy, cache, ds, out)
 
 
 def _exact_residual(

@@ -27,6 +27,7 @@ _PEERS = {
     "numba": ("with_numba", ("numba",)),
     "hash": ("with_hash", ("numba",)),
     "calls": ("with_calls", ("numpy",)),
+    "fresh-calls": ("with_fresh_calls", ("numpy",)),
 }
 NAMES = tuple(_PEERS)
 # As the libraries write themselves, for pages and pictures.
@@ -38,6 +39,7 @@ TITLES = {
     "numba": "numba",
     "hash": "numba hash",
     "calls": "separate calls",
+    "fresh-calls": "separate calls, fresh",
 }
 
 

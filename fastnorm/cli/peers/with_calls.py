@@ -16,12 +16,17 @@ from fastnorm.cli.calls import Arrays, Options, stem_of
 
 
 def prepare(function: str, a: Arrays, options: Options, threads: int) -> Callable[[], Any] | None:
+    return separate(function, a, options, [np.empty_like(a.x) for _ in range(3)])
+
+
+def separate(function: str, a: Arrays, options: Options, results: list[Any]) -> Callable[[], Any] | None:
+    """The calls, with these three results: arrays, or None for new ones."""
     if not function.startswith("dropout_add"):
         return None
     norm = stem_of(function).removeprefix("dropout_add_")
     parameters = (a.weight,) if norm == "rms_norm" else (a.weight, a.bias)
     p, seed = options.get("p", 0.1), 7
-    dropped, s, y = (np.empty_like(a.x) for _ in range(3))
+    dropped, s, y = results
     whole, forward, backward = (getattr(fn, norm + suffix) for suffix in ("", "_forward", "_backward"))
 
     def plain() -> Any:
@@ -37,7 +42,7 @@ def prepare(function: str, a: Arrays, options: Options, threads: int) -> Callabl
 
     def gradients() -> Any:
         g = backward(a.dy, of_norm, out=y)
-        np.add(g.dx, a.ds, out=y)
-        return fn.dropout_backward(y, of_dropout, out=dropped), g
+        total = np.add(g.dx, a.ds, out=g.dx)
+        return fn.dropout_backward(total, of_dropout, out=dropped), g
 
     return gradients
