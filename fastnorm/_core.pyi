@@ -151,5 +151,5 @@ def dropout_add_norm(
     /,
 ) -> Any: ...
 def dropout_add_norm_backward(
-    dy: Any, cache: NormCache, ds: Any, p: float, seed: int, offset: int, has_residual: bool, /
+    dy: Any, cache: NormCache, ds: Any, p: float, seed: int, offset: int, has_residual: bool, out: Any, /
 ) -> tuple[_Array, _Array | None, _Array | None, _Array | None] | None: ...
