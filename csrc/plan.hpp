@@ -145,4 +145,7 @@ struct PlanInput {
 
 Plan make_plan(const PlanInput& input);
 
+// The same, kept by the calling thread until it asks for the next: calls in a row often are of one shape.
+Plan& plan_of_call(const PlanInput& input);
+
 }  // namespace fastnorm

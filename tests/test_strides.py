@@ -9,6 +9,7 @@ import itertools
 import sys
 import tracemalloc
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -224,3 +225,41 @@ def test_large_results_are_the_same_past_the_cache(stem: str, layout: str) -> No
             assert backward(dy, cache, out=out).dx.tobytes() == dx.tobytes()
             assert np.all(room[:offset] == 7)
             assert np.all(room[offset + x.size :] == 7)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_calls_in_turn_do_not_see_each_other(dtype: type) -> None:
+    """What a thread keeps from call to call never changes a result: each is that of a thread's first call."""
+    rng = np.random.default_rng(5)
+    size = np.dtype(dtype).itemsize
+
+    def moved(a: np.ndarray, by: int) -> np.ndarray:
+        """The same values `by` bytes from where an array begins."""
+        memory = np.zeros(a.nbytes + 64, np.uint8)
+        found = np.ndarray(a.shape, a.dtype, memory[by:])
+        found[...] = a
+        return found
+
+    def forward(function: str, x: np.ndarray, axis: int) -> tuple[np.ndarray, Any]:
+        if function == "group_norm":
+            return fn.group_norm_forward(x, 2, channel_axis=axis)
+        if function == "batch_norm":
+            return fn.batch_norm_forward(x, channel_axis=axis)
+        return getattr(fn, function + "_forward")(x, np.ones(x.shape[axis:], dtype), axis=axis)
+
+    for shape in [(4, 6, 8), (8, 6, 4)]:
+        x = rng.standard_normal(shape).astype(dtype)
+        calls: list[Callable[[], np.ndarray]] = []
+        for place in (x, moved(x, size), moved(x, 1), np.asfortranarray(x), x[:, ::-1]):
+            for function, axis in [("layer", 1), ("layer", 2), ("rms", 1), ("batch", 1), ("batch", 0), ("group", 1)]:
+                y, cache = forward(function + "_norm", place, axis)
+                backward = getattr(fn, function + "_norm_backward")
+                calls.append(lambda f=function, x=place, axis=axis: forward(f + "_norm", x, axis)[0])  # type: ignore[misc]
+                calls.append(lambda f=backward, y=y, cache=cache: f(y, cache).dx)  # type: ignore[misc]
+        expected = []
+        for call in calls:
+            with ThreadPoolExecutor(1) as pool:
+                expected.append(pool.submit(call).result())
+        for before, after in itertools.permutations(range(len(calls)), 2):
+            calls[before]()
+            np.testing.assert_array_equal(calls[after](), expected[after])

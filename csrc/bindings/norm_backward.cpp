@@ -70,7 +70,7 @@ py::object run(const NormCache& cache, const Array& x, const Array& dy, py::obje
   place(spec, x, in.x);
   place(spec, dy, in.dy);
   place(spec, Array(dx), in.dx);
-  Plan plan = make_plan(in);
+  Plan& plan = plan_of_call(in);
   plan.threads = threads_for(total);
   const Params<T> weights(weight, plan);
   NormArgs<T> args;

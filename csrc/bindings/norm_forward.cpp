@@ -23,7 +23,7 @@ void run(const Settings& settings, Pass pass, const Array& x, const Array& y, co
   describe(spec, x, in);
   place(spec, x, in.x);
   place(spec, y, in.y);
-  Plan plan = make_plan(in);
+  Plan& plan = plan_of_call(in);
   plan.threads = threads_for(total);
   const Params<T> weights(weight, plan), biases(bias, plan);
   NormArgs<T> args;
