@@ -18,7 +18,7 @@ namespace fastnorm {
 namespace {
 
 constexpr int64_t kBlockBytes = 262144;  // of one array: what is written of a block is still near when it is read
-constexpr int64_t kBlocksAtOnce = 8;
+constexpr int64_t kPiecesPerThread = 8;
 constexpr int64_t kLongestRow = 262144;  // bytes
 constexpr int64_t kLine = 64;
 constexpr int64_t kRowsInLines = 16;  // rows of any length that are a whole number of lines
@@ -145,15 +145,19 @@ struct ForwardArrays {
 
 // Blocks [begin, end) of rows. Of a block whose s goes past the caches, the norm reads a copy.
 template <class T>
-bool forward_blocks(const Step& step, const Rows& rows, const ForwardArrays& a, NormArgs<T> args, const Plan& whole,
-                    const Plan& rest, int64_t begin, int64_t end) {
+bool forward_blocks(const Step& step, const Rows& rows, const ForwardArrays& a, NormArgs<T> args, int64_t begin,
+                    int64_t end) {
+  const auto plan_of = [&](int64_t block) {
+    const int64_t count = std::min(rows.block, rows.count - block * rows.block);
+    return rows_plan(step.spec, count, rows.length, sizeof(T), &a.s, &a.y, nullptr, nullptr);
+  };
   const T factor = keep_scale<T>(step.draw.threshold);
   const NearRows near(a.past.second, rows.block * rows.length * static_cast<int64_t>(sizeof(T)));
   double *const mean = args.mean, *const mean_lo = args.mean_lo, *const rstd = args.rstd;
-  Plan plan = whole;
+  Plan plan = plan_of(begin);
   for (int64_t i = begin; i < end; ++i) {
     const int64_t row = i * rows.block, count = std::min(rows.block, rows.count - row);
-    if (count < rows.block) plan = rest;
+    if (i > begin && count < rows.block) plan = plan_of(i);
     const int64_t first = row * rows.length, elements = count * rows.length;
     T *const result = values<T>(a.s) + first, *const s = a.past.second ? near.beside(result) : result;
     const T* const x = values<T>(a.x) + first;
@@ -175,11 +179,6 @@ void run_forward(const Step& step, const Sizes& sizes, const ForwardArrays& a, c
   const int threads = threads_for(sizes.total);
   Rows rows(sizes, sizeof(T));
   rows.share(threads);
-  const int64_t last = rows.count % rows.block;
-  const auto plan_of = [&](int64_t count) {
-    return rows_plan(step.spec, count, rows.length, sizeof(T), &a.s, &a.y, nullptr, nullptr);
-  };
-  const Plan whole = plan_of(rows.block), rest = last == 0 ? whole : plan_of(last);
   NormArgs<T> args;
   args.weight = a.weight.given ? values<T>(a.weight.array) : nullptr;
   args.bias = a.bias.given ? values<T>(a.bias.array) : nullptr;
@@ -192,13 +191,12 @@ void run_forward(const Step& step, const Sizes& sizes, const ForwardArrays& a, c
   std::atomic<bool> done{true};
   {
     const ReleaseForLargeWork release(sizes.total);
-    // Some blocks at a time, so that a plan is copied seldom.
     const int64_t blocks = rows.blocks();
-    const int64_t at_once = threads == 1 ? kBlocksAtOnce : std::max<int64_t>(blocks / (kBlocksAtOnce * threads), 1);
+    const int64_t at_once = threads == 1 ? blocks : std::max<int64_t>(blocks / (kPiecesPerThread * threads), 1);
     parallel_for(threads, (blocks + at_once - 1) / at_once, [&](int64_t piece) {
       const int64_t begin = piece * at_once, end = std::min(blocks, begin + at_once);
       try {
-        if (!forward_blocks<T>(step, rows, a, args, whole, rest, begin, end)) done = false;
+        if (!forward_blocks<T>(step, rows, a, args, begin, end)) done = false;
       } catch (const std::bad_alloc&) {
         done = false;
       }
