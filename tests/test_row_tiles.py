@@ -10,7 +10,7 @@ import pytest
 import fastnorm as fn
 
 UNIT = 2.0**-24
-SHAPES = [(13, 100), (8, 64), (5, 515), (21, 17)]
+SHAPES = [(13, 100), (8, 64), (5, 515), (21, 17), (7, 1300), (23, 128)]
 
 
 def _plain(rng: Any, shape: tuple[int, int]) -> tuple[Any, Any, Any]:

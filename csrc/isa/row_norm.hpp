@@ -33,7 +33,13 @@ inline void with_weight(const T* weight, int64_t first, const Call& call) {
 
 // Float32 rows up to this length are read in tiles: as many at a time as the nearest cache holds.
 constexpr int64_t kTiledElements = kBlock * kChunkBlocks;
-inline int rows_together(int64_t elements) { return elements <= 896 ? kMostRows : 2; }
+inline int rows_in_group(int64_t elements) { return elements <= 1280 ? kMostRows : 2; }
+constexpr int kMostTogether = 16;
+inline int rows_together(int64_t elements) {
+  int rows = rows_in_group(elements);
+  while (2 * rows <= kMostTogether && 2 * rows * elements <= 2048) rows *= 2;
+  return rows;
+}
 
 template <class T>
 class RowBackward {
@@ -49,11 +55,12 @@ class RowBackward {
     plain_weights_ = plain_weights(0);
     if constexpr (!kMayOverflow<T>) {
       if (plan.elements >= kPack && plan.elements <= kTiledElements && tile_weights()) {
+        group_ = rows_in_group(plan.elements);
         together_ = rows_together(plan.elements);
         in_place_ = run_ == plan.elements;
         // The next rows, while these are read.
         if (in_place_ && reading_ahead<T>(plan, plan.x, run_) != 0) {
-          distance_ = together_ * plan.elements * static_cast<int64_t>(sizeof(T));
+          distance_ = group_ * plan.elements * static_cast<int64_t>(sizeof(T));
         }
       }
     }
@@ -158,65 +165,68 @@ class RowBackward {
     return wrong == 0;
   }
 
-  // Rows [set, set + count) by tiles, those of them for which that will do.
+  // Rows [set, set + count) by tiles, those of them for which that will do: first the sums of all groups, which a
+  // group's results then need not wait for.
   template <bool kCentred, bool kParams>
   void rows(int64_t set, int count, const ParameterSums* params, float* copies) const {
-    Statistic s[kMostRows];
-    bool fit = true;
+    Statistic s[kMostTogether];
+    TiledRow rows[kMostTogether];
+    bool summed[kMostTogether];
     for (int r = 0; r < count; ++r) {
       s[r] = statistic(set + r);
-      fit = fit && fits_tiles(s[r]);
+      give_row(rows[r], set + r, s[r], copies + 2 * r * plan_.elements);
     }
-    if (fit) return tiled_rows<kCentred, kParams>(set, count, s, params, copies);
-    ParameterSums weight_alone{};
-    if constexpr (kParams) {
-      weight_alone = params->without_bias();
-      if constexpr (kCentred) {
-        RowTiles<true, true> all(plan_.elements, weight_, *params, 0);
-        give_rows(all, set, count, s, copies);
-        all.sum_bias();
-      }
-    }
-    for (int r = 0; r < count; ++r) {
-      if (fits_tiles(s[r])) {
-        tiled_rows<kCentred, kParams>(set + r, 1, &s[r], &weight_alone, copies);
+    RowTiles<kCentred, kParams> tiles(plan_.elements, weight_, kParams ? *params : ParameterSums{}, distance_);
+    for (int r = 0; r < count; r += group_) {
+      const int size = count - r < group_ ? count - r : group_;
+      bool fit = true;
+      for (int k = r; k < r + size; ++k) fit = fit && fits_tiles(s[k]);
+      if (fit) {
+        tiles.sum(rows + r, size);
       } else {
-        set_in_double(set + r, s[r], kParams ? &weight_alone : nullptr);
+        sum_one_by_one(tiles, rows + r, set + r, size, params);
       }
+      for (int k = r; k < r + size; ++k) summed[k] = fit || fits_tiles(s[k]);
     }
-  }
-
-  template <bool kCentred, bool kParams>
-  void tiled_rows(int64_t set, int count, const Statistic* s, const ParameterSums* params, float* copies) const {
-    const int64_t n = plan_.elements;
-    RowTiles<kCentred, kParams> tiles(n, weight_, kParams ? *params : ParameterSums{}, distance_);
-    give_rows(tiles, set, count, s, copies);
-    tiles.sum();
     for (int r = 0; r < count; ++r) {
-      const TileMeans means = tiles.means(r);
-      if (!means.in_float() && !tiles.zeros(r)) {
+      const TileMeans means = tiles.means(rows[r]);
+      if (!summed[r] || (!means.in_float() && !tiles.zeros(rows[r]))) {
         set_in_double(set + r, s[r], nullptr);
       } else if (in_place_) {
-        tiles.write(r, means, row(plan_.dx, set + r), args_.past_cache);
+        tiles.write(rows[r], means, row(plan_.dx, set + r), args_.past_cache);
       } else {
+        const int64_t n = plan_.elements;
         float *const own = copies + 2 * together_ * n, *const dx = port(plan_.dx, set + r).open(0, n, own);
-        tiles.write(r, means, dx, args_.past_cache);
+        tiles.write(rows[r], means, dx, args_.past_cache);
         port(plan_.dx, set + r).commit(0, n, own, dx);
       }
     }
   }
 
-  template <class Tiles>
-  void give_rows(Tiles& tiles, int64_t set, int count, const Statistic* s, float* copies) const {
-    const int64_t n = plan_.elements;
+  // A group with rows that float32 is not enough for.
+  template <bool kCentred, bool kParams>
+  [[gnu::noinline]] void sum_one_by_one(RowTiles<kCentred, kParams>& tiles, TiledRow* rows, int64_t set, int count,
+                                        const ParameterSums* params) const {
+    ParameterSums weight_alone{};
+    if constexpr (kParams) {
+      weight_alone = params->without_bias();
+      if (kCentred && params->dbias) tiles.sum_bias(rows, count);
+    }
+    RowTiles<kCentred, kParams> one(plan_.elements, weight_, weight_alone, 0);
     for (int r = 0; r < count; ++r) {
-      if (in_place_) {
-        tiles.add_row(row(plan_.x, set + r), row(plan_.dy, set + r), s[r]);
-      } else {
-        float *const x = copies + 2 * r * n, *const dy = x + n;
-        tiles.add_row(port(plan_.x, set + r).read(0, n, x), port(plan_.dy, set + r).read(0, n, dy), s[r]);
+      const Statistic& s = *rows[r].statistic;
+      if (fits_tiles(s)) {
+        one.sum(rows + r, 1);
+      } else if constexpr (kParams) {
+        for (int64_t unit = 0; unit < units_; ++unit) parameters(set + r, unit, s, weight_alone);
       }
     }
+  }
+
+  void give_row(TiledRow& to, int64_t set, const Statistic& s, float* copies) const {
+    if (in_place_) return to.set(row(plan_.x, set), row(plan_.dy, set), s);
+    const int64_t n = plan_.elements;
+    to.set(port(plan_.x, set).read(0, n, copies), port(plan_.dy, set).read(0, n, copies + n), s);
   }
 
   static float* row(const Operand& operand, int64_t set) {
@@ -232,7 +242,8 @@ class RowBackward {
   const int64_t run_, units_;
   int64_t distance_ = 0;  // bytes from a row to the one that is read in its place next; 0: not worth asking for
   bool in_place_ = false;
-  int together_ = 0;  // rows that are read side by side, in tiles; 0: none are
+  int group_ = 0;     // rows that are read side by side, in tiles; 0: none are
+  int together_ = 0;  // rows whose results are written when the sums of all are known
   bool plain_weights_ = true;
 };
 
@@ -317,7 +328,7 @@ bool row_backward(const Plan& plan, const NormArgs<T>& args) {
   const int64_t units = units_per_set(plan), params = plan.params;
   // Float32 tiles know two kinds of calls: those that have weights and want gradients, and those that do neither.
   const bool want_params = args.dweight || args.dbias || (!kMayOverflow<T> && args.weight);
-  const Workspace<T> work(!kMayOverflow<T> && want_params ? params + kPack : 0);
+  const Workspace<T> work(!kMayOverflow<T> && want_params ? whole_packs(params) + 2 * kPack : 0);
   const int64_t per_group = sets_summed_together<T>(plan) * (params / plan.params_per_set);
   const int64_t groups = (plan.sets + per_group - 1) / per_group;
   const bool split = plan.threads > 1 && groups < 2 * plan.threads && units > 1;
@@ -325,7 +336,8 @@ bool row_backward(const Plan& plan, const NormArgs<T>& args) {
   const Workspace<SegmentSums> sums(split ? plan.sets * units : 0);
   if (!work || !gradients || !sums) return false;
 
-  T* const weight = aligned(work.data());
+  // The weights lie in lines as the results do.
+  T* const weight = aligned(work.data()) + reinterpret_cast<uintptr_t>(plan.dx.data) % 64 / sizeof(T);
   if constexpr (!kMayOverflow<T>) {
     for (int64_t p = 0; want_params && p < params; ++p) weight[p] = args.weight ? args.weight[p] : 1;
   }

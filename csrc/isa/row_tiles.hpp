@@ -28,13 +28,13 @@ template <int kCount, class Body>
 FASTNORM_INLINE void for_constants(const Body& body) {
   for_constants(std::make_integer_sequence<int, kCount>{}, body);
 }
+#define FASTNORM_ROLLED _Pragma("GCC unroll 1")  // unrolled, the packs of four rows spill registers
 #define FASTNORM_IN_PLACE __attribute__((always_inline))
-#define FASTNORM_ROLLED _Pragma("GCC unroll 1")  // one copy of a loop over rows, not kMostRows
 inline int64_t whole_tiles(int64_t rows) { return (rows + kMostRows - 1) / kMostRows * kMostRows; }
 
-// Columns of a tile, and tiles whose trees wait to be widened.
+// Columns of a tile, whose sums along a row are float32; columns of a strip, whose sums wait to be widened.
 constexpr int64_t kRowTile = kTreePacks * kPack;
-constexpr int kStripTiles = 8;
+constexpr int64_t kStrip = 8 * kRowTile;
 
 // What TileMeans allows for lies below these powers, with a unit of float32 to spare.
 inline bool fits_tiles(const Statistic& s) { return s.rstd > 0x1p-30 && s.rstd < 0x1p30 && std::fabs(s.mean) < 0x1p60; }
@@ -71,257 +71,293 @@ FASTNORM_LOOPS inline void add_parameter_gradients(const T* x, const T* dy, int6
   });
 }
 
+// A row in tiles: what is read of it, and what that gives.
+struct TiledRow {
+  const float *x, *dy;
+  const Statistic* statistic;
+  float mean, mean_lo, rstd;
+  Pair total;  // of g (layer norm only) and of g * (x - mean)
+
+  void set(const float* row_x, const float* row_dy, const Statistic& s) {
+    x = row_x, dy = row_dy, statistic = &s;
+    mean = static_cast<float>(s.mean);
+    mean_lo = static_cast<float>((s.mean - static_cast<double>(mean)) + s.mean_lo);
+    rstd = static_cast<float>(s.rstd);
+  }
+};
+
 // kCentred: layer norm. kParams: there are weights, and the gradients of the parameters are wanted.
 template <bool kCentred, bool kParams>
 class RowTiles {
  public:
+  // `weight` and the sums have room for whole packs.
   RowTiles(int64_t n, const float* weight, ParameterSums params, int64_t ahead)
       : n_(n), weight_(weight), params_(params), ahead_(ahead) {}
 
-  void add_row(const float* x, const float* dy, const Statistic& s) {
-    const float mean = static_cast<float>(s.mean);
-    rows_[count_++] = {x, dy, mean, static_cast<float>((s.mean - static_cast<double>(mean)) + s.mean_lo),
-                       static_cast<float>(s.rstd)};
-    statistics_[count_ - 1] = &s;
-  }
-
-  FASTNORM_LOOPS void sum() {
-    FASTNORM_ROLLED
-    for (int r = 0; r < count_; ++r) sums_[r] = PackPair{0.0, 0.0};
-    int64_t first = 0;
-    while (n_ - first >= kRowTile) {
-      int tiles = 0;
-      for (; tiles < kStripTiles && n_ - first >= kRowTile; ++tiles, first += kRowTile) {
-        tile<kTreePacks>(tiles, first, Whole{first + kRowTile - kPack});
-      }
-      add_trees(tiles);
-    }
-    last_tile(first, [&](auto packs, Partial last) FASTNORM_IN_PLACE {
-      tile<packs>(0, first, last);
-      add_trees(1);
+  // The sums of a group of up to kMostRows rows.
+  void sum(TiledRow* rows, int count) {
+    in_groups(count, [&](auto group, int first) {
+      ahead_ == 0 ? sum_group<group, false>(rows + first) : sum_group<group, true>(rows + first);
     });
   }
 
   // The gradient of the bias alone, as `sum` has it: no x, not one with a NaN, may change its bits.
-  FASTNORM_LOOPS void sum_bias() const {
-    int64_t first = 0;
-    for (; n_ - first >= kRowTile; first += kRowTile) {
-      bias_tile<kTreePacks>(first, Whole{first + kRowTile - kPack});
-    }
-    last_tile(first, [&](auto packs, Partial last) FASTNORM_IN_PLACE { bias_tile<packs>(first, last); });
+  void sum_bias(const TiledRow* rows, int count) {
+    in_groups(count, [&](auto group, int first) { sum_group_bias<group>(rows + first); });
   }
 
-  TileMeans means(int r) const {
-    const Pair total = fold(sums_[r]);
-    return {kCentred ? total.first * share_ : 0, total.second * share_ * statistics_[r]->rstd};
+  TileMeans means(const TiledRow& row) const {
+    return {kCentred ? row.total.first * share_ : 0, row.total.second * share_ * row.statistic->rstd};
   }
 
   // Is every g of a row 0, for want of dy?
-  FASTNORM_LOOPS bool zeros(int r) const {
+  FASTNORM_LOOPS bool zeros(const TiledRow& row) const {
     Size size;
-    for_packs(n_, [&](auto at) { size.add(at, rows_[r].dy); });
+    for_packs(n_, [&](auto at) { size.add(at, row.dy); });
     return size.total() == 0;
   }
 
-  // dx = rstd * (g - a - (x - mean) * (b * rstd))
-  FASTNORM_LOOPS void write(int r, const TileMeans& means, float* dx, bool past_cache) const {
-    const Row& row = rows_[r];
+  // dx = rstd * ((g - a) - (x - pivot) * b), as InputGradient has it.
+  FASTNORM_LOOPS void write(const TiledRow& row, const TileMeans& means, float* dx, bool past_cache) const {
     const float *const x = row.x, *const dy = row.dy, *const weight = weight_;
-    const Pack<float> mean(row.mean), mean_lo(row.mean_lo), rstd(row.rstd), a(static_cast<float>(means.a)),
-        b(static_cast<float>(means.b * statistics_[r]->rstd));
-    for_stored_packs(past_cache, dx, n_, [&](auto at, auto out) {
+    const Statistic& s = *row.statistic;
+    const auto factors = GradientFactors::of(Pivot::of(s), s.rstd, means.a, means.b);
+    const Pack<float> pivot(factors.pivot), rstd(factors.rstd), a(factors.a), b(factors.b);
+    const auto body = [&](auto at, auto out) FASTNORM_IN_PLACE {
       Pack<float> g = at.template load<float>(dy), centred = at.template load<float>(x);
       if constexpr (kParams) g *= at.template load<float>(weight);
       if constexpr (kCentred) {
         g -= a;
-        centred = (centred - mean) - mean_lo;
+        centred -= pivot;
       }
       out.store(at, dx, rstd * (g - centred * b));
-    });
+    };
+    if (!past_cache && n_ < kAlignedRow) {
+      for_packs(n_, [&](auto at) { body(at, IntoCache{}); });
+    } else if (past_cache) {
+      for_aligned_packs(PastCache{}, dx, n_, body);
+    } else {
+      for_aligned_packs(IntoCache{}, dx, n_, body);
+    }
   }
 
  private:
-  struct Row {
-    const float *x, *dy;
-    float mean, mean_lo, rstd;
+  // Rows from this length on are worth a partial pack more, for results in whole lines (512 x 768: 76 us to 67).
+  static constexpr int64_t kAlignedRow = 24 * kPack;
+
+  // body(rows in the group, the first of them)
+  template <class Body>
+  FASTNORM_INLINE static void in_groups(int count, const Body& body) {
+    if (count == kMostRows) return body(std::integral_constant<int, kMostRows>{}, 0);
+    int first = 0;
+    for (; first + 2 <= count; first += 2) body(std::integral_constant<int, 2>{}, first);
+    if (first < count) body(std::integral_constant<int, 1>{}, first);
+  }
+
+  // The registers of a group of rows, and their running sums.
+  template <int kRows>
+  struct Group {
+    const float *x[kRows], *dy[kRows];
+    Pack<float> mean[kRows], mean_lo[kRows], rstd[kRows];
+    PackPair sums[kRows];
   };
 
-  // body(packs, the last of them) for what is left of a row from `first` on, if anything is.
-  template <class Body>
-  FASTNORM_INLINE void last_tile(int64_t first, const Body& body) const {
-    const int64_t rest = n_ - first;
-    if (rest == 0) return;
-    const int64_t packs = (rest - 1) / kPack;
-    const Partial last{first + packs * kPack, rest - packs * kPack};
-    switch (packs) {
-      case 0:
-        return body(std::integral_constant<int, 1>{}, last);
-      case 1:
-        return body(std::integral_constant<int, 2>{}, last);
-      case 2:
-        return body(std::integral_constant<int, 3>{}, last);
-      default:
-        return body(std::integral_constant<int, 4>{}, last);
-    }
-  }
+  template <int kRows>
+  struct Trees {
+    Pack<float> g[kRows], product[kRows];
+  };
 
-  template <int kPacks, class Last>
-  FASTNORM_INLINE void bias_tile(int64_t first, Last last) const {
-    Pack<float> dbias[kPacks];
-    for_constants<kPacks>([&](auto k) FASTNORM_IN_PLACE {
-      dbias[k] = Pack<float>(0.0f);
-      const auto at = place<kPacks, k>(first, last);
-      for (int r = 0; r < count_; ++r) dbias[k] += at.template load<float>(rows_[r].dy);
+  struct Watches {
+    MagnitudeWatch weight, bias;
+  };
+
+  template <int kRows, bool kAhead>
+  FASTNORM_LOOPS [[gnu::noinline]] void sum_group(TiledRow* rows) {
+    Group<kRows> group;
+    for_constants<kRows>([&](auto r) FASTNORM_IN_PLACE {
+      group.x[r] = rows[r].x, group.dy[r] = rows[r].dy;
+      group.mean[r] = Pack<float>(rows[r].mean), group.mean_lo[r] = Pack<float>(rows[r].mean_lo);
+      group.rstd[r] = Pack<float>(rows[r].rstd);
+      group.sums[r] = PackPair{0.0, 0.0};
     });
-    add_bias<kPacks>(first, last, dbias);
+    for (int64_t first = 0; first < n_; first += kStrip) {
+      const int64_t n = n_ - first < kStrip ? n_ - first : kStrip, packs = n / kPack;
+      Watches watch;
+      int64_t k = 0;
+      for (; k + kTreePacks <= packs; k += kTreePacks) {
+        tile<kRows, kAhead>(group, watch, k, first + k * kPack, kTreePacks, None{});
+      }
+      const int64_t start = first + packs * kPack;
+      if (n % kPack != 0) {
+        tile<kRows, kAhead>(group, watch, k, first + k * kPack, packs - k, Partial{start, n % kPack});
+      } else if (k < packs) {
+        tile<kRows, kAhead>(group, watch, k, first + k * kPack, packs - k, None{});
+      }
+      add_columns(rows, kRows, watch, first, n);
+    }
+    fold_sums<kRows>(group, rows);
   }
 
-  // The packs of a tile but the last are whole.
-  template <int kPacks, class Last>
-  FASTNORM_INLINE void tile(int index, int64_t first, Last last) {
-    Pack<float> dweight[kPacks], dbias[kPacks];
-    for_constants<kPacks>([&](auto k) FASTNORM_IN_PLACE { dweight[k] = dbias[k] = Pack<float>(0.0f); });
+  // Up to kTreePacks packs of all rows, pack by pack: a row's packs are read by one instruction, which the processor's
+  // reading ahead relies on.
+  template <int kRows, bool kAhead, class Last>
+  FASTNORM_INLINE void tile(Group<kRows>& group, Watches& watch, int64_t column, int64_t first, int64_t whole,
+                            Last last) {
+    Trees<kRows> trees;
+    for_constants<kRows>([&](auto r) FASTNORM_IN_PLACE { trees.g[r] = trees.product[r] = Pack<float>(0.0f); });
     FASTNORM_ROLLED
-    for (int r = 0; r < count_; ++r) {
-      const float *const x = rows_[r].x, *const dy = rows_[r].dy;
-      const Pack<float> mean(rows_[r].mean), mean_lo(rows_[r].mean_lo), rstd(rows_[r].rstd);
-      Pack<float> g[kTreePacks], g_centred[kTreePacks];
-      for_constants<kPacks>([&](auto k) FASTNORM_IN_PLACE {
-        const auto at = place<kPacks, k>(first, last);
-        Pack<float> centred = at.template load<float>(x);
-        if constexpr (kCentred) centred = (centred - mean) - mean_lo;
-        const Pack<float> gradient = in_register(at.template load<float>(dy)), term = gradient * centred;
-        g[k] = gradient;
-        g_centred[k] = term;
-        if constexpr (kParams) {
-          dweight[k] += term * rstd;
-          if constexpr (kCentred) dbias[k] += gradient;
-          const Pack<float> weight = in_register(at.template load<float>(weight_));
-          g[k] = gradient * weight;
-          g_centred[k] = term * weight;
-        }
-      });
-      if constexpr (kCentred) trees_[r].g[index] = tree<kPacks>(g);
-      trees_[r].g_centred[index] = tree<kPacks>(g_centred);
-      if (ahead_ == 0) continue;
-      for_constants<kPacks>([&](auto k) FASTNORM_IN_PLACE {
-        prefetch(x + first + k * kPack, ahead_);
-        prefetch(dy + first + k * kPack, ahead_);
-      });
+    for (int64_t k = 0; k < whole; ++k) {
+      pack<kRows, kAhead>(group, trees, watch, column + k, Whole{first + k * kPack});
     }
-    if constexpr (kParams) add_weight<kPacks>(first, last, dweight);
-    if constexpr (kParams && kCentred) {
-      if (params_.dbias) add_bias<kPacks>(first, last, dbias);
+    if constexpr (!std::is_same_v<Last, None>) pack<kRows, kAhead>(group, trees, watch, column + whole, last);
+    for_constants<kRows>([&](auto r) FASTNORM_IN_PLACE {
+      if constexpr (kCentred) group.sums[r].first += widen(trees.g[r]);
+      group.sums[r].second += widen(trees.product[r]);
+    });
+  }
+
+  template <int kRows, bool kAhead, class At>
+  FASTNORM_INLINE void pack(const Group<kRows>& group, Trees<kRows>& trees, Watches& watch, int64_t column, At at) {
+    Pack<float> weight, dweight, dbias;
+    if constexpr (kParams) weight = in_register(Whole{at.start}.template load<float>(weight_));
+    for_constants<kRows>([&](auto r) FASTNORM_IN_PLACE {
+      Pack<float> centred = at.template load<float>(group.x[r]);
+      if constexpr (kCentred) centred = (centred - group.mean[r]) - group.mean_lo[r];
+      Pack<float> g = in_register(at.template load<float>(group.dy[r])), product = g * centred;
+      if constexpr (kParams) {
+        const Pack<float> term = product * group.rstd[r];
+        dweight = r == 0 ? term : dweight + term;
+        if constexpr (kCentred) dbias = r == 0 ? g : dbias + g;
+        g *= weight;
+        product *= weight;
+      }
+      if constexpr (kCentred) trees.g[r] += g;
+      trees.product[r] += product;
+      if constexpr (kAhead) {
+        prefetch(group.x[r] + at.start, ahead_);
+        prefetch(group.dy[r] + at.start, ahead_);
+      }
+    });
+    if constexpr (kParams) {
+      watch.weight.terms(or_one(at, dweight));
+      dweight_[column] = dweight;
+      if constexpr (kCentred) {
+        watch.bias.sums(dbias);
+        dbias_[column] = dbias;
+      }
     }
   }
 
-  template <int kPacks, int k, class Last>
-  FASTNORM_INLINE static auto place(int64_t first, Last last) {
-    if constexpr (k < kPacks - 1) {
-      return Whole{first + k * kPack};
+  template <int kRows>
+  FASTNORM_INLINE static void fold_sums(const Group<kRows>& group, TiledRow* rows) {
+    if constexpr (kRows == 4) {
+      Pack<double> packs[8];
+      double totals[8];
+      for_constants<kRows>([&](auto r) FASTNORM_IN_PLACE {
+        packs[r] = group.sums[r].second;
+        packs[kRows + r] = kCentred ? group.sums[r].first : group.sums[r].second;
+      });
+      fold_eight(packs, totals);
+      for (int r = 0; r < kRows; ++r) rows[r].total = {totals[kRows + r], totals[r]};
     } else {
-      return last;
+      for (int r = 0; r < kRows; ++r) rows[r].total = fold(group.sums[r]);
     }
   }
 
-  // The trees of some tiles, two of them at a time.
-  FASTNORM_INLINE void add_trees(int tiles) {
-    FASTNORM_ROLLED
-    for (int r = 0; r < count_; ++r) {
-      PackPair sums = sums_[r];
-      int t = 0;
-      for (; t + 2 <= tiles; t += 2) {
-        if constexpr (kCentred) sums.first += widen(trees_[r].g[t] + trees_[r].g[t + 1]);
-        sums.second += widen(trees_[r].g_centred[t] + trees_[r].g_centred[t + 1]);
+  // The columns of n values from `first` on, as `tile` has left them.
+  FASTNORM_INLINE void add_columns(const TiledRow* rows, int count, const Watches& watch, int64_t first,
+                                   int64_t n) const {
+    if constexpr (kParams) {
+      if (watch.weight.hold()) {
+        add_widened(dweight_, params_.dweight + first, n);
+      } else {
+        add_doubtful_weight(rows, count, first, n);
       }
-      if (t < tiles) {
-        if constexpr (kCentred) sums.first += widen(trees_[r].g[t]);
-        sums.second += widen(trees_[r].g_centred[t]);
-      }
-      sums_[r] = sums;
+    }
+    if constexpr (kParams && kCentred) {
+      if (params_.dbias) add_bias(rows, count, watch.bias, first, n);
     }
   }
 
-  template <int kPacks>
-  FASTNORM_INLINE static Pack<float> tree(const Pack<float>* v) {
-    if constexpr (kPacks == 1) return v[0];
-    if constexpr (kPacks == 2) return v[0] + v[1];
-    if constexpr (kPacks == 3) return (v[0] + v[1]) + v[2];
-    return (v[0] + v[1]) + (v[2] + v[3]);
+  FASTNORM_INLINE static void add_widened(const Pack<float>* columns, double* sums, int64_t n) {
+    for (int64_t i = 0; i * kPack < n; ++i) {
+      const Whole at{i * kPack};
+      at.store(sums, at.load<double>(sums) + widen(columns[i]));
+    }
   }
 
-  template <int kPacks, class Last>
-  FASTNORM_INLINE void add_weight(int64_t first, Last last, const Pack<float>* dweight) const {
-    MagnitudeWatch watch;
-    for_constants<kPacks - 1>([&](auto k) FASTNORM_IN_PLACE { watch.terms(dweight[k]); });
-    watch.terms(dweight[kPacks - 1] + absent(last));
-    const int64_t n = (kPacks - 1) * kPack + width(last);
-    if (!watch.hold() && !nothing_lost(first, first + n)) return add_weight_in_double(first, n);
-    for_constants<kPacks>([&](auto k) FASTNORM_IN_PLACE {
-      const auto at = place<kPacks, k>(first, last);
-      at.store(params_.dweight, at.template load<double>(params_.dweight) + widen(dweight[k]));
-    });
+  FASTNORM_INLINE void add_bias(const TiledRow* rows, int count, const MagnitudeWatch& watch, int64_t first,
+                                int64_t n) const {
+    if (watch.hold()) {
+      add_widened(dbias_, params_.dbias + first, n);
+    } else {
+      add_bias_in_double(rows, count, first, n);
+    }
   }
 
-  template <int kPacks, class Last>
-  FASTNORM_INLINE void add_bias(int64_t first, Last last, const Pack<float>* dbias) const {
-    MagnitudeWatch watch;
-    for_constants<kPacks>([&](auto k) FASTNORM_IN_PLACE { watch.sums(dbias[k]); });
-    if (!watch.hold()) return add_bias_in_double(first, (kPacks - 1) * kPack + width(last));
-    for_constants<kPacks>([&](auto k) FASTNORM_IN_PLACE {
-      const auto at = place<kPacks, k>(first, last);
-      at.store(params_.dbias, at.template load<double>(params_.dbias) + widen(dbias[k]));
-    });
+  // Some column of a strip may have overflowed or lost digits: tile by tile, for a sum so small that it seems
+  // underflown is often that of zeros (padding), and right.
+  [[gnu::noinline]] void add_doubtful_weight(const TiledRow* rows, int count, int64_t first, int64_t n) const {
+    for (int64_t i = 0; i < n; i += kRowTile) {
+      const int64_t size = n - i < kRowTile ? n - i : kRowTile;
+      if (nothing_lost(rows, count, first + i, first + i + size)) {
+        add_widened(dweight_ + i / kPack, params_.dweight + first + i, size);
+      } else {
+        for (int r = 0; r < count; ++r) {
+          add_parameter_gradients(rows[r].x + first + i, rows[r].dy + first + i, size, *rows[r].statistic,
+                                  params_.from(first + i).without_bias());
+        }
+      }
+    }
   }
 
-  static int64_t width(Whole) { return kPack; }
-  static int64_t width(Partial last) { return last.count; }
-  // 1 in the lanes that a place does not have.
-  FASTNORM_INLINE static Pack<float> absent(Whole) { return Pack<float>(0.0f); }
-  FASTNORM_INLINE static Pack<float> absent(Partial last) {
-    return Pack<float>(1.0f) - Partial{0, last.count}.load<float>(kOnes);
-  }
-  static constexpr float kOnes[kPack] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
-
-  // A sum so small that it seems underflown is often that of zeros (padding), and right.
-  [[gnu::noinline]] bool nothing_lost(int64_t begin, int64_t end) const {
+  bool nothing_lost(const TiledRow* rows, int count, int64_t begin, int64_t end) const {
     for (int64_t i = begin; i < end; ++i) {
       float sum = 0, size = 0;
-      for (int r = 0; r < count_; ++r) {
-        const Row& row = rows_[r];
-        sum += row.dy[i] * ((row.x[i] - row.mean) - row.mean_lo) * row.rstd;
-        size += std::fabs(row.dy[i]);
+      for (int r = 0; r < count; ++r) {
+        sum += rows[r].dy[i] * ((rows[r].x[i] - rows[r].mean) - rows[r].mean_lo) * rows[r].rstd;
+        size += std::fabs(rows[r].dy[i]);
       }
       if (size != 0 && !(std::fabs(sum) > 0x1p-70f && std::fabs(sum) < 0x1p50f)) return false;
     }
     return true;
   }
 
-  [[gnu::noinline]] void add_weight_in_double(int64_t first, int64_t n) const {
-    for (int r = 0; r < count_; ++r) {
-      add_parameter_gradients(rows_[r].x + first, rows_[r].dy + first, n, *statistics_[r],
-                              params_.from(first).without_bias());
+  [[gnu::noinline]] void add_bias_in_double(const TiledRow* rows, int count, int64_t first, int64_t n) const {
+    for (int r = 0; r < count; ++r) {
+      for (int64_t i = first; i < first + n; ++i) params_.dbias[i] += static_cast<double>(rows[r].dy[i]);
     }
   }
 
-  [[gnu::noinline]] void add_bias_in_double(int64_t first, int64_t n) const {
-    for (int r = 0; r < count_; ++r) {
-      for (int64_t i = first; i < first + n; ++i) params_.dbias[i] += static_cast<double>(rows_[r].dy[i]);
-    }
+  template <int kRows>
+  FASTNORM_LOOPS [[gnu::noinline]] void sum_group_bias(const TiledRow* rows) {
+    const auto strip = [&](int64_t first, int64_t n) {
+      MagnitudeWatch watch;
+      for_packs(n, [&](auto at) {
+        Pack<float> dbias = at.template load<float>(rows[0].dy + first);
+        for (int r = 1; r < kRows; ++r) dbias += at.template load<float>(rows[r].dy + first);
+        watch.sums(dbias);
+        dbias_[at.start / kPack] = dbias;
+      });
+      add_bias(rows, kRows, watch, first, n);
+    };
+    for (int64_t first = 0; first < n_; first += kStrip) strip(first, n_ - first < kStrip ? n_ - first : kStrip);
   }
+
+  // With 1 in the lanes that a place does not have.
+  FASTNORM_INLINE static Pack<float> or_one(Whole, const Pack<float>& v) { return v; }
+  FASTNORM_INLINE static Pack<float> or_one(Partial last, const Pack<float>& v) {
+    return v + (Pack<float>(1.0f) - Partial{0, last.count}.load<float>(kOnes));
+  }
+  static constexpr float kOnes[kPack] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
 
   const int64_t n_;
   const double share_ = 1 / static_cast<double>(n_);
   const float* const weight_;
   const ParameterSums params_;
   const int64_t ahead_;
-  int count_ = 0;
-  Row rows_[kMostRows];
-  const Statistic* statistics_[kMostRows];
-  PackPair sums_[kMostRows];
-  struct {
-    Pack<float> g[kStripTiles], g_centred[kStripTiles];
-  } trees_[kMostRows];
+  // The columns of a strip.
+  Pack<float> dweight_[kStrip / kPack], dbias_[kStrip / kPack];
 };
 
 }  // namespace

@@ -439,15 +439,21 @@ FASTNORM_INLINE void for_packs(int64_t n, const Body& body) {
   if (i < n) body(Partial{i, n - i});
 }
 
-// body(place, how) along a run of n results at p, `how` being IntoCache or PastCache.
-template <class T, class Body>
-FASTNORM_INLINE void for_stored_packs(bool past_cache, const T* p, int64_t n, const Body& body) {
-  if (!past_cache) return for_packs(n, [&](auto at) { body(at, IntoCache{}); });
+// body(place, how) along a run of n results at p, in whole lines of the cache but for the ends, which go into it.
+template <class How, class T, class Body>
+FASTNORM_INLINE void for_aligned_packs(How how, const T* p, int64_t n, const Body& body) {
   int64_t i = unaligned_values(p);
   if (i > n) i = n;
   if (i > 0) body(Partial{0, i}, IntoCache{});
-  for (; i + kPack <= n; i += kPack) body(Whole{i}, PastCache{});
+  for (; i + kPack <= n; i += kPack) body(Whole{i}, how);
   if (i < n) body(Partial{i, n - i}, IntoCache{});
+}
+
+// body(place, how) along a run of n results at p, `how` being IntoCache or PastCache.
+template <class T, class Body>
+FASTNORM_INLINE void for_stored_packs(bool past_cache, const T* p, int64_t n, const Body& body) {
+  if (past_cache) return for_aligned_packs(PastCache{}, p, n, body);
+  for_packs(n, [&](auto at) { body(at, IntoCache{}); });
 }
 
 // The sum of the lanes, in a tree: lane + 8, then 4, 2, 1.
