@@ -45,7 +45,7 @@ bool exceeds_cache(int64_t bytes) {
     const int64_t last = cache_bytes(3) > 0 ? cache_bytes(3) : cache_bytes(2);
     return last > 0 ? last : kUnknown;
   }();
-  return bytes > cache / 2;
+  return bytes >= cache / 2;
 }
 
 }  // namespace fastnorm

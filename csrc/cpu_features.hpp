@@ -7,7 +7,7 @@ namespace fastnorm {
 
 bool cpu_supports(const char* level);
 
-// Do the arrays of a call, `bytes` together, take more than half of the last-level cache? Then a result is better
+// Do the arrays of a call, `bytes` together, take half of the last-level cache or more? Then a result is better
 // written past it: it would push out its own beginning and what the call has still to read.
 bool exceeds_cache(int64_t bytes);
 
