@@ -30,7 +30,7 @@ class RunInParts {
     PlainSums<> inner = sums_;
     constexpr int64_t kStep = 4 * kPack;
     for (; done_ + kStep <= end; done_ += kStep) {
-      if (distance_ > 0) {
+      if (distance_ != 0) {
         for (int64_t i = 0; i < kStep; i += kPack) prefetch(x_ + done_ + i, distance_);
       }
       FASTNORM_UNROLL

@@ -2,6 +2,7 @@
 // batch is normalised while the next is measured.
 #pragma once
 
+#include <type_traits>
 #include <utility>
 
 #include "isa/set_units.hpp"
@@ -9,21 +10,15 @@
 namespace fastnorm {
 namespace {
 
-// Sets up to this size are measured while the one before is normalised: arithmetic of the one hides memory of the
-// other.
-constexpr int64_t kPairedBytes = 512 << 10;
 // Values of the sets of a batch: as many as leave room in the nearest cache for the next batch and for the results.
 constexpr int64_t kBatchElements = 4096;
 constexpr int64_t kMostSets = 32;
-// What a thread takes of a batch whose statistics are given.
-constexpr int64_t kAppliedBytes = 256 << 10;
+// Values that a thread takes at a time where statistics are given.
+constexpr int64_t kAppliedElements = 65536;
 // Sets whose statistics are computed together, one per lane: divisions and roots cost no more for eight than for one.
 constexpr int64_t kStatisticLanes = 8;
 
-inline bool fits_batch(const Plan& plan) {
-  return plan.set_size() * static_cast<int64_t>(sizeof(float)) <= kPairedBytes && plan.blocks.count <= kChunkBlocks &&
-         measured_units(plan) == 1;
-}
+inline bool fits_batch(const Plan& plan) { return plan.blocks.count <= kChunkBlocks && measured_units(plan) == 1; }
 
 // Some sets, their sums, and what normalises them.
 struct Batch {
@@ -32,8 +27,8 @@ struct Batch {
   int64_t param[kMostSets];  // of a set's first weight and bias
   alignas(64) double sum[kMostSets], squares[kMostSets], weight[kMostSets];
   double mean[kMostSets], var[kMostSets], rstd[kMostSets], factor[kMostSets], excess[kMostSets];
-  float high_mean[kMostSets], low_mean[kMostSets],
-      scale[kMostSets];  // mean = high + low, scale is factor
+  // The same in float32: the mean in two parts, and the factor.
+  float high_mean[kMostSets], low_mean[kMostSets], scale[kMostSets];
 
   template <bool centred>
   FASTNORM_INLINE void put(int64_t lane, const PlainSums<centred>& sums) {
@@ -78,7 +73,7 @@ struct Batch {
     const bool short_way = (excess[i] >= 0) & (squares[i] < HUGE_VAL);
     const bool fit = (rstd[i] > kLeastModerate) & (rstd[i] < kMostModerate) & (std::fabs(mean[i]) < kMostMean);
     const bool fit_scaled = (size == 0) | ((size > kLeastModerate) & (size < kMostModerate));
-    beyond |= short_way & fit & fit_scaled ? 0 : 1;
+    beyond |= (short_way & fit & fit_scaled) ? 0 : 1;
   }
   return beyond == 0;
 }
@@ -98,7 +93,7 @@ inline void load_parameters(const Plan& plan, const NormArgs<float>& args, Batch
 
 // The statistics of a batch from its sums of `packs` packs each, stored.
 inline void finish_batch(const Plan& plan, const NormArgs<float>& args, int64_t packs, Batch& batch) {
-  // Lanes without a set are those of one before.
+  // Lanes without a set get the sums of the first one.
   for (int64_t lane = batch.count; lane % kStatisticLanes != 0; ++lane) {
     batch.sum[lane] = batch.sum[0];
     batch.squares[lane] = batch.squares[0];
@@ -135,9 +130,10 @@ inline void normalise_one_by_one(const Plan& plan, const NormArgs<float>& args, 
 template <class Measure, class Finish, class Normalise>
 inline void for_batches(const Plan& plan, int64_t begin, int64_t end, const Measure& measure, const Finish& finish,
                         const Normalise& normalise) {
+  // A multiple of the lanes, if it takes no more than half as many sets again as fit.
   const int64_t fitting = kBatchElements / plan.set_size();
   const int64_t whole = (fitting + kStatisticLanes / 2 - 1) / kStatisticLanes * kStatisticLanes;
-  const int64_t size = fitting >= kMostSets ? kMostSets : whole > 0 ? whole : fitting < 1 ? 1 : fitting;
+  const int64_t size = fitting >= kMostSets ? kMostSets : whole > 0 ? whole : fitting > 0 ? fitting : 1;
   Batch batches[2];
   Batch *now = &batches[0], *next = &batches[1];
   const auto start = [&](Batch& batch, int64_t first) {
@@ -196,24 +192,31 @@ class SetBatches {
     });
   }
 
+  // Are there pieces enough for all threads?
+  bool apply_suits() const {
+    const int64_t pieces = (plan_.sets / sets_applied() + 1) * (lines_ / lines_applied() + 1);
+    return plan_.threads == 1 || pieces >= 2 * plan_.threads || units_per_set(plan_) == 1;
+  }
+
   // All sets through given statistics. Channels take turns line by line: that is the order of memory.
   void apply() const {
-    const int64_t batches = (plan_.sets + kMostSets - 1) / kMostSets;
-    const int64_t bytes = kMostSets * run_ * static_cast<int64_t>(sizeof(float));
-    const int64_t lines_at_once = bytes < kAppliedBytes ? kAppliedBytes / bytes : 1;
-    const int64_t parts = (lines_ + lines_at_once - 1) / lines_at_once;
+    const int64_t size = sets_applied(), lines_at_once = lines_applied();
+    const int64_t batches = (plan_.sets + size - 1) / size, parts = (lines_ + lines_at_once - 1) / lines_at_once;
     with_formula([&](const auto& formula_of) {
       parallel_for(plan_.threads, batches * parts, [&](int64_t i) {
         Batch batch;
-        batch.first = i % batches * kMostSets;
-        batch.count = plan_.sets - batch.first < kMostSets ? plan_.sets - batch.first : kMostSets;
+        batch.first = i % batches * size;
+        batch.count = plan_.sets - batch.first < size ? plan_.sets - batch.first : size;
         const int64_t line = i / batches * lines_at_once;
         const int64_t end = line + lines_at_once < lines_ ? line + lines_at_once : lines_;
-        take_given(batch);
-        if (batch.in_float) {
-          normalise_lines(batch, 0, line, end, formula_of);
-        } else if (line == 0) {
-          apply_one_by_one(batch);
+        bool fit[kMostSets];
+        take_given(batch, fit);
+        for (int64_t lane = 0; lane < batch.count;) {
+          int64_t last = lane;
+          while (last < batch.count && fit[last]) ++last;
+          if (last > lane) normalise_lines(batch, lane, last, line, end, formula_of);
+          if (last < batch.count && line == 0) apply_carefully(batch.first + last);
+          lane = last + 1;
         }
         if (args_.past_cache) finish_stores();
       });
@@ -260,6 +263,16 @@ class SetBatches {
     by_row(std::false_type{});
   }
 
+  // What a thread takes at a time where statistics are given: sets, and lines of theirs.
+  int64_t sets_applied() const {
+    const int64_t runs = run_ < kAppliedElements ? kAppliedElements / run_ : 1;
+    return runs < kMostSets ? runs : kMostSets;
+  }
+  int64_t lines_applied() const {
+    const int64_t lines = kAppliedElements / (run_ * sets_applied());
+    return lines > 1 ? lines : 1;
+  }
+
   // Sums of all sets of a batch.
   template <bool centred>
   FASTNORM_LOOPS void measure(Batch& batch) const {
@@ -289,7 +302,7 @@ class SetBatches {
       normalise_past_cache<centred>(now, next, formula_of);
     } else {
       normalise_and_measure<centred>(now, next, formula_of);
-      normalise_lines(now, next.count, 0, lines_, formula_of);
+      normalise_lines(now, next.count, now.count, 0, lines_, formula_of);
     }
   }
 
@@ -310,7 +323,7 @@ class SetBatches {
         float* y = reinterpret_cast<float*>(y_line);
         PlainSums<centred> inner = sums;
         for_packs(run, [&](auto at) {
-          if (distance > 0) prefetch(coming + at.start, distance);
+          if (distance != 0) prefetch(coming + at.start, distance);
           inner.add(at, coming);
           at.store(y, formula(at, x));
         });
@@ -323,15 +336,15 @@ class SetBatches {
     }
   }
 
-  // Lines [line, end) of the sets from the lane `first` on.
+  // Lines [line, end) of the sets in lanes [first, last).
   template <class FormulaOf>
-  [[gnu::noinline]] FASTNORM_LOOPS void normalise_lines(const Batch& batch, int64_t first, int64_t line, int64_t end,
-                                                        const FormulaOf& formula_of) const {
-    const int64_t run = run_, count = batch.count;
+  [[gnu::noinline]] FASTNORM_LOOPS void normalise_lines(const Batch& batch, int64_t first, int64_t last, int64_t line,
+                                                        int64_t end, const FormulaOf& formula_of) const {
+    const int64_t run = run_;
     const bool past_cache = args_.past_cache;
     const SetLines<float> from(plan_.x, run), to(plan_.y, run);
     for (; line < end; ++line) {
-      for (int64_t lane = first; lane < count; ++lane) {
+      for (int64_t lane = first; lane < last; ++lane) {
         const float* x = reinterpret_cast<const float*>(from.set(batch.first + lane) + line * from.step());
         float* y = reinterpret_cast<float*>(to.set(batch.first + lane) + line * to.step());
         const auto formula = formula_of(batch, lane);
@@ -340,17 +353,14 @@ class SetBatches {
     }
   }
 
-  void apply_one_by_one(const Batch& batch) const {
-    for (int64_t set = batch.first; set < batch.first + batch.count; ++set) {
-      const Statistic s = given_statistic(args_, plan_.set_stat.offset(set));
-      for (int64_t unit = 0; unit < units_per_set(plan_); ++unit) normalise_unit(plan_, args_, run_, set, unit, s);
-    }
+  void apply_carefully(int64_t set) const {
+    const Statistic s = given_statistic(args_, plan_.set_stat.offset(set));
+    for (int64_t unit = 0; unit < units_per_set(plan_); ++unit) normalise_unit(plan_, args_, run_, set, unit, s);
   }
 
-  // What given_statistic has, for all sets of a batch.
-  void take_given(Batch& batch) const {
+  // What given_statistic has, for all sets of a batch; fit: those that can be normalised in float32.
+  void take_given(Batch& batch, bool* fit) const {
     load_parameters(plan_, args_, batch);
-    batch.in_float = true;
     Offsets stats(plan_.set_stat, batch.first);
     for (int64_t lane = 0; lane < batch.count; ++lane) {
       const Statistic s = given_statistic(args_, stats.next());
@@ -359,7 +369,7 @@ class SetBatches {
       batch.high_mean[lane] = high;
       batch.low_mean[lane] = static_cast<float>((s.mean - static_cast<double>(high)) + s.mean_lo);
       batch.scale[lane] = static_cast<float>(factor);
-      batch.in_float = batch.in_float && fits(s) && (factor == 0 || moderate(factor));
+      fit[lane] = fits(s) && (factor == 0 || moderate(factor));
     }
   }
 

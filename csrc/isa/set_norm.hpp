@@ -3,6 +3,7 @@
 // threads.
 #pragma once
 
+#include "isa/double_batches.hpp"
 #include "isa/group_batches.hpp"
 #include "parallel.hpp"
 
@@ -15,7 +16,9 @@ constexpr int64_t kGroupBytes = 32 << 10;
 // Forward of sets [begin, end).
 template <class T>
 inline void forward_sets(const Plan& plan, const NormArgs<T>& args, int64_t run, int64_t begin, int64_t end) {
-  if constexpr (!kMayOverflow<T>) {
+  if constexpr (kMayOverflow<T>) {
+    if (DoubleBatches::suit(plan, run)) return DoubleBatches(plan, args).forward(begin, end);
+  } else {
     if (SetBatches::suit(plan, run)) return SetBatches(plan, args, run).forward(begin, end);
     if (GroupBatches::suit(plan, run)) return GroupBatches(plan, args, run).forward(begin, end);
   }
@@ -98,7 +101,7 @@ template <class T>
 bool set_apply(const Plan& plan, const NormArgs<T>& args) {
   const int64_t run = shared_run<T>(plan, {&plan.x, &plan.y}), units = units_per_set(plan);
   if constexpr (!kMayOverflow<T>) {
-    if (SetBatches::in_place(plan, run) && !(split_sets(plan) && plan.elements == run)) {
+    if (SetBatches::in_place(plan, run) && SetBatches(plan, args, run).apply_suits()) {
       SetBatches(plan, args, run).apply();
       return true;
     }
