@@ -113,7 +113,8 @@ Plan make_plan(const PlanInput& input) {
     column_axis = nearest;
     columns_owner = nearest - 1;
   } else {
-    plan.family = near_role == Role::param || (param_total > 1 && !reduces) ? Family::row : Family::channel;
+    // Sets of one value are channels wherever they lie, so that one alone has the bits that it has in a batch.
+    plan.family = param_total > 1 && (near_role == Role::param || !reduces) ? Family::row : Family::channel;
   }
 
   for (int axis = 0; axis < input.rank; ++axis) {
@@ -212,6 +213,7 @@ Plan& plan_of_call(const PlanInput& input) {
     move(kept.plan.y, input, input.y);
     move(kept.plan.dy, input, input.dy);
     move(kept.plan.dx, input, input.dx);
+    kept.plan.ahead = 0;
     return kept.plan;
   }
   kept.input = input;

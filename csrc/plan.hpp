@@ -1,4 +1,5 @@
-// How one normalisation lies in memory: plain counts and byte strides, made once per call, read by the kernels.
+// How one normalisation lies in memory: plain counts and byte strides, made for a call, kept for the next ones
+// like it (by the thread: it must not start another call while it uses a plan), and read by the kernels.
 //
 // Every axis of x has one of three roles. SET axes number the sets (a set is normalised together); PARAM axes lie
 // inside a set and carry a weight and a bias of their own; REDUCE axes lie inside a set and share one.
@@ -115,7 +116,8 @@ struct Plan {
   int64_t column_stat = 0;
   Walk param_order;      // PARAM axes as x walks them -> index in C order
   Operand x, y, dy, dx;  // y: forward; dy, dx: backward
-  int64_t ahead = 0;     // from x to what is to be on its way to the caches when x is done, in bytes; 0: more of x
+  // From x to what is to be on its way to the caches when x is done, in bytes of either sign; 0: more of x.
+  int64_t ahead = 0;
   int threads = 1;
 
   int64_t set_size() const { return segments * elements; }

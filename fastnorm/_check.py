@@ -247,8 +247,8 @@ def output(
             raise ValueError(
                 f"{name} shares memory with {of}; expected separate memory: a forward with a cache is never in place"
             )
-    elif not same_view(found, x) and shares(found, x):
-        raise ValueError(f"{name} overlaps {of} in part; expected out={in_place} itself or separate memory")
+    elif in_place and not same_view(found, x) and shares(found, x):
+        raise ValueError(f"{name} overlaps {of} in part; expected {in_place} itself or separate memory")
     for other_name, other in others.items():
         if other is not None and shares(found, other):
             raise ValueError(f"{name} shares memory with {other_name}; expected separate memory")

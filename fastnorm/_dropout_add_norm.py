@@ -201,7 +201,7 @@ def _gradient_results(out: Any, dy: Array, cache: DropoutAddNormCache, ds: Array
     read = {"the cache's s": cache.s, "the cache's weight": cache.norm.weight, "ds": ds}
     found = _check.output(dx, dy, in_place="dy", others=read, of="dy", name=names[0])
     others = {"dy": dy, "out[0]": found, **read}
-    _check.output(dresidual, dy, in_place="dy", others=others, of="dy", name=names[1])
+    _check.output(dresidual, dy, in_place="", others=others, of="dy", name=names[1])
     return dx, dresidual
 
 

@@ -85,3 +85,11 @@ def test_inference_with_the_running_statistics(dtype: Any) -> None:
 def test_training_on_two_values_per_channel() -> None:
     y, _ = fn.batch_norm_forward(np.array([[1.0, -5.0], [3.0, 5.0]]), eps=0)
     np.testing.assert_array_equal(y, [[-1, -1], [1, 1]])
+
+
+@pytest.mark.parametrize("var", [5e-324, 1e-323, 1e-308, 1e300, 1.7e308])
+def test_given_variances_of_any_size(var: float) -> None:
+    x = np.array([[np.sqrt(var)]])
+    y = fn.batch_norm(x, np.zeros(1), np.array([var]), eps=0.0)
+    assert abs(y[0, 0] - 1) < 4 * 2.0**-53
+    assert fn.batch_norm(np.ones((1, 1), np.float32), np.ones(1), np.array([var]), eps=0.0) == 0

@@ -165,12 +165,20 @@ def test_a_set_alone_has_the_bits_it_has_in_a_batch(stem: str, dtype: Any, layou
             np.testing.assert_array_equal(alone_dx, dx[i : i + 1], f"{shape} {i}")
 
 
-def test_a_row_alone_has_the_bits_it_has_in_a_batch() -> None:
+@pytest.mark.parametrize("stem", ["layer_norm", "rms_norm"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_row_alone_has_the_bits_it_has_in_a_batch(stem: str, dtype: Any) -> None:
+    forward, backward = getattr(fn, f"{stem}_forward"), getattr(fn, f"{stem}_backward")
     for n in (1, 2, 7, 16, 33, 255, 513, 2049, 5000):
-        x = np.random.default_rng(n).normal(5, 2, (11, n)).astype(np.float32)
-        whole = fn.layer_norm(x)
+        x, dy = np.random.default_rng(n).normal(5, 2, (2, 11, n)).astype(dtype)
+        weight = np.random.default_rng(n).normal(size=n).astype(dtype)
+        whole, cache = forward(x, weight)
+        dx = backward(dy, cache).dx
         for i in range(11):
-            np.testing.assert_array_equal(fn.layer_norm(x[i]), whole[i], f"{n} {i}")
+            for at in (i, slice(i, i + 1)):
+                y, one = forward(x[at], weight)
+                np.testing.assert_array_equal(y, whole[at], f"{n} {i}")
+                np.testing.assert_array_equal(backward(dy[at], one).dx, dx[at], f"{n} {i}")
 
 
 @pytest.mark.parametrize("n", [5, 30, 49, 100, 515, 1024])
@@ -178,7 +186,7 @@ def test_a_row_alone_has_the_bits_it_has_in_a_batch() -> None:
 def test_a_set_has_the_same_bits_beside_any_other(stem: str, n: int) -> None:
     """Sets that float32 cannot normalise must not change how their neighbours are normalised."""
     rng = np.random.default_rng(n)
-    shape = (70, 2, n)
+    shape = (70, 6, n)  # group norm: two groups of three channels
     hard = {1: np.nan, 12: np.inf, 20: 3e38, 33: 1e-38, 40: 0.0, 41: 7.7, 69: -1e30}
     x = rng.normal(2, 3, shape).astype(np.float32)
     call = OPERATIONS[training(stem)].make(fn, shape, np.float32)
@@ -191,6 +199,30 @@ def test_a_set_has_the_same_bits_beside_any_other(stem: str, n: int) -> None:
     for i in range(shape[0]):
         alone = call(x=beside[i : i + 1])[0][0] if i in hard else expected[i]
         np.testing.assert_array_equal(y[i], alone, f"{i}")
+
+
+@pytest.mark.parametrize("threads", [1, 2, 4])
+@pytest.mark.parametrize("shape", [(3, 70, 5), (2, 33, 15, 17), (1, 70, 200), (5, 65, 1), (2, 3, 300, 301)])
+def test_a_channel_has_the_same_bits_beside_any_other_in_evaluation(shape: tuple[int, ...], threads: int) -> None:
+    rng = np.random.default_rng(len(shape))
+    channels = shape[1]
+    x = rng.normal(2, 3, shape).astype(np.float32)
+    mean, weight, bias = rng.normal(size=(3, channels)).astype(np.float32)
+    var = rng.uniform(0.5, 2, channels).astype(np.float32)
+    for channel, (m, v, w) in enumerate(
+        [(0, 1, 0), (1e31, 1, 1), (0, 1e-38, 1), (0, 3e38, 1), (np.nan, 1, 1), (0, 1, 1e-30)]
+    ):
+        if 10 * channel + 1 < channels:
+            mean[10 * channel + 1], var[10 * channel + 1], weight[10 * channel + 1] = m, v, w
+    with fn.num_threads(threads):
+        y = fn.batch_norm(x, mean, var, weight, bias, eps=0.0)
+        in_place = x.copy()
+        fn.batch_norm(in_place, mean, var, weight, bias, eps=0.0, out=in_place)
+    np.testing.assert_array_equal(in_place, y)
+    for channel in range(channels):
+        one = slice(channel, channel + 1)
+        alone = fn.batch_norm(x[:, one], mean[one], var[one], weight[one], bias[one], eps=0.0)
+        np.testing.assert_array_equal(y[:, one], alone, f"{channel}")
 
 
 @pytest.mark.parametrize("stem", STEMS)

@@ -118,7 +118,7 @@ class NearRows {
 struct PastCache {
   bool first = false, second = false;
 
-  // As elsewhere: what no cache holds, and whose lines the call has not read.
+  // What no cache holds, and whose lines the call has not read just before.
   PastCache(bool far, const Results& out, std::initializer_list<const Array*> read) {
     const auto past = [&](int i) {
       if (!far || !out.given[i]) return false;

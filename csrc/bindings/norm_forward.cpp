@@ -66,8 +66,9 @@ bool given_statistics(const Array& mean, const Array& var, double eps, const Sta
     const double v = load(var, c);
     if (v < 0) return false;
     to.mean[c] = load(mean, c);
-    // Quarters: the sum of two finite numbers can overflow.
-    to.rstd[c] = v + eps == 0 ? 0 : 0.5 / std::sqrt(0.25 * v + 0.25 * eps);
+    // Quarters where the sum of two finite numbers overflows; elsewhere they would cost subnormal numbers their digits.
+    const double sum = v + eps;
+    to.rstd[c] = sum == 0 ? 0 : std::isinf(sum) ? 0.5 / std::sqrt(0.25 * v + 0.25 * eps) : 1 / std::sqrt(sum);
   }
   return true;
 }

@@ -174,7 +174,7 @@ class RowBackward {
     bool summed[kMostTogether];
     for (int r = 0; r < count; ++r) {
       s[r] = statistic(set + r);
-      give_row(rows[r], set + r, s[r], copies + 2 * r * plan_.elements);
+      give_row(rows[r], set + r, s[r], in_place_ ? nullptr : copies + 2 * r * plan_.elements);
     }
     RowTiles<kCentred, kParams> tiles(plan_.elements, weight_, kParams ? *params : ParameterSums{}, distance_);
     for (int r = 0; r < count; r += group_) {

@@ -7,6 +7,7 @@
 // TileMeans to judge. A tile whose column sums may have overflowed or lost digits to underflow is added up in double.
 #pragma once
 
+#include <type_traits>
 #include <utility>
 
 #include "isa/segment.hpp"
@@ -76,7 +77,7 @@ struct TiledRow {
   const float *x, *dy;
   const Statistic* statistic;
   float mean, mean_lo, rstd;
-  Pair total;  // of g (layer norm only) and of g * (x - mean)
+  Pair total{0, 0};  // of g (layer norm only) and of g * (x - mean)
 
   void set(const float* row_x, const float* row_dy, const Statistic& s) {
     x = row_x, dy = row_dy, statistic = &s;
