@@ -313,7 +313,11 @@ class SetBatches {
     const int64_t run = run_, lines = lines_, distance = distance_, count = next.count;
     const SetLines<float> from(plan_.x, run), to(plan_.y, run);
     const int64_t x_step = from.step(), y_step = to.step();
-    for (int64_t lane = 0; lane < count; ++lane) {
+    int64_t lane = 0;
+    if (lines == 1 && distance == 0) {
+      for (; lane + 2 <= count; lane += 2) normalise_and_measure_two<centred>(now, next, lane, from, to, formula_of);
+    }
+    for (; lane < count; ++lane) {
       const char *x_line = from.set(now.first + lane), *coming_line = from.set(next.first + lane);
       char* y_line = to.set(now.first + lane);
       const auto formula = formula_of(now, lane);
@@ -334,6 +338,31 @@ class SetBatches {
       }
       next.put(lane, sums);
     }
+  }
+
+  // Two sets of one line each: every sum is a chain of additions that wait for each other, and two chains do not (RMS
+  // norm 512 x 768: 41 us to 38, rows of 100: 60 to 56; instance norm 14 x 14: 51 to 46).
+  template <bool centred, class FormulaOf>
+  FASTNORM_INLINE void normalise_and_measure_two(const Batch& now, Batch& next, int64_t lane,
+                                                 const SetLines<float>& from, const SetLines<float>& to,
+                                                 const FormulaOf& formula_of) const {
+    const auto values = [](const SetLines<float>& lines, int64_t set) {
+      return reinterpret_cast<float*>(lines.set(set));
+    };
+    const float *x0 = values(from, now.first + lane), *x1 = values(from, now.first + lane + 1);
+    const float *coming0 = values(from, next.first + lane), *coming1 = values(from, next.first + lane + 1);
+    float *y0 = values(to, now.first + lane), *y1 = values(to, now.first + lane + 1);
+    const auto formula0 = formula_of(now, lane), formula1 = formula_of(now, lane + 1);
+    PlainSums<centred> sums0, sums1;
+    for_packs(run_, [&](auto at) {
+      sums0.add(at, coming0);
+      sums1.add(at, coming1);
+      const Pack<float> first = formula0(at, x0), second = formula1(at, x1);
+      at.store(y0, first);
+      at.store(y1, second);
+    });
+    next.put(lane, sums0);
+    next.put(lane + 1, sums1);
   }
 
   // Lines [line, end) of the sets in lanes [first, last).
