@@ -1,6 +1,7 @@
 // Asks the compiler's runtime; on other machines than x86-64 there is the baseline alone.
 #include "cpu_features.hpp"
 
+#include <atomic>
 #include <cstdio>
 #include <cstring>
 
@@ -24,7 +25,7 @@ bool cpu_supports(const char* level) {
 namespace {
 
 // What this CPU shares of a cache level, in bytes; 0 if the system does not say. (sysconf adds up a whole socket.)
-int64_t cache_bytes(int level) {
+int64_t bytes_of_level(int level) {
   char path[64];
   std::snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu0/cache/index%d/size", level);
   std::FILE* file = std::fopen(path, "r");
@@ -37,15 +38,20 @@ int64_t cache_bytes(int level) {
   return size * (unit == 'K' ? 1 << 10 : unit == 'M' ? 1 << 20 : 1);
 }
 
+std::atomic<int64_t>& last_cache() {
+  constexpr int64_t kUnknown = 32 << 20;
+  static std::atomic<int64_t> bytes{[] {
+    const int64_t last = bytes_of_level(3) > 0 ? bytes_of_level(3) : bytes_of_level(2);
+    return last > 0 ? last : kUnknown;
+  }()};
+  return bytes;
+}
+
 }  // namespace
 
-bool exceeds_cache(int64_t bytes) {
-  constexpr int64_t kUnknown = 32 << 20;
-  static const int64_t cache = [] {
-    const int64_t last = cache_bytes(3) > 0 ? cache_bytes(3) : cache_bytes(2);
-    return last > 0 ? last : kUnknown;
-  }();
-  return bytes >= cache / 2;
-}
+int64_t cache_bytes() { return last_cache().load(std::memory_order_relaxed); }
+void set_cache_bytes(int64_t bytes) { last_cache().store(bytes); }
+
+bool exceeds_cache(int64_t bytes) { return bytes >= cache_bytes() / 2; }
 
 }  // namespace fastnorm

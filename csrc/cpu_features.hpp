@@ -11,4 +11,8 @@ bool cpu_supports(const char* level);
 // written past it: it would push out its own beginning and what the call has still to read.
 bool exceeds_cache(int64_t bytes);
 
+// The size of the last-level cache that `exceeds_cache` goes by: this CPU's, or what was set.
+int64_t cache_bytes();
+void set_cache_bytes(int64_t bytes);
+
 }  // namespace fastnorm

@@ -91,13 +91,13 @@ def parameter(
     if value is None:
         return None
     found = array(name, value)
+    if found.shape != shape:
+        raise ValueError(f"{name} has shape {_shape(found.shape)}; expected {_shape(shape)}, {meaning}")
     if found.dtype != dtype:
         raise TypeError(
             f"{name} has dtype {found.dtype}; expected {dtype}, the dtype of x: "
             f"use {_conversion(name, value, f'np.{dtype}')}"
         )
-    if found.shape != shape:
-        raise ValueError(f"{name} has shape {_shape(found.shape)}; expected {_shape(shape)}, {meaning}")
     return found
 
 
@@ -116,7 +116,7 @@ def channels(name: str, value: Any, size: int, dtype: np.dtype[Any]) -> np.ndarr
 
 def variance(name: str, value: np.ndarray[Any, Any]) -> None:
     if bool(np.any(value < 0)):
-        raise ValueError(f"{name} holds {value.min()!r}; expected variances >= 0")
+        raise ValueError(f"{name} holds {float(np.nanmin(value))!r}; expected variances >= 0")
 
 
 def writeable(name: str, value: Any, found: np.ndarray[Any, Any]) -> None:
@@ -223,8 +223,8 @@ def output(
 ) -> np.ndarray[Any, Any] | None:
     """`out` for a result of x's shape and dtype; None stays None.
 
-    `in_place` names the array that out may be (the same view of it), or is None where out must not touch x, because a
-    cache keeps it.
+    `in_place` names the array that out may be (the same view of it); it is "" where out may overlap x in any way, and
+    None where out must not touch x, because a cache keeps it.
     `others` are further arrays of the call, by name, with which out must not share memory.
     """
     if out is None:

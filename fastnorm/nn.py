@@ -82,12 +82,23 @@ def _eps(value: Any) -> float:
     return found
 
 
-def _channels(x: Any, rank: int, channel_axis: int, name: str, wanted: int | None) -> tuple[Array, int]:
-    """x, and its channel axis; `wanted` is the number of channels where no weight tells the function."""
-    x = _check.array("x", x)
+def _input(x: Any, *parameters: Array | None) -> Array:
+    """x as an array, of the dtype of the layer's parameters where it has any."""
+    given = _check.array("x", x)
+    wanted = next((a.dtype for a in parameters if a is not None), given.dtype)
+    if given.dtype != wanted:
+        raise TypeError(
+            f"x has dtype {given.dtype}; expected {wanted}, the dtype of the layer: use x.astype(np.{wanted}), "
+            f"or make the layer with dtype=np.{given.dtype}"
+        )
+    return given
+
+
+def _channels(x: Array, rank: int, channel_axis: int, name: str, wanted: int) -> tuple[Array, int]:
+    """x, and its channel axis, which has `wanted` channels."""
     _check.rank("x", x, rank)
     axis = _check.axis("channel_axis", channel_axis, x.ndim)
-    if wanted is not None and x.shape[axis] != wanted:
+    if x.shape[axis] != wanted:
         raise ValueError(
             f"x has shape {_check._shape(x.shape)}, {x.shape[axis]} channels on axis {axis}; "
             f"expected {wanted}, the {name} of the layer"
@@ -307,8 +318,8 @@ class _ChannelNorm(_Norm):
             self.running_mean[...], self.running_var[...], self.num_batches_tracked = 0, 1, 0
 
     def _checked(self, x: Any) -> tuple[Array, int]:
-        wanted = self.num_features if self.weight is None else None
-        return _channels(x, self._least_rank, self.channel_axis, "num_features", wanted)
+        x = _input(x, self.weight)
+        return _channels(x, self._least_rank, self.channel_axis, "num_features", self.num_features)
 
     def _with_running_statistics(self, x: Array) -> Array:
         y, self._cache = batch_norm_forward(
@@ -570,8 +581,8 @@ class GroupNorm(_Norm):
 
     def forward(self, x: Any) -> Array:
         """Normalise x of shape (N, C, ...), or with the channels on `channel_axis`."""
-        wanted = self.num_channels if self.weight is None else None
-        x, _ = _channels(x, 2, self.channel_axis, "num_channels", wanted)
+        x = _input(x, self.weight)
+        x, _ = _channels(x, 2, self.channel_axis, "num_channels", self.num_channels)
         y, self._cache = group_norm_forward(
             x, self.num_groups, self.weight, self.bias, channel_axis=self.channel_axis, eps=self.eps
         )
@@ -599,10 +610,10 @@ class _RowNorm(_Norm):
         super().__init__(self.normalized_shape, weight, bias, eps, dtype)
 
     def _checked(self, x: Any) -> tuple[Array, int]:
-        """x, and its first normalised axis; without a weight nothing else would see another shape."""
-        x = _check.array("x", x)
+        """x, and its first normalised axis."""
+        x = _input(x, self.weight)
         axis = -len(self.normalized_shape)
-        if x.ndim < -axis or (self.weight is None and x.shape[axis:] != self.normalized_shape):
+        if x.ndim < -axis or x.shape[axis:] != self.normalized_shape:
             ending = ", ".join(map(str, self.normalized_shape))
             raise ValueError(
                 f"x has shape {_check._shape(x.shape)}; expected (..., {ending}), the normalized_shape of the layer"

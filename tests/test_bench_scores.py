@@ -43,6 +43,23 @@ def small_run() -> list[scores.Result]:
     return results
 
 
+def test_calls_with_new_arrays_stand_beside_our_own_with_new_arrays() -> None:
+    """They are the best peer where that ratio is the smallest, not where their time is."""
+
+    def ratio(fresh: float, torch: float) -> tuple[str, float]:
+        times = {scores.OWN: 200.0, scores.OWN_OUT: 100.0, "fresh-calls": fresh, "torch": torch}
+        cell = scores.Cell({name: result("dropout_add_rms_norm-512x768", name, time) for name, time in times.items()})
+        best = cell.best_peer
+        found = cell.ratio()
+        assert best is not None
+        assert found is not None
+        return best.contender, found
+
+    assert ratio(fresh=150.0, torch=120.0) == ("fresh-calls", pytest.approx(0.75))
+    assert ratio(fresh=110.0, torch=50.0) == ("torch", pytest.approx(0.5))
+    assert ratio(fresh=250.0, torch=120.0) == ("torch", pytest.approx(1.2))
+
+
 def test_turns_are_shared_and_the_slow_have_few() -> None:
     calls = {"subject": 0, "fast": 0, "slow": 0}
 

@@ -349,26 +349,41 @@ def message(call: Callable[[], Any]) -> tuple[type, str]:
     return type(caught.value), str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "layer",
+    [nn.BatchNorm(6), nn.InstanceNorm(6, affine=True), nn.GroupNorm(2, 6), nn.LayerNorm((6, 5)), nn.RMSNorm((6, 5))],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_x_that_does_not_fit_the_layer_is_blamed_itself(layer: nn.Layer) -> None:
+    """Not the weight, which the caller has never seen."""
+    kind, told = message(lambda: layer(np.ones((4, 7, 5), np.float32)))
+    assert kind is ValueError
+    assert all(word in told for word in ("x has shape (4, 7, 5)", "expected", "6", "of the layer"))
+    kind, told = message(lambda: layer(np.ones((4, 6, 5))))
+    assert kind is TypeError
+    assert all(word in told for word in ("x has dtype float64; expected float32", "x.astype(np.float32)", "dtype="))
+
+
 def test_wrong_input_gets_the_functions_own_messages() -> None:
     f32 = np.float32
     w3, w7 = np.ones(3, f32), np.ones(7, f32)
     running = {"running_mean": np.zeros(3, f32), "running_var": np.ones(3, f32)}
-    for bad in (np.ones((4, 5), f32), np.ones((1, 3), f32), np.ones((4, 3)), np.ones((4, 3), int), np.ones(3, f32)):
+    for bad in (np.ones((1, 3), f32), np.ones((4, 3), int), np.ones(3, f32)):
         layer = nn.BatchNorm(3)
         assert message(lambda x=bad, layer=layer: layer(x)) == message(
             lambda x=bad: fn.batch_norm_forward(x, w3, np.zeros(3, f32), **running)
         )
         assert layer.num_batches_tracked == 0
-    for bad in (np.ones((4, 5), f32), np.ones((4, 7)), [[1, 2, 3, 4, 5, 6, 7]]):
+    for bad in ([[1, 2, 3, 4, 5, 6, 7]], np.ones((4, 7), complex)):
         assert message(lambda x=bad: nn.LayerNorm(7)(x)) == message(
             lambda x=bad: fn.layer_norm_forward(x, w7, np.zeros(7, f32))
         )
         assert message(lambda x=bad: nn.RMSNorm(7)(x)) == message(lambda x=bad: fn.rms_norm_forward(x, w7))
-    for bad in (np.ones((4, 5, 2), f32), np.ones((4, 3, 2)), np.ones((4, 3), f32)):
+    for bad in (np.ones((4, 3, 2), bool), np.ones((4, 3), f32)):
         assert message(lambda x=bad: nn.InstanceNorm(3, affine=True)(x)) == message(
             lambda x=bad: fn.instance_norm_forward(x, w3, np.zeros(3, f32))
         )
-    bad = np.ones((4, 9, 2), f32)
+    bad = np.ones(9, f32)
     assert message(lambda: nn.GroupNorm(3, 3)(bad)) == message(lambda: fn.group_norm_forward(bad, 3, w3, w3))
     assert message(lambda: nn.Dropout(rng=0)(np.ones(3, int))) == message(lambda: fn.dropout(np.ones(3, int), rng=0))
     layer = nn.BatchNorm(3)

@@ -69,6 +69,10 @@ PYBIND11_MODULE(_core, m) {
   m.def(
       "set_verifying", [](bool on) { verifying_flag.store(on); }, py::arg("on"),
       "While on, the fast entries decline every call, so that the Python layer can check it.");
+  m.def("cache_bytes", [] { return cache_bytes(); }, "Size of the last-level cache.");
+  m.def(
+      "set_cache_bytes", [](int64_t bytes) { set_cache_bytes(bytes); }, py::arg("bytes"),
+      "Take the last-level cache to be of this size from now on: large results are written past it.");
   m.def(
       "build_info",
       [] {

@@ -69,7 +69,8 @@ py::object run(const NormCache& cache, const Array& x, const Array& dy, py::obje
   describe(spec, x, in);
   place(spec, x, in.x);
   place(spec, dy, in.dy);
-  place(spec, Array(dx), in.dx);
+  const Array result(dx);
+  place(spec, result, in.dx);
   Plan& plan = plan_of_call(in);
   plan.threads = threads_for(total);
   const Params<T> weights(weight, plan);
@@ -78,7 +79,7 @@ py::object run(const NormCache& cache, const Array& x, const Array& dy, py::obje
   args.eps = cache.eps;
   args.centred = spec.kind != Kind::rms;
   args.constant_stats = !cache.training;
-  args.past_cache = reused && exceeds_cache(3 * total * x.itemsize());
+  args.past_cache = reused && result.data() != dy.data() && exceeds_cache(3 * total * x.itemsize());
   args.mean = cache.mean;
   args.mean_lo = cache.mean_lo;
   args.rstd = cache.rstd;

@@ -31,7 +31,8 @@ void run(const Settings& settings, Pass pass, const Array& x, const Array& y, co
   args.bias = biases.get();
   args.eps = settings.eps;
   args.centred = spec.kind != Kind::rms;
-  args.past_cache = reused && exceeds_cache(2 * total * x.itemsize());
+  // In place, x has brought the lines to the caches.
+  args.past_cache = reused && y.data() != x.data() && exceeds_cache(2 * total * x.itemsize());
   args.mean = statistics.mean;
   args.mean_lo = statistics.mean_lo;
   args.var = statistics.var;

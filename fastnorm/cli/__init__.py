@@ -35,7 +35,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status (0 fine, 1 the command found a fault, 2 wrong use)."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    if not (sys.argv[1:] if arguments is None else arguments):
+        parser.print_help()
+        return 2
+    options = parser.parse_args(arguments)
     screen = Screen(plain=options.plain)
     try:
         status: int = import_module(f"fastnorm.cli.{options.command}").run(options, screen)
@@ -44,9 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    except (
-        BrokenPipeError
-    ):  # the reader (head, less) has seen enough; nothing may be written any more, not even at exit
+    except BrokenPipeError:
+        # The reader (head, less) has seen enough; nothing may be written any more, not even at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     return status

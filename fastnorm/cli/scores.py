@@ -62,7 +62,12 @@ class Cell:
 
     @property
     def best_peer(self) -> Result | None:
-        return min(self.peers.values(), key=lambda result: result.seconds, default=None)
+        """The one that is fastest beside fastnorm doing the same as it."""
+        return min(self.peers.values(), key=self._over_own, default=None)
+
+    def _over_own(self, other: Result) -> float:
+        own = self.results[OWN] if other.contender in _FRESH else self.own
+        return other.seconds / own.seconds
 
     @property
     def ceiling(self) -> Result | None:
@@ -76,8 +81,7 @@ class Cell:
     def ratio(self, name: str | None = None) -> float | None:
         """A contender's time over fastnorm's, the best peer's by default; above 1 fastnorm is faster."""
         other = self.best_peer if name is None else self.results.get(name)
-        own = self.results[OWN] if name in _FRESH else self.own
-        return None if other is None else other.seconds / own.seconds
+        return None if other is None else self._over_own(other)
 
     @property
     def counts(self) -> bool:
