@@ -50,12 +50,14 @@ class DoubleBatches {
   FASTNORM_LOOPS void measure(DoubleBatch& batch) const {
     const int64_t n = plan_.elements;
     const double count = static_cast<double>(n);
-    for (int64_t i = 0; i < batch.count; ++i) {
-      const double* x = batch.x[i];
-      batch.pivot[i] = fastnorm::sum(n, [&](auto at) { return at.template load<double>(x); });
-    }
-    for (int64_t i = 0; i < batch.count; ++i) batch.pivot[i] /= count;
-    for (int64_t i = 0; i < batch.count; ++i) {
+    // A set's pivot is on its way while the deviations of the one before are added up.
+    for (int64_t k = 0; k <= batch.count; ++k) {
+      if (k < batch.count) {
+        const double* x = batch.x[k];
+        batch.pivot[k] = fastnorm::sum(n, [&](auto at) { return at.template load<double>(x); }) / count;
+      }
+      if (k == 0) continue;
+      const int64_t i = k - 1;
       const double* x = batch.x[i];
       const Pack<double> pivots(batch.pivot[i]);
       const Pair sums = fastnorm::sum(n, [&](auto at) { return deviations(at.template load<double>(x), pivots); });
