@@ -251,7 +251,9 @@ def dropout_add_layer_norm(
     axis, eps :
         As in `layer_norm`.
     out : array of x's shape and dtype, or a tuple of two, optional
-        Receives y, or y and s: ``out=(y, s)``, of which either may be None. y may be x itself, s may be x or residual.
+        Receives y, or y and s: ``out=(y, s)``, of which either may be None. y may be x itself, s may be x or residual;
+        the two are separate. Where arrays do not lie in one piece, an s that is x or residual costs an array of x's
+        size for the time of the call.
 
     Returns
     -------
@@ -261,7 +263,8 @@ def dropout_add_layer_norm(
     Raises
     ------
     TypeError, ValueError
-        As in `dropout` and `layer_norm`; residual of another shape or dtype. A failed call draws nothing.
+        As in `dropout` and `layer_norm`; residual of another shape or dtype; an out that shares memory with another
+        array of the call than it may be. A failed call draws and writes nothing.
 
     Notes
     -----
@@ -328,7 +331,9 @@ def dropout_add_layer_norm_backward(
     ds : array of the forward's shape and dtype, optional
         Gradient that reaches s by the other path (the next residual).
     out : array of dy's shape and dtype, or a tuple of two, optional
-        Receives dx, or dx and dresidual: ``out=(dx, dresidual)``, of which either may be None. dx may be dy itself.
+        Receives dx, or dx and dresidual: ``out=(dx, dresidual)``, of which either may be None, and the second has to be
+        where the forward had no residual. dx may be dy itself; else neither shares memory with another array of the
+        call or of the cache.
 
     Returns
     -------
@@ -338,7 +343,7 @@ def dropout_add_layer_norm_backward(
     Raises
     ------
     TypeError, ValueError
-        cache of another function; dy or ds of another shape or dtype.
+        cache of another function; dy or ds of another shape or dtype; an out that cannot receive its gradient.
     """
     return _backward("layer_norm", dy, cache, ds, out)
 

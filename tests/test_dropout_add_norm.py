@@ -371,21 +371,31 @@ def test_results_into_given_arrays(shape: tuple[int, ...], dtype: type, norm: st
 
 
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize(("shape", "verified"), [((7, 33), False), ((7, 33), True), ((2051, 1031), False)])
-def test_in_place(shape: tuple[int, ...], verified: bool, norm: str) -> None:
+@pytest.mark.parametrize(
+    ("shape", "verified", "layout"),
+    [
+        ((7, 33), False, "contiguous"),
+        ((7, 33), True, "contiguous"),
+        ((2051, 1031), False, "contiguous"),
+        ((7, 33), False, "sliced"),
+        ((7, 33), False, "padded_rows"),
+    ],
+)
+def test_in_place(shape: tuple[int, ...], verified: bool, layout: str, norm: str) -> None:
     """s may be the residual, or x where no cache is made; dx may be dy; without a residual too."""
-    arrays = {name: sample(shape, np.float32, i) for i, name in enumerate(("x", "residual", "dy", "ds"))}
+    placed = LAYOUTS[layout]
+    arrays = {name: placed(sample(shape, np.float32, i)) for i, name in enumerate(("x", "residual", "dy", "ds"))}
     for residual in (arrays["residual"], None):
         for p in (0.3, 0.0):
             wanted = calls_into(norm, {**arrays, "residual": residual}, p, None, None, {})
             with fn.verify() if verified else nullcontext():
-                x, dy, y = arrays["x"].copy(), arrays["dy"].copy(), np.empty(shape, np.float32)
+                x, dy, y = (placed(arrays[name].copy()) for name in ("x", "dy", "x"))
                 found = function(norm)(x, residual, p=p, rng=fn.Philox(5, 6), out=(y, x))
                 assert found[0] is y
                 assert found[1] is x
                 assert_same_bits(y, wanted[0])
                 assert_same_bits(x, wanted[1])
-                changed = None if residual is None else residual.copy()
+                changed = None if residual is None else placed(residual.copy())
                 own = {**arrays, "residual": changed, "dy": dy}
                 got = calls_into(norm, own, p, (None, changed), (dy, None), {})
                 assert residual is None or got[1] is changed
