@@ -1,154 +1,15 @@
-// Small float32 sets that are read in place, several at a time: their statistics are computed side by side, and one
-// batch is normalised while the next is measured.
+// Small float32 sets of one segment that are read in place, in batches; and sets of any size through given statistics.
 #pragma once
 
 #include <type_traits>
-#include <utility>
 
-#include "isa/set_units.hpp"
+#include "isa/batches.hpp"
 
 namespace fastnorm {
 namespace {
 
-// Values of the sets of a batch: as many as leave room in the nearest cache for the next batch and for the results.
-constexpr int64_t kBatchElements = 4096;
-constexpr int64_t kMostSets = 32;
 // Values that a thread takes at a time where statistics are given.
 constexpr int64_t kAppliedElements = 65536;
-// Sets whose statistics are computed together, one per lane: divisions and roots cost no more for eight than for one.
-constexpr int64_t kStatisticLanes = 8;
-
-inline bool fits_batch(const Plan& plan) { return plan.blocks.count <= kChunkBlocks && measured_units(plan) == 1; }
-
-// Some sets, their sums, and what normalises them.
-struct Batch {
-  int64_t first = 0, count = 0;
-  bool in_float = false;     // are all of them measured the short way, and to be normalised in float32?
-  int64_t param[kMostSets];  // of a set's first weight and bias
-  alignas(64) double sum[kMostSets], squares[kMostSets], weight[kMostSets];
-  double mean[kMostSets], var[kMostSets], rstd[kMostSets], factor[kMostSets], excess[kMostSets];
-  // The same in float32: the mean in two parts, and the factor.
-  float high_mean[kMostSets], low_mean[kMostSets], scale[kMostSets];
-
-  template <bool centred>
-  FASTNORM_INLINE void put(int64_t lane, const PlainSums<centred>& sums) {
-    sum[lane] = centred ? fold(sums.sum) : 0;
-    squares[lane] = fold(sums.squares);
-  }
-  void put(int64_t lane, const PlainTotals& totals) {
-    sum[lane] = totals.sum;
-    squares[lane] = totals.squares;
-  }
-};
-
-// What moments_of and statistic_of do, for eight sets. True if float32 will do for all of them (zeros included).
-[[gnu::noinline]] inline bool finish_lanes(Batch& batch, int64_t first, double count, double eps, double centred,
-                                           double additions) {
-  double *mean = batch.mean + first, *var = batch.var + first, *rstd = batch.rstd + first;
-  double *factor = batch.factor + first, *excess = batch.excess + first;
-  const double *sum = batch.sum + first, *squares = batch.squares + first, *weight = batch.weight + first;
-#pragma omp simd
-  for (int64_t i = 0; i < kStatisticLanes; ++i) {
-    mean[i] = centred * (sum[i] / count);
-    const double m2 = squares[i] - sum[i] * mean[i];
-    var[i] = m2 / count;
-    excess[i] = m2 * kPlainMargin - squares[i] * additions;
-  }
-#pragma omp simd
-  for (int64_t i = 0; i < kStatisticLanes; ++i) {
-    rstd[i] = 1 / std::sqrt(var[i] + eps);
-    factor[i] = rstd[i] * weight[i];
-  }
-#pragma omp simd
-  for (int64_t i = 0; i < kStatisticLanes; ++i) {
-    const float high = static_cast<float>(mean[i]);
-    batch.high_mean[first + i] = high;
-    batch.low_mean[first + i] = static_cast<float>(mean[i] - static_cast<double>(high));
-    batch.scale[first + i] = static_cast<float>(factor[i]);
-  }
-  int64_t beyond = 0;
-#pragma omp simd reduction(| : beyond)
-  for (int64_t i = 0; i < kStatisticLanes; ++i) {
-    const double size = std::fabs(factor[i]);
-    const bool short_way = (excess[i] >= 0) & (squares[i] < HUGE_VAL);
-    const bool fit = (rstd[i] > kLeastModerate) & (rstd[i] < kMostModerate) & (std::fabs(mean[i]) < kMostMean);
-    const bool fit_scaled = (size == 0) | ((size > kLeastModerate) & (size < kMostModerate));
-    beyond |= (short_way & fit & fit_scaled) ? 0 : 1;
-  }
-  return beyond == 0;
-}
-
-// Where the parameters of each set are; and the parameters of sets of one segment of Family::channel, which have one of
-// each: a factor of 1 for the others.
-inline void load_parameters(const Plan& plan, const NormArgs<float>& args, Batch& batch) {
-  for (int64_t lane = 0; lane < kMostSets; ++lane) batch.weight[lane] = 1;
-  if (!(args.weight || args.bias)) return;
-  Offsets params(plan.set_param, batch.first);
-  for (int64_t lane = 0; lane < batch.count; ++lane) batch.param[lane] = params.next();
-  if (plan.family != Family::channel || plan.segments > 1 || !args.weight) return;
-  for (int64_t lane = 0; lane < batch.count; ++lane) {
-    batch.weight[lane] = static_cast<double>(args.weight[batch.param[lane]]);
-  }
-}
-
-// The statistics of a batch from its sums of `packs` packs each, stored.
-inline void finish_batch(const Plan& plan, const NormArgs<float>& args, int64_t packs, Batch& batch) {
-  // Lanes without a set get the sums of the first one.
-  for (int64_t lane = batch.count; lane % kStatisticLanes != 0; ++lane) {
-    batch.sum[lane] = batch.sum[0];
-    batch.squares[lane] = batch.squares[0];
-  }
-  load_parameters(plan, args, batch);
-  batch.in_float = true;
-  for (int64_t lane = 0; lane < batch.count; lane += kStatisticLanes) {
-    batch.in_float &= finish_lanes(batch, lane, static_cast<double>(plan.set_size()), args.eps, args.centred ? 1 : 0,
-                                   static_cast<double>(packs + kPack));
-  }
-  if (!batch.in_float) return;
-  Offsets stats(plan.set_stat, batch.first);
-  for (int64_t lane = 0; lane < batch.count; ++lane) {
-    const int64_t stat = stats.next();
-    if (args.mean) args.mean[stat] = batch.mean[lane];
-    if (args.var) args.var[stat] = batch.var[lane];
-    if (args.rstd) args.rstd[stat] = batch.rstd[lane];
-  }
-}
-
-// The sets of a batch one by one, where float32 may not do.
-inline void normalise_one_by_one(const Plan& plan, const NormArgs<float>& args, int64_t run, int64_t packs,
-                                 const Batch& batch) {
-  for (int64_t lane = 0; lane < batch.count; ++lane) {
-    const int64_t set = batch.first + lane;
-    const PlainTotals totals{batch.sum[lane], batch.squares[lane], static_cast<double>(packs)};
-    const Statistic s = finish_plain(plan, args, set, totals);
-    for (int64_t unit = 0; unit < units_per_set(plan); ++unit) normalise_unit(plan, args, run, set, unit, s);
-  }
-}
-
-// Goes through the sets [begin, end) in batches: measure(first), then finish(batch) and normalise(batch, next), which
-// measures `next` too.
-template <class Measure, class Finish, class Normalise>
-inline void for_batches(const Plan& plan, int64_t begin, int64_t end, const Measure& measure, const Finish& finish,
-                        const Normalise& normalise) {
-  // A multiple of the lanes, if it takes no more than half as many sets again as fit.
-  const int64_t fitting = kBatchElements / plan.set_size();
-  const int64_t whole = (fitting + kStatisticLanes / 2 - 1) / kStatisticLanes * kStatisticLanes;
-  const int64_t size = fitting >= kMostSets ? kMostSets : whole > 0 ? whole : fitting > 0 ? fitting : 1;
-  Batch batches[2];
-  Batch *now = &batches[0], *next = &batches[1];
-  const auto start = [&](Batch& batch, int64_t first) {
-    batch.first = first;
-    batch.count = end - first < size ? end - first : size;
-  };
-  start(*now, begin);
-  measure(*now);
-  while (now->count > 0) {
-    finish(*now);
-    start(*next, now->first + now->count);
-    normalise(*now, *next);
-    std::swap(now, next);
-  }
-}
 
 // y = (x - mean) * factor * weight + bias of a set.
 template <bool centred, class Weight, class Bias>
