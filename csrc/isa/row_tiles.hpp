@@ -264,7 +264,7 @@ class RowTiles {
       group.mean[r] = Pack<float>(rows.pivot[row]), group.mean_lo[r] = Pack<float>(rows.pivot_lo[row]);
       group.rstd[r] = Pack<float>(rows.float_rstd[row]);
     });
-    group.weight = weight_ + column;
+    if constexpr (kParams) group.weight = weight_ + column;
     group.columns = columns_[waiting_].dweight;
     group.ahead = ahead_;
     Pack<double>*const g = rows.g_lanes + first, *const product = rows.product_lanes + first;
