@@ -10,7 +10,7 @@ import pytest
 import fastnorm as fn
 
 UNIT = 2.0**-24
-SHAPES = [(13, 100), (8, 64), (5, 515), (21, 17), (7, 1300), (23, 128)]
+SHAPES = [(13, 100), (8, 64), (5, 515), (21, 17), (7, 1300), (23, 128), (39, 30), (12, 257), (130, 16)]
 
 
 def _plain(rng: Any, shape: tuple[int, int]) -> tuple[Any, Any, Any]:
@@ -63,6 +63,38 @@ def _overflowing_column(rng: Any, shape: tuple[int, int]) -> tuple[Any, Any, Any
     return x, dy, weight
 
 
+def _overflow_in_the_second_group(rng: Any, shape: tuple[int, int]) -> tuple[Any, Any, Any]:
+    x, dy, weight = _plain(rng, shape)
+    dy[4:8, 1] = 1.5e38
+    dy[5:7, 1] *= -1
+    return x, dy, weight
+
+
+def _periodic_rows(period: int) -> Any:
+    """Every tree over rows, or most, rounds the same way."""
+
+    def make(rng: Any, shape: tuple[int, int]) -> tuple[Any, Any, Any]:
+        x, dy, weight = _plain(rng, shape)
+        row = np.arange(shape[0]) % period
+        return x[row], dy[row], weight
+
+    return make
+
+
+def _periodic_columns(rng: Any, shape: tuple[int, int]) -> tuple[Any, Any, Any]:
+    """Every chain along a row has equal terms."""
+    x, dy, weight = _plain(rng, shape)
+    column = np.arange(shape[1]) % 16
+    return x[:, column], dy[:, column], weight[column]
+
+
+def _first_of_a_chain(rng: Any, shape: tuple[int, int]) -> tuple[Any, Any, Any]:
+    """One value next to which each of the others is about a unit."""
+    x, dy, weight = _plain(rng, shape)
+    dy[:, 16:] *= 1e-7
+    return x, dy, weight
+
+
 def _constant_rows(rng: Any, shape: tuple[int, int]) -> tuple[Any, Any, Any]:
     x, dy, weight = _plain(rng, shape)
     x[1::2] = 0.1
@@ -80,6 +112,11 @@ CASES = {
     "x of 1e-30": _small_x,
     "a column that underflows": _underflowing_column,
     "a column that overflows": _overflowing_column,
+    "the second group overflows": _overflow_in_the_second_group,
+    "one row": _periodic_rows(1),
+    "three rows": _periodic_rows(3),
+    "columns of a period": _periodic_columns,
+    "the first of a chain": _first_of_a_chain,
     "constant rows": _constant_rows,
 }
 

@@ -1,13 +1,13 @@
-// The sums of the backward over float32 rows, a group of rows at a time and tile by tile of columns, in one reading:
-// row sums of g = dy * weight and of g * (x - mean), column sums of dy and of dy * xhat (the gradients of bias and
-// weight). All is float32 but the running sums: a tile's terms are added in short trees, along a row over the packs of
-// the tile, along a column over the rows of the group, and then widened.
+// The sums of the backward over float32 rows, some rows at a time and tile by tile of columns, in one reading: row sums
+// of g = dy * weight and of g * (x - mean), column sums of dy and of dy * xhat (the gradients of bias and weight). All
+// is float32 but the running sums: terms are added in short trees, along a row over the packs of a tile, along a column
+// over eight rows, and then widened.
 //
-// Only for rows that `fits_tiles`, with weights that are 0 or `tile_weight`; how the terms of a row come out is for
-// TileMeans to judge. A tile whose column sums may have overflowed or lost digits to underflow is added up in double.
+// Only for rows that `fit`, with weights that are 0 or `tile_weight`; how the terms of a row come out is for
+// TiledRows::finish to judge. A tile whose column sums may have overflowed or lost digits to underflow is added up in
+// double.
 #pragma once
 
-#include <type_traits>
 #include <utility>
 
 #include "isa/segment.hpp"
@@ -16,9 +16,13 @@
 namespace fastnorm {
 namespace {
 
-// Rows whose columns are added up in float32: each more would be a rounding more, and dweight has 8 u. Where rows are
-// cut for other reasons, it is at multiples of this.
-constexpr int kMostRows = 4;
+constexpr int kMostRows = 4;  // that are read side by side: a group
+
+// Rows whose columns are added up in float32, in a tree: three roundings, where dweight has 8 u for them and for those
+// of its terms (a chain of eight was off by 10 u on rows of a period). Where rows are cut for other reasons, it is at
+// multiples of this.
+constexpr int kColumnRows = 2 * kMostRows;
+inline int64_t whole_tiles(int64_t rows) { return (rows + kColumnRows - 1) / kColumnRows * kColumnRows; }
 
 // body(constant) for 0 .. count - 1: arrays that are indexed with constants stay in registers, in loops they may not.
 template <class Body, int... k>
@@ -29,28 +33,15 @@ template <int kCount, class Body>
 FASTNORM_INLINE void for_constants(const Body& body) {
   for_constants(std::make_integer_sequence<int, kCount>{}, body);
 }
-#define FASTNORM_ROLLED _Pragma("GCC unroll 1")  // unrolled, the packs of four rows spill registers
-#define FASTNORM_IN_PLACE __attribute__((always_inline))
-inline int64_t whole_tiles(int64_t rows) { return (rows + kMostRows - 1) / kMostRows * kMostRows; }
 
-// Columns of a tile, whose sums along a row are float32; columns of a strip, whose sums wait to be widened.
-constexpr int64_t kRowTile = kTreePacks * kPack;
-constexpr int64_t kStrip = 8 * kRowTile;
+// Packs whose sums along a row are a chain of float32; columns of a tile, which is two such chains: four roundings.
+// Columns of a strip: rows up to this length wait for a second group before their columns' sums are widened.
+constexpr int64_t kChain = kTreePacks;
+constexpr int64_t kRowTile = 2 * kChain * kPack;
+constexpr int64_t kRowStrip = 10 * kRowTile;
 
-// What TileMeans allows for lies below these powers, with a unit of float32 to spare.
-inline bool fits_tiles(const Statistic& s) { return s.rstd > 0x1p-30 && s.rstd < 0x1p30 && std::fabs(s.mean) < 0x1p60; }
+inline int64_t whole_packs(int64_t n) { return (n + kPack - 1) / kPack * kPack; }
 inline bool tile_weight(float w) { return w == 0 || (std::fabs(w) > 0x1p-30f && std::fabs(w) < 0x1p30f); }
-
-// The means of g and g * xhat, and whether float32 did for them and does for dx: no infinity, and nothing that
-// underflow can have taken from products with rstd and weights (2^-150 * 2^60 in xhat <= 2^8) is a unit of the mean of
-// |g|.
-struct TileMeans {
-  double a, b;
-  bool in_float() const {
-    const double size = std::fabs(a) + std::fabs(b);
-    return size > 0x1p-45 && size < 0x1p45;
-  }
-};
 
 // dweight += dy * xhat, dbias += dy, in double, for one set after the other. dbias: nullptr where it is not wanted.
 struct ParameterSums {
@@ -72,18 +63,65 @@ FASTNORM_LOOPS inline void add_parameter_gradients(const T* x, const T* dy, int6
   });
 }
 
-// A row in tiles: what is read of it, and what that gives.
-struct TiledRow {
-  const float *x, *dy;
-  const Statistic* statistic;
-  float mean, mean_lo, rstd;
-  Pair total{0, 0};  // of g (layer norm only) and of g * (x - mean)
+// Rows in tiles, a lane for each: what is read of them, and what that gives.
+struct TiledRows {
+  static constexpr int kMost = kPack, kFolded = 8;
 
-  void set(const float* row_x, const float* row_dy, const Statistic& s) {
-    x = row_x, dy = row_dy, statistic = &s;
-    mean = static_cast<float>(s.mean);
-    mean_lo = static_cast<float>((s.mean - static_cast<double>(mean)) + s.mean_lo);
-    rstd = static_cast<float>(s.rstd);
+  const float *x[kMost], *dy[kMost];
+  alignas(64) double mean[kMost], mean_lo[kMost], rstd[kMost];
+  alignas(64) float pivot[kMost], pivot_lo[kMost], float_rstd[kMost];  // pivot + pivot_lo: the mean
+  Pack<double> g_lanes[kMost], product_lanes[kMost];                   // sums of g and of g * (x - mean), in lanes,
+  alignas(64) double g[kMost], product[kMost];                         // and folded
+  alignas(64) float a[kMost], b[kMost];                                // dx = rstd * ((g - a) - (x - pivot) * b)
+  alignas(64) double size[kMost];                                      // of the means of g and g * xhat
+
+  void set(int r, const float* row_x, const float* row_dy, const Statistic& s) {
+    x[r] = row_x, dy[r] = row_dy;
+    mean[r] = s.mean, mean_lo[r] = s.mean_lo, rstd[r] = s.rstd;
+  }
+  Statistic statistic(int r) const { return {mean[r], mean_lo[r], rstd[r], 1}; }
+
+  // Does float32 do for the sums? What `in_float` allows for lies below these powers, with a unit of float32 to spare.
+  bool fit(int r) const { return (rstd[r] > 0x1p-30) & (rstd[r] < 0x1p30) & (std::fabs(mean[r]) < 0x1p60); }
+
+  // Did it, and does it for dx? There was no infinity, and nothing that underflow can have taken from products with
+  // rstd and weights (2^-150 * 2^60 in xhat <= 2^8) is a unit of the mean of |g|.
+  bool in_float(int r) const { return (size[r] > 0x1p-45) & (size[r] < 0x1p45); }
+
+  // When `count` rows are set. Do all of them fit?
+  bool start(int count) {
+    for (int r = count; r < kMost; ++r) mean[r] = mean_lo[r] = 0, rstd[r] = 1;
+    int beyond = 0;
+#pragma omp simd reduction(| : beyond)
+    for (int r = 0; r < kMost; ++r) {
+      pivot[r] = static_cast<float>(mean[r]);
+      pivot_lo[r] = static_cast<float>((mean[r] - static_cast<double>(pivot[r])) + mean_lo[r]);
+      float_rstd[r] = static_cast<float>(rstd[r]);
+      beyond |= fit(r) ? 0 : 1;
+    }
+    return beyond == 0;
+  }
+
+  // When the sums of rows [first, first + count) are known, of n values each: a and b, as GradientFactors has them. Are
+  // all in_float?
+  bool finish(int first, int count, bool centred, double n) {
+    const double share = 1 / n;
+    int beyond = 0;
+    for (int r = first - first % kFolded; r < first + count; r += kFolded) {
+      if (centred) fold_eight(g_lanes + r, g + r);
+      fold_eight(product_lanes + r, product + r);
+      for (int k = r; !centred && k < r + kFolded; ++k) g[k] = 0;
+#pragma omp simd reduction(| : beyond)
+      for (int k = r; k < r + kFolded; ++k) {
+        const double mean_g = g[k] * share, mean_g_xhat = product[k] * share * rstd[k], factor = mean_g_xhat * rstd[k];
+        const double off = (static_cast<double>(pivot[k]) - mean[k]) - mean_lo[k];
+        a[k] = static_cast<float>(mean_g + off * factor);
+        b[k] = static_cast<float>(factor);
+        size[k] = std::fabs(mean_g) + std::fabs(mean_g_xhat);
+        beyond |= (k >= first) & (k < first + count) & !in_float(k) ? 1 : 0;
+      }
+    }
+    return beyond == 0;
   }
 };
 
@@ -91,258 +129,281 @@ struct TiledRow {
 template <bool kCentred, bool kParams>
 class RowTiles {
  public:
-  // `weight` and the sums have room for whole packs.
+  // `weight` and the sums have room for whole packs. `ahead`: bytes from a row to the one that is asked for meanwhile.
   RowTiles(int64_t n, const float* weight, ParameterSums params, int64_t ahead)
       : n_(n), weight_(weight), params_(params), ahead_(ahead) {}
 
-  // The sums of a group of up to kMostRows rows.
-  void sum(TiledRow* rows, int count) {
-    in_groups(count, [&](auto group, int first) {
-      ahead_ == 0 ? sum_group<group, false>(rows + first) : sum_group<group, true>(rows + first);
-    });
+  // The sums of rows [first, first + count), up to kMostRows. Those of columns are complete after `finish`.
+  void sum(TiledRows& rows, int first, int count) {
+    for (int64_t column = 0; column < n_; column += kRowStrip) {
+      const int64_t n = n_ - column < kRowStrip ? n_ - column : kRowStrip;
+      for (int r = first, size; r < first + count; r += size) {
+        size = group_size(first + count - r);
+        sum_group(rows, r, size, column, n);
+        complete(column, n);
+      }
+    }
   }
 
   // The gradient of the bias alone, as `sum` has it: no x, not one with a NaN, may change its bits.
-  void sum_bias(const TiledRow* rows, int count) {
-    in_groups(count, [&](auto group, int first) { sum_group_bias<group>(rows + first); });
+  FASTNORM_LOOPS void sum_bias(const TiledRows& rows, int first, int count) {
+    for (int64_t column = 0; column < n_; column += kRowStrip) {
+      const int64_t n = n_ - column < kRowStrip ? n_ - column : kRowStrip;
+      for (int r = first, size; r < first + count; r += size) {
+        size = group_size(first + count - r);
+        const float* const* dy = rows.dy + r;
+        Columns& columns = columns_[waiting_];
+        MagnitudeWatch watch;
+        for_packs(n, [&](auto at) {
+          const auto load = [&](int k) { return at.template load<float>(dy[k] + column); };
+          Pack<float> sum = load(0);
+          if (size > 1) sum += load(1);
+          if (size > 2) sum += load(2) + load(3);
+          watch.sums(sum);
+          columns.dbias[at.start / kPack] = sum;
+          columns.dweight[at.start / kPack] = Pack<float>(0.0f);
+        });
+        if (!watch.hold()) add_bias_in_double(rows, r, size, column, n);
+        complete(column, n);
+      }
+    }
   }
 
-  TileMeans means(const TiledRow& row) const {
-    return {kCentred ? row.total.first * share_ : 0, row.total.second * share_ * row.statistic->rstd};
+  void finish() {
+    if (waiting_ > 0) add_columns(0, n_);
   }
 
   // Is every g of a row 0, for want of dy?
-  FASTNORM_LOOPS bool zeros(const TiledRow& row) const {
+  FASTNORM_LOOPS bool zeros(const float* dy) const {
     Size size;
-    for_packs(n_, [&](auto at) { size.add(at, row.dy); });
+    for_packs(n_, [&](auto at) { size.add(at, dy); });
     return size.total() == 0;
   }
 
-  // dx = rstd * ((g - a) - (x - pivot) * b), as InputGradient has it.
-  FASTNORM_LOOPS void write(const TiledRow& row, const TileMeans& means, float* dx, bool past_cache) const {
-    const float *const x = row.x, *const dy = row.dy, *const weight = weight_;
-    const Statistic& s = *row.statistic;
-    const auto factors = GradientFactors::of(Pivot::of(s), s.rstd, means.a, means.b);
-    const Pack<float> pivot(factors.pivot), rstd(factors.rstd), a(factors.a), b(factors.b);
-    const auto body = [&](auto at, auto out) FASTNORM_IN_PLACE {
+  // dx of a row, as InputGradient has it.
+  FASTNORM_LOOPS void write(const TiledRows& rows, int r, float* dx, bool past_cache) const {
+    const float *const x = rows.x[r], *const dy = rows.dy[r], *const weight = weight_;
+    const Pack<float> pivot(rows.pivot[r]), rstd(rows.float_rstd[r]), a(rows.a[r]), b(rows.b[r]);
+    const auto gradient = [&](auto at) {
       Pack<float> g = at.template load<float>(dy), centred = at.template load<float>(x);
       if constexpr (kParams) g *= at.template load<float>(weight);
       if constexpr (kCentred) {
         g -= a;
         centred -= pivot;
       }
-      out.store(at, dx, rstd * (g - centred * b));
+      return rstd * (g - centred * b);
     };
-    if (!past_cache && n_ < kAlignedRow) {
-      for_packs(n_, [&](auto at) { body(at, IntoCache{}); });
-    } else if (past_cache) {
-      for_aligned_packs(PastCache{}, dx, n_, body);
-    } else {
-      for_aligned_packs(IntoCache{}, dx, n_, body);
+    if (past_cache) {
+      return for_aligned_packs(PastCache{}, dx, n_, [&](auto at, auto out) { out.store(at, dx, gradient(at)); });
     }
+    // Whole packs, some of which overlap at the ends: those are computed before dy may be written over.
+    const int64_t begin = n_ < kAlignedRow ? 0 : unaligned_values(dx);
+    const Whole first{0}, last{n_ - kPack};
+    const Pack<float> head = begin > 0 ? gradient(first) : Pack<float>(0.0f), tail = gradient(last);
+    for (int64_t i = begin; i < last.start; i += kPack) {
+      const Whole at{i};
+      at.store(dx, gradient(at));
+    }
+    if (begin > 0) first.store(dx, head);
+    last.store(dx, tail);
   }
 
  private:
-  // Rows from this length on are worth a partial pack more, for results in whole lines (512 x 768: 76 us to 67).
-  static constexpr int64_t kAlignedRow = 24 * kPack;
+  // Rows from this length on are worth a pack more, for results in whole lines (512 x 768: 76 us to 67, 4096 x 100: 125
+  // to 116).
+  static constexpr int64_t kAlignedRow = 4 * kPack;
 
-  // body(rows in the group, the first of them)
-  template <class Body>
-  FASTNORM_INLINE static void in_groups(int count, const Body& body) {
-    if (count == kMostRows) return body(std::integral_constant<int, kMostRows>{}, 0);
-    int first = 0;
-    for (; first + 2 <= count; first += 2) body(std::integral_constant<int, 2>{}, first);
-    if (first < count) body(std::integral_constant<int, 1>{}, first);
-  }
-
-  // The registers of a group of rows, and their running sums.
+  // The registers of a group of rows, and where its columns go.
   template <int kRows>
   struct Group {
-    const float *x[kRows], *dy[kRows];
+    const float *x[kRows], *dy[kRows], *weight;
     Pack<float> mean[kRows], mean_lo[kRows], rstd[kRows];
-    PackPair sums[kRows];
+    Pack<float>* columns;
+    int64_t ahead;
+    MagnitudeWatch dweight, dbias;
   };
+
+  // Sums along the rows: of g, then of g * (x - mean).
+  template <int kRows>
+  struct Chains {
+    Pack<float> g[kRows], product[kRows];
+    FASTNORM_INLINE Chains& operator+=(const Chains& other) {
+      for_constants<kRows>([&](auto r) {
+        if constexpr (kCentred) g[r] += other.g[r];
+        product[r] += other.product[r];
+      });
+      return *this;
+    }
+  };
+
+  // The columns' sums of a group, dbias after dweight.
+  static constexpr int64_t kColumnPacks = kRowStrip / kPack;
+  struct Columns {
+    Pack<float> dweight[kColumnPacks], dbias[kColumnPacks];
+  };
+
+  static int group_size(int left) { return left >= kMostRows ? kMostRows : left >= 2 ? 2 : 1; }
+
+  // n columns of a group.
+  void sum_group(TiledRows& rows, int first, int size, int64_t column, int64_t n) {
+    if (size == kMostRows) {
+      sum_group<kMostRows>(rows, first, column, n);
+    } else if (size == 2) {
+      sum_group<2>(rows, first, column, n);
+    } else {
+      sum_group<1>(rows, first, column, n);
+    }
+  }
 
   template <int kRows>
-  struct Trees {
-    Pack<float> g[kRows], product[kRows];
-  };
-
-  struct Watches {
-    MagnitudeWatch weight, bias;
-  };
-
-  template <int kRows, bool kAhead>
-  FASTNORM_LOOPS [[gnu::noinline]] void sum_group(TiledRow* rows) {
+  FASTNORM_LOOPS [[gnu::noinline]] void sum_group(TiledRows& rows, int first, int64_t column, int64_t n) {
     Group<kRows> group;
-    for_constants<kRows>([&](auto r) FASTNORM_IN_PLACE {
-      group.x[r] = rows[r].x, group.dy[r] = rows[r].dy;
-      group.mean[r] = Pack<float>(rows[r].mean), group.mean_lo[r] = Pack<float>(rows[r].mean_lo);
-      group.rstd[r] = Pack<float>(rows[r].rstd);
-      group.sums[r] = PackPair{0.0, 0.0};
+    for_constants<kRows>([&](auto r) {
+      const int row = first + r;
+      group.x[r] = rows.x[row] + column, group.dy[r] = rows.dy[row] + column;
+      group.mean[r] = Pack<float>(rows.pivot[row]), group.mean_lo[r] = Pack<float>(rows.pivot_lo[row]);
+      group.rstd[r] = Pack<float>(rows.float_rstd[row]);
     });
-    for (int64_t first = 0; first < n_; first += kStrip) {
-      const int64_t n = n_ - first < kStrip ? n_ - first : kStrip, packs = n / kPack;
-      Watches watch;
-      int64_t k = 0;
-      for (; k + kTreePacks <= packs; k += kTreePacks) {
-        tile<kRows, kAhead>(group, watch, k, first + k * kPack, kTreePacks, None{});
+    if constexpr (kParams) group.weight = weight_ + column;
+    group.columns = columns_[waiting_].dweight;
+    group.ahead = ahead_;
+    Pack<double>*const g = rows.g_lanes + first, *const product = rows.product_lanes + first;
+    const int64_t whole = n / kPack, rest = n % kPack;
+    bool first_tile = column == 0, second = false;
+    Chains<kRows> chains{}, kept;
+    if (rest > 0) add_pack<kRows>(group, chains, Partial{n - rest, rest});
+    for (int64_t k = 0, stop = rest > 0 ? kChain - 1 : kChain;; stop += kChain) {
+      const int64_t end = stop < whole ? stop : whole;
+#pragma GCC unroll 1  // unrolled, the packs of four rows spill registers
+      for (; k < end; ++k) add_pack<kRows>(group, chains, Whole{k * kPack});
+      if (k == whole) break;
+      if (second) {
+        add_chains<kRows>(chains += kept, first_tile, g, product);
+        first_tile = false;
+      } else {
+        kept = chains;
       }
-      const int64_t start = first + packs * kPack;
-      if (n % kPack != 0) {
-        tile<kRows, kAhead>(group, watch, k, first + k * kPack, packs - k, Partial{start, n % kPack});
-      } else if (k < packs) {
-        tile<kRows, kAhead>(group, watch, k, first + k * kPack, packs - k, None{});
-      }
-      add_columns(rows, kRows, watch, first, n);
+      second = !second;
+      chains = Chains<kRows>{};
     }
-    fold_sums<kRows>(group, rows);
+    if (second) chains += kept;
+    add_chains<kRows>(chains, first_tile, g, product);
+    if constexpr (kParams) {
+      if (!group.dweight.hold()) add_doubtful_weight(rows, first, kRows, column, n);
+      if (kCentred && params_.dbias && !group.dbias.hold()) add_bias_in_double(rows, first, kRows, column, n);
+    }
   }
 
-  // Up to kTreePacks packs of all rows, pack by pack: a row's packs are read by one instruction, which the processor's
-  // reading ahead relies on.
-  template <int kRows, bool kAhead, class Last>
-  FASTNORM_INLINE void tile(Group<kRows>& group, Watches& watch, int64_t column, int64_t first, int64_t whole,
-                            Last last) {
-    Trees<kRows> trees;
-    for_constants<kRows>([&](auto r) FASTNORM_IN_PLACE { trees.g[r] = trees.product[r] = Pack<float>(0.0f); });
-    FASTNORM_ROLLED
-    for (int64_t k = 0; k < whole; ++k) {
-      pack<kRows, kAhead>(group, trees, watch, column + k, Whole{first + k * kPack});
+  // The sums along the rows: those of a tile, widened.
+  template <int kRows>
+  FASTNORM_INLINE static void add_chains(const Chains<kRows>& chains, bool first_tile, Pack<double>* g,
+                                         Pack<double>* product) {
+    if (first_tile) {
+      for_constants<kRows>([&](auto r) {
+        if constexpr (kCentred) g[r] = widen(chains.g[r]);
+        product[r] = widen(chains.product[r]);
+      });
+    } else {
+      for_constants<kRows>([&](auto r) {
+        if constexpr (kCentred) g[r] += widen(chains.g[r]);
+        product[r] += widen(chains.product[r]);
+      });
     }
-    if constexpr (!std::is_same_v<Last, None>) pack<kRows, kAhead>(group, trees, watch, column + whole, last);
-    for_constants<kRows>([&](auto r) FASTNORM_IN_PLACE {
-      if constexpr (kCentred) group.sums[r].first += widen(trees.g[r]);
-      group.sums[r].second += widen(trees.product[r]);
-    });
   }
 
-  template <int kRows, bool kAhead, class At>
-  FASTNORM_INLINE void pack(const Group<kRows>& group, Trees<kRows>& trees, Watches& watch, int64_t column, At at) {
-    Pack<float> weight, dweight, dbias;
-    if constexpr (kParams) weight = in_register(Whole{at.start}.template load<float>(weight_));
-    for_constants<kRows>([&](auto r) FASTNORM_IN_PLACE {
+  // A pack of all rows: a row's packs are read by one instruction, which the processor's reading ahead relies on.
+  template <int kRows, class At>
+  FASTNORM_INLINE static void add_pack(Group<kRows>& group, Chains<kRows>& chains, At at) {
+    Pack<float> weight, dweight[2], dbias[2];
+    if constexpr (kParams) weight = in_register(Whole{at.start}.template load<float>(group.weight));
+    for_constants<kRows>([&](auto r) {
       Pack<float> centred = at.template load<float>(group.x[r]);
       if constexpr (kCentred) centred = (centred - group.mean[r]) - group.mean_lo[r];
       Pack<float> g = in_register(at.template load<float>(group.dy[r])), product = g * centred;
       if constexpr (kParams) {
         const Pack<float> term = product * group.rstd[r];
-        dweight = r == 0 ? term : dweight + term;
-        if constexpr (kCentred) dbias = r == 0 ? g : dbias + g;
+        dweight[r / 2] = r % 2 == 0 ? term : dweight[r / 2] + term;
+        if constexpr (kCentred) dbias[r / 2] = r % 2 == 0 ? g : dbias[r / 2] + g;
         g *= weight;
         product *= weight;
       }
-      if constexpr (kCentred) trees.g[r] += g;
-      trees.product[r] += product;
-      if constexpr (kAhead) {
-        prefetch(group.x[r] + at.start, ahead_);
-        prefetch(group.dy[r] + at.start, ahead_);
-      }
+      if constexpr (kCentred) chains.g[r] += g;
+      chains.product[r] += product;
     });
-    if constexpr (kParams) {
-      watch.weight.terms(or_one(at, dweight));
-      dweight_[column] = dweight;
-      if constexpr (kCentred) {
-        watch.bias.sums(dbias);
-        dbias_[column] = dbias;
-      }
-    }
-  }
-
-  template <int kRows>
-  FASTNORM_INLINE static void fold_sums(const Group<kRows>& group, TiledRow* rows) {
-    if constexpr (kRows == 4) {
-      Pack<double> packs[8];
-      double totals[8];
-      for_constants<kRows>([&](auto r) FASTNORM_IN_PLACE {
-        packs[r] = group.sums[r].second;
-        packs[kRows + r] = kCentred ? group.sums[r].first : group.sums[r].second;
+    if (group.ahead != 0) {
+      for_constants<kRows>([&](auto r) {
+        prefetch(group.x[r] + at.start, group.ahead);
+        prefetch(group.dy[r] + at.start, group.ahead);
       });
-      fold_eight(packs, totals);
-      for (int r = 0; r < kRows; ++r) rows[r].total = {totals[kRows + r], totals[r]};
-    } else {
-      for (int r = 0; r < kRows; ++r) rows[r].total = fold(group.sums[r]);
     }
-  }
-
-  // The columns of n values from `first` on, as `tile` has left them.
-  FASTNORM_INLINE void add_columns(const TiledRow* rows, int count, const Watches& watch, int64_t first,
-                                   int64_t n) const {
     if constexpr (kParams) {
-      if (watch.weight.hold()) {
-        add_widened(dweight_, params_.dweight + first, n);
-      } else {
-        add_doubtful_weight(rows, count, first, n);
+      Pack<float>* const column = group.columns + at.start / kPack;
+      if constexpr (kRows > 2) dweight[0] += dweight[1];
+      group.dweight.terms(or_one(at, dweight[0]));
+      column[0] = dweight[0];
+      if constexpr (kCentred) {
+        if constexpr (kRows > 2) dbias[0] += dbias[1];
+        group.dbias.sums(dbias[0]);
+        column[kColumnPacks] = dbias[0];
       }
     }
-    if constexpr (kParams && kCentred) {
-      if (params_.dbias) add_bias(rows, count, watch.bias, first, n);
+  }
+
+  // n columns of a group are summed up: they are widened with those of a second group, if that comes soon.
+  void complete(int64_t column, int64_t n) {
+    if constexpr (kParams) {
+      if (++waiting_ == 2 || n_ > kRowStrip) add_columns(column, n);
     }
   }
 
-  FASTNORM_INLINE static void add_widened(const Pack<float>* columns, double* sums, int64_t n) {
+  FASTNORM_LOOPS [[gnu::noinline]] void add_columns(int64_t column, int64_t n) {
+    const bool both = waiting_ == 2;
+    add_widened(columns_[0].dweight, both ? columns_[1].dweight : nullptr, params_.dweight + column, n);
+    if (kCentred && params_.dbias) {
+      add_widened(columns_[0].dbias, both ? columns_[1].dbias : nullptr, params_.dbias + column, n);
+    }
+    waiting_ = 0;
+  }
+
+  FASTNORM_INLINE static void add_widened(const Pack<float>* columns, const Pack<float>* others, double* sums,
+                                          int64_t n) {
     for (int64_t i = 0; i * kPack < n; ++i) {
       const Whole at{i * kPack};
-      at.store(sums, at.load<double>(sums) + widen(columns[i]));
-    }
-  }
-
-  FASTNORM_INLINE void add_bias(const TiledRow* rows, int count, const MagnitudeWatch& watch, int64_t first,
-                                int64_t n) const {
-    if (watch.hold()) {
-      add_widened(dbias_, params_.dbias + first, n);
-    } else {
-      add_bias_in_double(rows, count, first, n);
+      at.store(sums, at.load<double>(sums) + widen(others ? columns[i] + others[i] : columns[i]));
     }
   }
 
   // Some column of a strip may have overflowed or lost digits: tile by tile, for a sum so small that it seems
   // underflown is often that of zeros (padding), and right.
-  [[gnu::noinline]] void add_doubtful_weight(const TiledRow* rows, int count, int64_t first, int64_t n) const {
+  [[gnu::noinline]] void add_doubtful_weight(const TiledRows& rows, int first, int count, int64_t column, int64_t n) {
     for (int64_t i = 0; i < n; i += kRowTile) {
-      const int64_t size = n - i < kRowTile ? n - i : kRowTile;
-      if (nothing_lost(rows, count, first + i, first + i + size)) {
-        add_widened(dweight_ + i / kPack, params_.dweight + first + i, size);
-      } else {
-        for (int r = 0; r < count; ++r) {
-          add_parameter_gradients(rows[r].x + first + i, rows[r].dy + first + i, size, *rows[r].statistic,
-                                  params_.from(first + i).without_bias());
-        }
+      const int64_t size = n - i < kRowTile ? n - i : kRowTile, start = column + i;
+      if (nothing_lost(rows, first, count, start, start + size)) continue;
+      for (int r = first; r < first + count; ++r) {
+        add_parameter_gradients(rows.x[r] + start, rows.dy[r] + start, size, rows.statistic(r),
+                                params_.from(start).without_bias());
       }
+      std::memset(columns_[waiting_].dweight + i / kPack, 0, static_cast<size_t>(whole_packs(size)) * sizeof(float));
     }
   }
 
-  bool nothing_lost(const TiledRow* rows, int count, int64_t begin, int64_t end) const {
+  bool nothing_lost(const TiledRows& rows, int first, int count, int64_t begin, int64_t end) const {
     for (int64_t i = begin; i < end; ++i) {
       float sum = 0, size = 0;
-      for (int r = 0; r < count; ++r) {
-        sum += rows[r].dy[i] * ((rows[r].x[i] - rows[r].mean) - rows[r].mean_lo) * rows[r].rstd;
-        size += std::fabs(rows[r].dy[i]);
+      for (int r = first; r < first + count; ++r) {
+        sum += rows.dy[r][i] * ((rows.x[r][i] - rows.pivot[r]) - rows.pivot_lo[r]) * rows.float_rstd[r];
+        size += std::fabs(rows.dy[r][i]);
       }
       if (size != 0 && !(std::fabs(sum) > 0x1p-70f && std::fabs(sum) < 0x1p50f)) return false;
     }
     return true;
   }
 
-  [[gnu::noinline]] void add_bias_in_double(const TiledRow* rows, int count, int64_t first, int64_t n) const {
-    for (int r = 0; r < count; ++r) {
-      for (int64_t i = first; i < first + n; ++i) params_.dbias[i] += static_cast<double>(rows[r].dy[i]);
+  [[gnu::noinline]] void add_bias_in_double(const TiledRows& rows, int first, int count, int64_t column, int64_t n) {
+    for (int r = first; r < first + count; ++r) {
+      for (int64_t i = column; i < column + n; ++i) params_.dbias[i] += static_cast<double>(rows.dy[r][i]);
     }
-  }
-
-  template <int kRows>
-  FASTNORM_LOOPS [[gnu::noinline]] void sum_group_bias(const TiledRow* rows) {
-    const auto strip = [&](int64_t first, int64_t n) {
-      MagnitudeWatch watch;
-      for_packs(n, [&](auto at) {
-        Pack<float> dbias = at.template load<float>(rows[0].dy + first);
-        for (int r = 1; r < kRows; ++r) dbias += at.template load<float>(rows[r].dy + first);
-        watch.sums(dbias);
-        dbias_[at.start / kPack] = dbias;
-      });
-      add_bias(rows, kRows, watch, first, n);
-    };
-    for (int64_t first = 0; first < n_; first += kStrip) strip(first, n_ - first < kStrip ? n_ - first : kStrip);
+    std::memset(columns_[waiting_].dbias, 0, static_cast<size_t>(whole_packs(n)) * sizeof(float));
   }
 
   // With 1 in the lanes that a place does not have.
@@ -353,12 +414,11 @@ class RowTiles {
   static constexpr float kOnes[kPack] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
 
   const int64_t n_;
-  const double share_ = 1 / static_cast<double>(n_);
   const float* const weight_;
   const ParameterSums params_;
   const int64_t ahead_;
-  // The columns of a strip.
-  Pack<float> dweight_[kStrip / kPack], dbias_[kStrip / kPack];
+  int waiting_ = 0;  // groups whose columns are to be widened
+  Columns columns_[2];
 };
 
 }  // namespace
