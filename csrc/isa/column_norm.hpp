@@ -95,9 +95,8 @@ FASTNORM_INLINE void with_panel_store(bool past_cache, const Panel<T>& panel, co
 // Are all the packs of a group plain?
 template <class T>
 FASTNORM_INLINE bool all_plain(const ColumnSpace<T>& space, int64_t place, int packs) {
-  const double* careful = space.careful + place / kPack;
-  for (int k = 0; k < packs; ++k) {
-    if (careful[k] != 0) return false;
+  for (int64_t pack = place / kPack; pack <= (place + packs * kPack - 1) / kPack; ++pack) {
+    if (space.careful[pack] != 0) return false;
   }
   return true;
 }
@@ -107,7 +106,7 @@ template <bool kAhead, class T, class Out>
 FASTNORM_INLINE void normalise_panel(const Columns<T>& columns, int64_t outer, const ColumnSpace<T>& space,
                                      int64_t column, int64_t lines, int64_t n, const Panel<T>& x, const Panel<T>& y,
                                      bool two_means, Out out) {
-  for_pack_groups<T>(n, [&](auto at, auto packs) {
+  for_pack_groups<T>(0, n, [&](auto at, auto packs) {
     constexpr int kPacks = decltype(packs)::value;
     Pack<T> mean[kPacks], mean_lo[kPacks], factor[kPacks], bias[kPacks];
     FASTNORM_UNROLL
@@ -161,19 +160,21 @@ inline void normalise_outer(const Columns<T>& columns, int64_t outer, const Colu
   for (int64_t c = 0; kMayOverflow<T> && c < columns.columns(); ++c) two_means = two_means || space.subtract_lo[c] != 0;
   columns.for_pieces_of(true, [&](int64_t chunk, int64_t column, int64_t width) FASTNORM_LOOPS {
     Tile<T> x_tile(plan.x, columns.lines(), outer, column), y_tile(plan.y, columns.lines(), outer, column);
-    columns.for_panels(chunk, column, width, [&](int64_t first, int64_t count, int64_t n) {
-      const Panel<T> x = x_tile.read(first, count, n), y = y_tile.open(first, count, n);
-      with_panel_store(columns.args().past_cache, y, [&](auto out) {
-        with_ahead(columns.lines_ahead() != 0, [&](auto asks) {
-          for_bands<T, kMayOverflow<T> ? 2 : kMaxPanelRows>(
-              count, n, columns.lines_ahead(), [&](int64_t band, int64_t lines) {
-                normalise_panel<decltype(asks)::value>(columns, outer, space, column, lines, n, x.from(band),
-                                                       y.from(band), two_means, out);
+    const bool flat = x_tile.values_before_cache_line() >= 0 && y_tile.values_before_cache_line() >= 0;
+    const int64_t late = flat ? y_tile.values_before_cache_line() : 0;
+    columns.for_panels(
+        chunk, column, width, late, [&](int64_t first, int64_t count, int64_t shift, int64_t n) FASTNORM_LOOPS {
+          const Panel<T> x = x_tile.read(first, count, n), y = y_tile.open(first, count, n), to = y.moved(shift);
+          with_panel_store(columns.args().past_cache, to, [&](auto out) {
+            with_ahead(columns.lines_ahead() != 0, [&](auto asks) {
+              for_bands<T, 2>(count, n, columns.lines_ahead(), [&](int64_t band, int64_t lines) {
+                normalise_panel<decltype(asks)::value>(columns, outer, space, column + shift, lines, n,
+                                                       x.moved(shift).from(band), to.from(band), two_means, out);
               });
+            });
+          });
+          y_tile.commit(y, first, count, n);
         });
-      });
-      y_tile.commit(y, first, count, n);
-    });
   });
 }
 
