@@ -58,8 +58,8 @@ inline bool short_tree_gradient_sums(const Columns<float>& columns, int64_t oute
                      const GradientTerms<decltype(asks)::value> terms{x.data,    dy.data,    x.stride,
                                                                       dy.stride, x_distance, dy_distance};
                      const bool in_order = ahead != 0 && n * static_cast<int64_t>(sizeof(float)) > kLongLine;
-                     add_in_short_trees(to, lines, unaligned_front(x, n, 256), n, in_order, space.subtract + column,
-                                        terms);
+                     add_in_short_trees(to, lines, unaligned_front(x, n, columns.lines().many ? 256 : kLongLine + 1), n,
+                                        in_order, space.subtract + column, terms);
                    });
                  });
   const ColumnSums sums = columns.sums_at(space.sums, 0);

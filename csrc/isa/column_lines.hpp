@@ -26,6 +26,7 @@ constexpr bool kManyRegisters = kVectorBytes == 64;
 // times. The statistics of a set add up what its columns' places have gathered.
 struct Lines {
   int64_t columns, fold, length, count, last;  // last: values in the last line
+  bool many;                                   // worth some work to have them lie in whole lines of the cache
 
   Lines(int64_t rows, int64_t columns_in_row) : columns(columns_in_row), fold(1) {
     if (columns < kFewColumns) {
@@ -35,6 +36,7 @@ struct Lines {
     length = fold * columns;
     count = (rows + fold - 1) / fold;
     last = (rows - (count - 1) * fold) * columns;
+    many = count >= 128;
   }
 };
 
@@ -65,11 +67,11 @@ class Tile {
   bool in_place() const { return together_ && operand_.element.rank <= 1; }
 
   // Values of a line before the first one at which whole lines of the cache begin, if they begin there in every line
-  // and all lines follow each other without a gap; else -1.
+  // and all lines, of which there are many, follow each other without a gap; else -1.
   int64_t values_before_cache_line() const {
     constexpr int64_t kLineBytes = 64;
     const int64_t bytes = lines_.length * static_cast<int64_t>(sizeof(T));
-    if (!in_place() || step_ != bytes || bytes % kLineBytes != 0) return -1;
+    if (!lines_.many || !in_place() || step_ != bytes || bytes % kLineBytes != 0) return -1;
     return unaligned_values(reinterpret_cast<const T*>(base_));
   }
 

@@ -44,7 +44,7 @@ inline bool near_mean(double m2, double squares) {
 // The first `columns` values of an array, repeated for all places of a line and for those where the next one begins.
 template <class V>
 inline void repeat(const Lines& lines, V* values) {
-  const int64_t end = lines.length + kPack;
+  const int64_t end = lines.length + (lines.many ? kPack : 0);
   for (int64_t at = lines.columns; at < end;) {
     const int64_t n = at < end - at ? at : end - at;
     std::memcpy(values + at, values, static_cast<size_t>(n) * sizeof(V));
@@ -113,7 +113,7 @@ struct ColumnSpace {
     for (int64_t pack = 0; pack < lines.length / kPack + 2; ++pack) careful[pack] = 0;
     if (least == 1) return;
     repeat(lines, plain);
-    for (int64_t at = 0; at < lines.length + kPack; ++at) {
+    for (int64_t at = 0; at < lines.length + (lines.many ? kPack : 0); ++at) {
       if (plain[at] == 0) careful[at / kPack] = 1;
     }
   }

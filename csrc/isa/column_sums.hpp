@@ -94,7 +94,8 @@ class Columns {
     const int64_t wanted = kChunkBytes / (tile * kBytes) / kSlab * kSlab;
     chunk_lines_ = wanted < kMinChunkRows ? kMinChunkRows : wanted > kMaxChunkRows ? kMaxChunkRows : wanted;
     chunks_ = (lines_.count + chunk_lines_ - 1) / chunk_lines_;
-    lead_ = (kPack - unaligned_values(reinterpret_cast<const T*>(plan.x.data)) % kPack) % kPack;
+    const int64_t front = unaligned_values(reinterpret_cast<const T*>(plan.x.data));
+    lead_ = lines_.many || lines_.length * kBytes > kLongLine ? (kPack - front % kPack) % kPack : 0;
     tiles_ = (lines_.length + kTile<T> - 1) / kTile<T>;
     const int64_t fitting = kPanel<T> / tile / kSlab * kSlab;
     panel_lines_ = fitting < kMaxPanelRows ? fitting : kMaxPanelRows;
