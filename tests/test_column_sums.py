@@ -155,7 +155,7 @@ def placed(a: np.ndarray, offset: int) -> np.ndarray:
 
 # Lines of several rows, the last one shorter than what lines are shifted by; of two tiles; of arrays asked for ahead,
 # and of arrays stored past the cache.
-SHAPES = [(203, 30), (129, 4), (211, 64), (77, 320), (67, 1040), (1, 48), (900, 1024), (2101, 1024)]
+SHAPES = [(203, 30), (129, 4), (211, 64), (77, 320), (67, 1040), (2, 48), (900, 1024), (2101, 1024)]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

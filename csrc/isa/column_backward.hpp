@@ -202,6 +202,7 @@ inline void prepare_gradient(const Columns<T>& columns, int64_t outer, const Col
   const double* const mean_g = spread_sets(space.mean_g, sets, width, space.centre[0]);
   const double* const mean_g_xhat = spread_sets(space.mean_g_xhat, sets, width, space.centre[1]);
   const double plain = columns.args().constant_stats ? 0 : 1;
+  const double any = columns.rows() * width > 1 ? 1 : 0;  // dx of a set of one value is 0, whatever is rounded
 #pragma omp simd
   for (int64_t c = 0; c < n; ++c) {
     const T subtract = static_cast<T>(mean[c]);
@@ -218,9 +219,9 @@ inline void prepare_gradient(const Columns<T>& columns, int64_t outer, const Col
       const double factor = space.weight[c] * rstd[c], b = mean_g_xhat[c] * rstd[c];
       const double product = std::fabs(b * rstd[c]);
       const bool fine = is_moderate(factor) & (product < 0x1p100) & ((product > 0x1p-100) | (product == 0));
-      space.factor[c] = static_cast<T>(factor);
-      space.a[c] = static_cast<T>(rstd[c] * (mean_g[c] - rest * b));
-      space.b[c] = static_cast<T>(b * rstd[c]);
+      space.factor[c] = static_cast<T>(any * factor);
+      space.a[c] = static_cast<T>(any * (rstd[c] * (mean_g[c] - rest * b)));
+      space.b[c] = static_cast<T>(any * (b * rstd[c]));
       space.plain[c] = fine ? static_cast<T>(plain * done[c]) : T(0);
     }
   }
