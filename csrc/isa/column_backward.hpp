@@ -58,8 +58,10 @@ inline bool short_tree_gradient_sums(const Columns<float>& columns, int64_t oute
                      const GradientTerms<decltype(asks)::value> terms{x.data,    dy.data,    x.stride,
                                                                       dy.stride, x_distance, dy_distance};
                      const bool in_order = ahead != 0 && n * static_cast<int64_t>(sizeof(float)) > kLongLine;
-                     add_in_short_trees(to, lines, unaligned_front(x, n, columns.lines().many ? 256 : kLongLine + 1), n,
-                                        in_order, space.subtract + column, terms);
+                     const bool alike = unaligned_values(x.data) == unaligned_values(dy.data);
+                     const int64_t shortest = columns.lines().many ? 256 : kLongLine + 1;
+                     const int64_t front = alike ? unaligned_front(x, n, shortest) : 0;
+                     add_in_short_trees(to, lines, front, n, in_order, space.subtract + column, terms);
                    });
                  });
   const ColumnSums sums = columns.sums_at(space.sums, 0);
@@ -256,10 +258,10 @@ FASTNORM_INLINE void gradient_panel(const Columns<T>& columns, const ColumnSpace
     FASTNORM_UNROLL
     for (int k = 0; k < kPacks; ++k) {
       const int64_t place = column + k * kPack;
-      mean[k] = at.template load<T>(space.subtract + place);
-      factor[k] = at.template load<T>(space.factor + place);
-      a[k] = at.template load<T>(space.a + place);
-      b[k] = at.template load<T>(space.b + place);
+      mean[k] = in_register(at.template load<T>(space.subtract + place));
+      factor[k] = in_register(at.template load<T>(space.factor + place));
+      a[k] = in_register(at.template load<T>(space.a + place));
+      b[k] = in_register(at.template load<T>(space.b + place));
       if constexpr (kMayOverflow<T>) {
         mean_lo[k] = at.template load<T>(space.subtract_lo + place);
         rstd[k] = at.template load<T>(space.root + place);
@@ -317,9 +319,7 @@ inline void gradient_outer(const Columns<T>& columns, int64_t outer, const Colum
     const Lines& lines = columns.lines();
     Tile<T> x_tile(plan.x, lines, outer, column), dy_tile(plan.dy, lines, outer, column),
         dx_tile(plan.dx, lines, outer, column);
-    const bool flat = x_tile.values_before_cache_line() >= 0 && dy_tile.values_before_cache_line() >= 0 &&
-                      dx_tile.values_before_cache_line() >= 0;
-    const int64_t late = flat ? dx_tile.values_before_cache_line() : 0;
+    const int64_t late = lateness(columns.args().past_cache, dx_tile, {&x_tile, &dy_tile});
     columns.for_panels(
         chunk, column, width, late, [&](int64_t first, int64_t count, int64_t shift, int64_t n) FASTNORM_LOOPS {
           const Panel<T> x = x_tile.read(first, count, n), dy = dy_tile.read(first, count, n),

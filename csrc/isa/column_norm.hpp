@@ -92,6 +92,19 @@ FASTNORM_INLINE void with_panel_store(bool past_cache, const Panel<T>& panel, co
   with_store(past_cache, panel.data, panel.stride * static_cast<int64_t>(sizeof(T)), body);
 }
 
+// How late lines of results begin for them to be whole lines of the cache: worth it where they are stored past it, and
+// where what they are made from lies like them; else it would be read across lines instead.
+template <class T>
+inline int64_t lateness(bool past_cache, const Tile<T>& results, std::initializer_list<const Tile<T>*> operands) {
+  const int64_t late = results.values_before_cache_line();
+  bool worth_it = late > 0;
+  for (const Tile<T>* operand : operands) {
+    const int64_t other = operand->values_before_cache_line();
+    worth_it = worth_it && (past_cache ? other >= 0 : other == late);
+  }
+  return worth_it ? late : 0;
+}
+
 // Are all the packs of a group plain?
 template <class T>
 FASTNORM_INLINE bool all_plain(const ColumnSpace<T>& space, int64_t place, int packs) {
@@ -112,10 +125,10 @@ FASTNORM_INLINE void normalise_panel(const Columns<T>& columns, int64_t outer, c
     FASTNORM_UNROLL
     for (int k = 0; k < kPacks; ++k) {
       const int64_t place = column + k * kPack;
-      mean[k] = at.template load<T>(space.subtract + place);
-      mean_lo[k] = at.template load<T>(space.subtract_lo + place);
-      factor[k] = at.template load<T>(space.factor + place);
-      bias[k] = at.template load<T>(space.bias + place);
+      mean[k] = in_register(at.template load<T>(space.subtract + place));
+      mean_lo[k] = in_register(at.template load<T>(space.subtract_lo + place));
+      factor[k] = in_register(at.template load<T>(space.factor + place));
+      bias[k] = in_register(at.template load<T>(space.bias + place));
     }
     const auto result = [&](const T* from, int k) FASTNORM_LOOPS {
       const Pack<T> v = at.template load<T>(from + k * kPack);
@@ -160,8 +173,7 @@ inline void normalise_outer(const Columns<T>& columns, int64_t outer, const Colu
   for (int64_t c = 0; kMayOverflow<T> && c < columns.columns(); ++c) two_means = two_means || space.subtract_lo[c] != 0;
   columns.for_pieces_of(true, [&](int64_t chunk, int64_t column, int64_t width) FASTNORM_LOOPS {
     Tile<T> x_tile(plan.x, columns.lines(), outer, column), y_tile(plan.y, columns.lines(), outer, column);
-    const bool flat = x_tile.values_before_cache_line() >= 0 && y_tile.values_before_cache_line() >= 0;
-    const int64_t late = flat ? y_tile.values_before_cache_line() : 0;
+    const int64_t late = lateness(columns.args().past_cache, y_tile, {&x_tile});
     columns.for_panels(
         chunk, column, width, late, [&](int64_t first, int64_t count, int64_t shift, int64_t n) FASTNORM_LOOPS {
           const Panel<T> x = x_tile.read(first, count, n), y = y_tile.open(first, count, n), to = y.moved(shift);

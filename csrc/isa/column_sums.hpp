@@ -95,7 +95,12 @@ class Columns {
     chunk_lines_ = wanted < kMinChunkRows ? kMinChunkRows : wanted > kMaxChunkRows ? kMaxChunkRows : wanted;
     chunks_ = (lines_.count + chunk_lines_ - 1) / chunk_lines_;
     const int64_t front = unaligned_values(reinterpret_cast<const T*>(plan.x.data));
-    lead_ = lines_.many || lines_.length * kBytes > kLongLine ? (kPack - front % kPack) % kPack : 0;
+    bool alike = !kMayOverflow<T>;  // float64 is added up from the beginning of its lines
+    for (const Operand* operand : {&plan.y, &plan.dy, &plan.dx}) {
+      const int64_t other = unaligned_values(reinterpret_cast<const T*>(operand->data));
+      alike = alike && (operand->data == nullptr || other == front);
+    }
+    lead_ = alike && (lines_.many || lines_.length * kBytes > kLongLine) ? (kPack - front % kPack) % kPack : 0;
     tiles_ = (lines_.length + kTile<T> - 1) / kTile<T>;
     const int64_t fitting = kPanel<T> / tile / kSlab * kSlab;
     panel_lines_ = fitting < kMaxPanelRows ? fitting : kMaxPanelRows;
