@@ -97,6 +97,21 @@ def test_backward(layout: str, kind: str) -> None:
         assert_close(call.run(), expected(f"{stem}_backward", **call.arguments), f"{layout} {kind}")
 
 
+@pytest.mark.parametrize("dy_scale", [1e-11, 1.0, 1e11])
+@pytest.mark.parametrize("weight_scale", [1e-11, 1.0, 1e11])
+def test_products_of_extremes(weight_scale: float, dy_scale: float) -> None:
+    """dx is made from products of a weight, the gradients' means and powers of rstd, each of them moderate."""
+    rng = np.random.default_rng(4)
+    x = (rng.normal(size=(ROWS, 6)) * np.array([2e-12, 1e-6, 1, 1e6, 1e11, 5e11])).astype(np.float32)
+    dy = (rng.normal(size=x.shape) * dy_scale).astype(np.float32)
+    dy[:, 1::2] = 0
+    dy[[3, 50], 1::2] = np.array([dy_scale, -dy_scale], np.float32)[:, None]  # all but nothing comes back elsewhere
+    x[50, 1::2] = np.nextafter(x[3, 1::2], np.float32(np.inf))
+    weight = (rng.normal(size=6) * weight_scale).astype(np.float32)
+    call = OPERATIONS["batch_norm_backward"].make(fn, x.shape, np.float32, x=x, dy=dy, weight=weight, eps=0.0)
+    assert_close(call.run(), expected("batch_norm_backward", **call.arguments), f"{weight_scale:g} {dy_scale:g}")
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_neighbours_leave_no_trace(layout: str) -> None:
     """Ordinary columns get the same bits whatever the columns beside them make the kernel do again."""
@@ -127,3 +142,51 @@ def test_constant_columns_give_nothing_but_the_bias() -> None:
     np.testing.assert_array_equal(y, np.broadcast_to(bias, y.shape))
     dy = np.random.default_rng(0).normal(size=x.shape).astype(np.float32)
     np.testing.assert_array_equal(fn.batch_norm_backward(dy, cache).dweight, np.zeros(6, np.float32))
+
+
+def placed(a: np.ndarray, offset: int) -> np.ndarray:
+    """A copy whose first value is the `offset`th of a cache line."""
+    room = np.empty(a.size + 32, a.dtype)
+    start = -room.ctypes.data % 64 // a.itemsize + offset
+    copy = room[start : start + a.size].reshape(a.shape)
+    copy[...] = a
+    return copy
+
+
+# Lines of several rows, the last one shorter than what lines are shifted by; of two tiles; of arrays asked for ahead,
+# and of arrays stored past the cache.
+SHAPES = [(203, 30), (129, 4), (211, 64), (77, 320), (67, 1040), (2, 48), (900, 1024), (2101, 1024)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_bits_do_not_depend_on_where_arrays_lie(shape: tuple[int, int]) -> None:
+    rng = np.random.default_rng(3)
+    rows, columns = shape
+    x, dy = (rng.normal(size=shape).astype(np.float32) for _ in range(2))
+    x[:, ::7] *= 1e25  # computed one by one
+    x[:, 3] = np.arange(rows) % 2 * 1e-30
+    weight, bias = (rng.normal(size=columns).astype(np.float32) for _ in range(2))
+
+    def results(x: np.ndarray, dy: np.ndarray, y: np.ndarray, dx: np.ndarray) -> list[np.ndarray]:
+        given, cache = fn.batch_norm_forward(x, weight=weight, bias=bias, out=y)
+        mean, var = cache.mean, cache.batch_var
+        assert mean is not None
+        assert var is not None
+        grads = fn.batch_norm_backward(dy, cache, out=dx)
+        applied = fn.batch_norm(x, mean, var, weight, bias)
+        assert given is y
+        assert grads.dx is dx
+        return [y.copy(), dx.copy(), applied, grads.dweight, grads.dbias]
+
+    call = OPERATIONS["batch_norm_backward"].make(fn, shape, np.float32, x=x, dy=dy, weight=weight, eps=1e-5)
+    plain = results(placed(x, 0), placed(dy, 0), placed(x, 0), placed(x, 0))
+    if x.size < 50_000:
+        exact = expected("batch_norm_backward", **call.arguments)
+        assert_close({"dx": plain[1], "dweight": plain[3], "dbias": plain[4]}, exact, str(shape))
+    wide = np.zeros((4, rows, columns + 3), np.float32)[..., :columns]  # rows apart
+    wide[0], wide[1] = x, dy
+    places = ((4, 4, 4, 4), (12, 0, 4, 15), (1, 2, 3, 8), (0, 12, 12, 12))
+    arrays = [[placed(a, at) for a, at in zip((x, dy, x, x), offsets, strict=True)] for offsets in places]
+    for other in (results(*given) for given in (wide, *arrays)):
+        for a, b in zip(plain, other, strict=True):
+            np.testing.assert_array_equal(a, b)

@@ -12,7 +12,6 @@ namespace {
 // The terms of the gradients' sums, for add_in_short_trees.
 template <bool kAhead>
 struct GradientTerms {
-  static constexpr int kSums = 3;
   const float *x, *dy;
   int64_t x_stride, dy_stride, x_distance, dy_distance;
 
@@ -25,14 +24,14 @@ struct GradientTerms {
     dy += lines * dy_stride;
   }
   template <class At>
-  FASTNORM_INLINE FloatTerms<3> operator()(At at, int64_t line, const Pack<float>& mean) const {
+  FASTNORM_INLINE FloatTerms operator()(At at, int64_t line, const Pack<float>& mean) const {
     const float *const values = x + line * x_stride, *const gradients = dy + line * dy_stride;
     if constexpr (kAhead) {
       prefetch(values + at.start, x_distance);
       prefetch(gradients + at.start, dy_distance);
     }
     const Pack<float> g = at.template load<float>(gradients);
-    return {{g, g * (at.template load<float>(values) - mean), magnitude(g)}};
+    return {g, g * (at.template load<float>(values) - mean), magnitude(g)};
   }
 };
 
@@ -58,7 +57,11 @@ inline bool short_tree_gradient_sums(const Columns<float>& columns, int64_t oute
                    with_ahead(ahead != 0, [&](auto asks) {
                      const GradientTerms<decltype(asks)::value> terms{x.data,    dy.data,    x.stride,
                                                                       dy.stride, x_distance, dy_distance};
-                     add_in_short_trees(to, lines, n, space.subtract + column, terms);
+                     const bool in_order = ahead != 0 && n * static_cast<int64_t>(sizeof(float)) > kLongLine;
+                     const bool alike = unaligned_values(x.data) == unaligned_values(dy.data);
+                     const int64_t shortest = columns.lines().many ? 256 : kLongLine + 1;
+                     const int64_t front = alike ? unaligned_front(x, n, shortest) : 0;
+                     add_in_short_trees(to, lines, front, n, in_order, space.subtract + column, terms);
                    });
                  });
   const ColumnSums sums = columns.sums_at(space.sums, 0);
@@ -201,19 +204,32 @@ inline void prepare_gradient(const Columns<T>& columns, int64_t outer, const Col
   const double* const mean_g = spread_sets(space.mean_g, sets, width, space.centre[0]);
   const double* const mean_g_xhat = spread_sets(space.mean_g_xhat, sets, width, space.centre[1]);
   const double plain = columns.args().constant_stats ? 0 : 1;
+  const double any = columns.rows() * width > 1 ? 1 : 0;  // dx of a set of one value is 0, whatever is rounded
 #pragma omp simd
   for (int64_t c = 0; c < n; ++c) {
     const T subtract = static_cast<T>(mean[c]);
+    const double rest = (mean[c] - static_cast<double>(subtract)) + mean_lo[c];
     space.subtract[c] = subtract;
-    space.subtract_lo[c] = static_cast<T>((mean[c] - static_cast<double>(subtract)) + mean_lo[c]);
-    space.factor[c] = static_cast<T>(space.weight[c]);
-    space.a[c] = static_cast<T>(mean_g[c]);
-    space.b[c] = static_cast<T>(kMayOverflow<T> ? mean_g_xhat[c] : mean_g_xhat[c] * rstd[c]);
-    space.root[c] = static_cast<T>(rstd[c]);
-    space.plain[c] = static_cast<T>(plain * done[c]);
+    if constexpr (kMayOverflow<T>) {
+      space.subtract_lo[c] = rest;
+      space.factor[c] = space.weight[c];
+      space.a[c] = mean_g[c];
+      space.b[c] = mean_g_xhat[c];
+      space.root[c] = rstd[c];
+      space.plain[c] = plain * done[c];
+    } else {
+      const double factor = space.weight[c] * rstd[c], b = mean_g_xhat[c] * rstd[c];
+      const double product = std::fabs(b * rstd[c]);
+      const bool fine = is_moderate(factor) & (product < 0x1p100) & ((product > 0x1p-100) | (product == 0));
+      space.factor[c] = static_cast<T>(any * factor);
+      space.a[c] = static_cast<T>(any * (rstd[c] * (mean_g[c] - rest * b)));
+      space.b[c] = static_cast<T>(any * (b * rstd[c]));
+      space.plain[c] = fine ? static_cast<T>(plain * done[c]) : T(0);
+    }
   }
-  for (T* array : {space.subtract, space.subtract_lo, space.factor, space.a, space.b, space.root}) {
-    repeat(columns.lines(), array);
+  for (T* array : {space.subtract, space.factor, space.a, space.b}) repeat(columns.lines(), array);
+  if constexpr (kMayOverflow<T>) {
+    for (T* array : {space.subtract_lo, space.root}) repeat(columns.lines(), array);
   }
   space.find_careful(columns.lines());
 }
@@ -236,23 +252,28 @@ FASTNORM_INLINE void gradient_panel(const Columns<T>& columns, const ColumnSpace
                                     Out out) {
   const int64_t x_distance = columns.lines_ahead() * x.stride * static_cast<int64_t>(sizeof(T));
   const int64_t dy_distance = columns.lines_ahead() * dy.stride * static_cast<int64_t>(sizeof(T));
-  for_pack_groups<T>(n, [&](auto at, auto packs) {
+  for_pack_groups<T>(0, n, [&](auto at, auto packs) {
     constexpr int kPacks = decltype(packs)::value;
-    Pack<T> mean[kPacks], mean_lo[kPacks], weight[kPacks], a[kPacks], b[kPacks], rstd[kPacks];
+    Pack<T> mean[kPacks], mean_lo[kPacks], factor[kPacks], a[kPacks], b[kPacks], rstd[kPacks];
     FASTNORM_UNROLL
     for (int k = 0; k < kPacks; ++k) {
       const int64_t place = column + k * kPack;
-      mean[k] = at.template load<T>(space.subtract + place);
-      mean_lo[k] = at.template load<T>(space.subtract_lo + place);
-      weight[k] = at.template load<T>(space.factor + place);
-      a[k] = at.template load<T>(space.a + place);
-      b[k] = at.template load<T>(space.b + place);
-      rstd[k] = at.template load<T>(space.root + place);
+      mean[k] = in_register(at.template load<T>(space.subtract + place));
+      factor[k] = in_register(at.template load<T>(space.factor + place));
+      a[k] = in_register(at.template load<T>(space.a + place));
+      b[k] = in_register(at.template load<T>(space.b + place));
+      if constexpr (kMayOverflow<T>) {
+        mean_lo[k] = at.template load<T>(space.subtract_lo + place);
+        rstd[k] = at.template load<T>(space.root + place);
+      }
     }
     const auto result = [&](const T* values, const T* gradients, int k) FASTNORM_LOOPS {
-      Pack<T> centred = (at.template load<T>(values + k * kPack) - mean[k]) - mean_lo[k];
-      if constexpr (kMayOverflow<T>) centred = centred * rstd[k];  // folded with b it could overflow
-      return rstd[k] * ((at.template load<T>(gradients + k * kPack) * weight[k] - a[k]) - centred * b[k]);
+      const Pack<T> centred = at.template load<T>(values + k * kPack) - mean[k];
+      const Pack<T> rest = at.template load<T>(gradients + k * kPack) * factor[k] - a[k];
+      if constexpr (kMayOverflow<T>) {
+        return rstd[k] * (rest - (centred - mean_lo[k]) * rstd[k] * b[k]);  // rstd folded with b could overflow
+      }
+      return rest - centred * b[k];
     };
     // Copies, for the compiler to keep them in registers.
     const T *values = x.data, *gradients = dy.data;
@@ -298,19 +319,23 @@ inline void gradient_outer(const Columns<T>& columns, int64_t outer, const Colum
     const Lines& lines = columns.lines();
     Tile<T> x_tile(plan.x, lines, outer, column), dy_tile(plan.dy, lines, outer, column),
         dx_tile(plan.dx, lines, outer, column);
-    columns.for_panels(chunk, column, width, [&](int64_t first, int64_t count, int64_t n) {
-      const Panel<T> x = x_tile.read(first, count, n), dy = dy_tile.read(first, count, n),
-                     dx = dx_tile.open(first, count, n);
-      with_panel_store(columns.args().past_cache, dx, [&](auto out) {
-        with_ahead(columns.lines_ahead() != 0, [&](auto asks) {
-          for_bands<T, 2>(count, n, columns.lines_ahead(), [&](int64_t band, int64_t band_lines) {
-            gradient_panel<decltype(asks)::value>(columns, space, column, band_lines, n, x.from(band), dy.from(band),
-                                                  dx.from(band), out);
+    const int64_t late = lateness(columns.args().past_cache, dx_tile, {&x_tile, &dy_tile});
+    columns.for_panels(
+        chunk, column, width, late, [&](int64_t first, int64_t count, int64_t shift, int64_t n) FASTNORM_LOOPS {
+          const Panel<T> x = x_tile.read(first, count, n), dy = dy_tile.read(first, count, n),
+                         dx = dx_tile.open(first, count, n), to = dx.moved(shift);
+          with_panel_store(columns.args().past_cache, to, [&](auto out) {
+            with_ahead(columns.lines_ahead() != 0, [&](auto asks) {
+              for_bands<T, kMayOverflow<T> ? 2 : 1>(
+                  count, n, columns.lines_ahead(), [&](int64_t band, int64_t band_lines) {
+                    gradient_panel<decltype(asks)::value>(columns, space, column + shift, band_lines, n,
+                                                          x.moved(shift).from(band), dy.moved(shift).from(band),
+                                                          to.from(band), out);
+                  });
+            });
           });
+          dx_tile.commit(dx, first, count, n);
         });
-      });
-      dx_tile.commit(dx, first, count, n);
-    });
   });
 }
 

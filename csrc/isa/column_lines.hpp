@@ -18,6 +18,7 @@ constexpr int64_t kTile = 4096 / sizeof(T);  // values of a line worked on toget
 template <class T>
 constexpr int64_t kPanel = 32768 / sizeof(T);  // values of an operand at hand at a time
 constexpr int64_t kMaxPanelRows = 64;          // a multiple of kSlab, as is kPanel / kTile
+constexpr int64_t kLongLine = 1024;            // bytes; longer ones are read in order where they come from memory
 constexpr int64_t kFewColumns = 48;            // fewer are read several rows at a time
 constexpr bool kManyRegisters = kVectorBytes == 64;
 
@@ -25,6 +26,7 @@ constexpr bool kManyRegisters = kVectorBytes == 64;
 // times. The statistics of a set add up what its columns' places have gathered.
 struct Lines {
   int64_t columns, fold, length, count, last;  // last: values in the last line
+  bool many;                                   // worth some work to have them lie in whole lines of the cache
 
   Lines(int64_t rows, int64_t columns_in_row) : columns(columns_in_row), fold(1) {
     if (columns < kFewColumns) {
@@ -34,6 +36,7 @@ struct Lines {
     length = fold * columns;
     count = (rows + fold - 1) / fold;
     last = (rows - (count - 1) * fold) * columns;
+    many = count >= 128;
   }
 };
 
@@ -43,6 +46,7 @@ struct Panel {
   int64_t stride;  // from line to line
 
   Panel from(int64_t line) const { return {data + line * stride, stride}; }
+  Panel moved(int64_t values) const { return {data + values, stride}; }
 };
 
 // A tile of one operand, read or written some lines at a time: where it lies if the tile's values are neighbours there
@@ -61,6 +65,15 @@ class Tile {
 
   // Does every panel lie in place, its lines equally far apart?
   bool in_place() const { return together_ && operand_.element.rank <= 1; }
+
+  // Values of a line before the first one at which whole lines of the cache begin, if they begin there in every line
+  // and all lines, of which there are many, follow each other without a gap; else -1.
+  int64_t values_before_cache_line() const {
+    constexpr int64_t kLineBytes = 64;
+    const int64_t bytes = lines_.length * static_cast<int64_t>(sizeof(T));
+    if (!lines_.many || !in_place() || step_ != bytes || bytes % kLineBytes != 0) return -1;
+    return unaligned_values(reinterpret_cast<const T*>(base_));
+  }
 
   Panel<T> read(int64_t first, int64_t count, int64_t width) {
     const Panel<T> panel = open(first, count, width);
@@ -112,8 +125,7 @@ class Tile {
 // read in order.
 template <class T, int64_t kBand, class Visit>
 FASTNORM_INLINE void for_bands(int64_t count, int64_t width, int64_t lines_ahead, const Visit& visit) {
-  constexpr int64_t kLong = 1024;  // bytes
-  const bool banded = lines_ahead != 0 && width * static_cast<int64_t>(sizeof(T)) > kLong;
+  const bool banded = lines_ahead != 0 && width * static_cast<int64_t>(sizeof(T)) > kLongLine;
   const int64_t band = banded ? kBand : count;
   for (int64_t first = 0; first < count; first += band) visit(first, count - first < band ? count - first : band);
 }
@@ -132,13 +144,27 @@ FASTNORM_INLINE void with_ahead(bool ahead, const Call& call) {
 FASTNORM_INLINE Whole moved(Whole at, int64_t values) { return {at.start + values}; }
 FASTNORM_INLINE Partial moved(Partial at, int64_t values) { return {at.start + values, at.count}; }
 
-// body(place, packs) along a line of n values: places of as many whole packs as registers hold, then of fewer.
+// Values at the front of the lines of n of a panel that are worked on by themselves, for the others to lie in whole
+// lines of the cache: 12 in arrays of NumPy's, which would else take two lines for each pack. Not where the lines of
+// the panel lie differently, nor where they have fewer than `shortest` bytes: the parts of packs at either end cost
+// more then.
+template <class T>
+FASTNORM_INLINE int64_t unaligned_front(const Panel<T>& panel, int64_t n, int64_t shortest) {
+  constexpr int64_t kLineBytes = 64;
+  const int64_t size = sizeof(T);
+  if (n * size < shortest || panel.stride * size % kLineBytes != 0) return 0;
+  return unaligned_values(panel.data);
+}
+
+// body(place, packs) along a line of n values: `front` values, places of as many whole packs as registers hold, then of
+// fewer.
 template <int kPacks>
 using Packs = std::integral_constant<int, kPacks>;
 
 template <class T, class Body>
-FASTNORM_INLINE void for_pack_groups(int64_t n, const Body& body) {
-  int64_t i = 0;
+FASTNORM_INLINE void for_pack_groups(int64_t front, int64_t n, const Body& body) {
+  int64_t i = front;
+  if (front > 0) body(Partial{0, front}, Packs<1>{});
   if constexpr (kManyRegisters) {
     if constexpr (sizeof(T) == sizeof(float)) {
       for (; i + 4 * kPack <= n; i += 4 * kPack) body(Whole{i}, Packs<4>{});

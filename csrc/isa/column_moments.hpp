@@ -41,11 +41,12 @@ inline bool near_mean(double m2, double squares) {
   return m2 * (kMayOverflow<T> ? 1.5 : 0x1p12) >= squares;
 }
 
-// The first `columns` values of an array, repeated for all places of a line.
+// The first `columns` values of an array, repeated for all places of a line and for those where the next one begins.
 template <class V>
 inline void repeat(const Lines& lines, V* values) {
-  for (int64_t at = lines.columns; at < lines.length;) {
-    const int64_t n = at < lines.length - at ? at : lines.length - at;
+  const int64_t end = lines.length + (lines.many ? kPack : 0);
+  for (int64_t at = lines.columns; at < end;) {
+    const int64_t n = at < end - at ? at : end - at;
     std::memcpy(values + at, values, static_cast<size_t>(n) * sizeof(V));
     at += n;
   }
@@ -64,13 +65,15 @@ struct ColumnSpace {
   double *weight, *dy, *dy_xhat;                // per column
   double* centre[4];                            // mean, rstd, and for float64 mean_lo and scale, per place
   T *subtract, *subtract_lo, *factor, *bias;    // y = ((x - subtract) - subtract_lo) * factor + bias, per place
-  T *root, *a, *b;                              // dx = root * ((dy * factor - a) - centred * b)
-  T* plain;                                     // 0 where a place wants double, or a scale
-  double* careful;                              // per pack of places: some of them are not plain
+  // dx = root * ((dy * factor - a) - ((x - subtract) - subtract_lo) * root * b)
+  // and in float32, fewer arrays being more than half of the time: (dy * factor - a) - (x - subtract) * b
+  T *root, *a, *b;
+  T* plain;         // 0 where a place wants double, or a scale
+  double* careful;  // per pack of places: some of them are not plain
 
   static int64_t size_of(const Columns<T>& columns) {
-    const int64_t length = padded(columns.lines().length);
-    return columns.sums_space() + 20 * length + 12 * padded(columns.sets_in_outer()) + padded(length / kPack + 1);
+    const int64_t per_line = columns.space_per_line();
+    return columns.sums_space() + 19 * per_line + 12 * padded(columns.sets_in_outer()) + padded(per_line / kPack + 2);
   }
   ColumnSpace(double* space, const Columns<T>& columns) {
     const auto take = [&](int64_t count) {
@@ -78,7 +81,7 @@ struct ColumnSpace {
       space += padded(count);
       return taken;
     };
-    const int64_t length = columns.lines().length, sets = columns.sets_in_outer();
+    const int64_t per_line = columns.space_per_line(), sets = columns.sets_in_outer();
     sums = take(columns.sums_space());
     for (double** array :
          {&mean, &mean_lo, &rstd, &scale, &var, &pivot, &done, &first, &second, &size, &mean_g, &mean_g_xhat}) {
@@ -86,12 +89,12 @@ struct ColumnSpace {
     }
     for (double** array : {&of_column[0], &of_column[1], &of_column[2], &of_column[3], &weight, &dy, &dy_xhat,
                            &centre[0], &centre[1], &centre[2], &centre[3]}) {
-      *array = take(length);
+      *array = columns.template line_at<double>(take(per_line));
     }
     for (T** array : {&subtract, &subtract_lo, &factor, &bias, &root, &a, &b, &plain}) {
-      *array = reinterpret_cast<T*>(take(length));
+      *array = columns.template line_at<T>(take(per_line));
     }
-    careful = take(length / kPack + 1);
+    careful = take(per_line / kPack + 2);
   }
 
   Statistic statistic(int64_t set) const { return {mean[set], mean_lo[set], rstd[set], scale[set]}; }
@@ -107,10 +110,10 @@ struct ColumnSpace {
     T least = 1;
 #pragma omp simd reduction(min : least)
     for (int64_t c = 0; c < lines.columns; ++c) least = plain[c] < least ? plain[c] : least;
-    for (int64_t at = 0; at < lines.length; at += kPack) careful[at / kPack] = 0;
+    for (int64_t pack = 0; pack < lines.length / kPack + 2; ++pack) careful[pack] = 0;
     if (least == 1) return;
     repeat(lines, plain);
-    for (int64_t at = 0; at < lines.length; ++at) {
+    for (int64_t at = 0; at < lines.length + (lines.many ? kPack : 0); ++at) {
       if (plain[at] == 0) careful[at / kPack] = 1;
     }
   }
@@ -192,11 +195,15 @@ inline bool plain_moments(const Columns<float>& columns, int64_t outer, const Co
   const double count = static_cast<double>(columns.rows() * width), eps = columns.args().eps;
   const Operand* const operands[1] = {&columns.plan().x};
   const int64_t ahead = columns.lines_ahead();
-  columns.sum<1>(
-      outer, operands, space.sums, [&](const ColumnSums& to, int64_t, int64_t lines, int64_t n, const Panel<float>& x) {
-        const int64_t distance = ahead * x.stride * static_cast<int64_t>(sizeof(float));
-        with_ahead(ahead != 0, [&](auto asks) { add_plainly<decltype(asks)::value>(to, lines, n, x, distance); });
-      });
+  columns.sum<1>(outer, operands, space.sums,
+                 [&](const ColumnSums& to, int64_t, int64_t lines, int64_t n, const Panel<float>& x) {
+                   const int64_t distance = ahead * x.stride * static_cast<int64_t>(sizeof(float));
+                   with_ahead(ahead != 0, [&](auto asks) {
+                     for_bands<float, 4>(lines, n, ahead, [&](int64_t band, int64_t count) {
+                       add_plainly<decltype(asks)::value>(to, count, n, x.from(band), distance);
+                     });
+                   });
+                 });
   const ColumnSums sums = columns.sums_at(space.sums, 0);
   const double* const first = add_up_sets(sums.first, sets, width, space.first);
   const double* const second = add_up_sets(sums.second, sets, width, space.second);

@@ -92,12 +92,24 @@ FASTNORM_INLINE void with_panel_store(bool past_cache, const Panel<T>& panel, co
   with_store(past_cache, panel.data, panel.stride * static_cast<int64_t>(sizeof(T)), body);
 }
 
+// How late lines of results begin for them to be whole lines of the cache: worth it where they are stored past it, and
+// where what they are made from lies like them; else it would be read across lines instead.
+template <class T>
+inline int64_t lateness(bool past_cache, const Tile<T>& results, std::initializer_list<const Tile<T>*> operands) {
+  const int64_t late = results.values_before_cache_line();
+  bool worth_it = late > 0;
+  for (const Tile<T>* operand : operands) {
+    const int64_t other = operand->values_before_cache_line();
+    worth_it = worth_it && (past_cache ? other >= 0 : other == late);
+  }
+  return worth_it ? late : 0;
+}
+
 // Are all the packs of a group plain?
 template <class T>
 FASTNORM_INLINE bool all_plain(const ColumnSpace<T>& space, int64_t place, int packs) {
-  const double* careful = space.careful + place / kPack;
-  for (int k = 0; k < packs; ++k) {
-    if (careful[k] != 0) return false;
+  for (int64_t pack = place / kPack; pack <= (place + packs * kPack - 1) / kPack; ++pack) {
+    if (space.careful[pack] != 0) return false;
   }
   return true;
 }
@@ -107,16 +119,16 @@ template <bool kAhead, class T, class Out>
 FASTNORM_INLINE void normalise_panel(const Columns<T>& columns, int64_t outer, const ColumnSpace<T>& space,
                                      int64_t column, int64_t lines, int64_t n, const Panel<T>& x, const Panel<T>& y,
                                      bool two_means, Out out) {
-  for_pack_groups<T>(n, [&](auto at, auto packs) {
+  for_pack_groups<T>(0, n, [&](auto at, auto packs) {
     constexpr int kPacks = decltype(packs)::value;
     Pack<T> mean[kPacks], mean_lo[kPacks], factor[kPacks], bias[kPacks];
     FASTNORM_UNROLL
     for (int k = 0; k < kPacks; ++k) {
       const int64_t place = column + k * kPack;
-      mean[k] = at.template load<T>(space.subtract + place);
-      mean_lo[k] = at.template load<T>(space.subtract_lo + place);
-      factor[k] = at.template load<T>(space.factor + place);
-      bias[k] = at.template load<T>(space.bias + place);
+      mean[k] = in_register(at.template load<T>(space.subtract + place));
+      mean_lo[k] = in_register(at.template load<T>(space.subtract_lo + place));
+      factor[k] = in_register(at.template load<T>(space.factor + place));
+      bias[k] = in_register(at.template load<T>(space.bias + place));
     }
     const auto result = [&](const T* from, int k) FASTNORM_LOOPS {
       const Pack<T> v = at.template load<T>(from + k * kPack);
@@ -161,19 +173,20 @@ inline void normalise_outer(const Columns<T>& columns, int64_t outer, const Colu
   for (int64_t c = 0; kMayOverflow<T> && c < columns.columns(); ++c) two_means = two_means || space.subtract_lo[c] != 0;
   columns.for_pieces_of(true, [&](int64_t chunk, int64_t column, int64_t width) FASTNORM_LOOPS {
     Tile<T> x_tile(plan.x, columns.lines(), outer, column), y_tile(plan.y, columns.lines(), outer, column);
-    columns.for_panels(chunk, column, width, [&](int64_t first, int64_t count, int64_t n) {
-      const Panel<T> x = x_tile.read(first, count, n), y = y_tile.open(first, count, n);
-      with_panel_store(columns.args().past_cache, y, [&](auto out) {
-        with_ahead(columns.lines_ahead() != 0, [&](auto asks) {
-          for_bands<T, kMayOverflow<T> ? 2 : kMaxPanelRows>(
-              count, n, columns.lines_ahead(), [&](int64_t band, int64_t lines) {
-                normalise_panel<decltype(asks)::value>(columns, outer, space, column, lines, n, x.from(band),
-                                                       y.from(band), two_means, out);
+    const int64_t late = lateness(columns.args().past_cache, y_tile, {&x_tile});
+    columns.for_panels(
+        chunk, column, width, late, [&](int64_t first, int64_t count, int64_t shift, int64_t n) FASTNORM_LOOPS {
+          const Panel<T> x = x_tile.read(first, count, n), y = y_tile.open(first, count, n), to = y.moved(shift);
+          with_panel_store(columns.args().past_cache, to, [&](auto out) {
+            with_ahead(columns.lines_ahead() != 0, [&](auto asks) {
+              for_bands<T, 2>(count, n, columns.lines_ahead(), [&](int64_t band, int64_t lines) {
+                normalise_panel<decltype(asks)::value>(columns, outer, space, column + shift, lines, n,
+                                                       x.moved(shift).from(band), to.from(band), two_means, out);
               });
+            });
+          });
+          y_tile.commit(y, first, count, n);
         });
-      });
-      y_tile.commit(y, first, count, n);
-    });
   });
 }
 

@@ -94,6 +94,13 @@ class Columns {
     const int64_t wanted = kChunkBytes / (tile * kBytes) / kSlab * kSlab;
     chunk_lines_ = wanted < kMinChunkRows ? kMinChunkRows : wanted > kMaxChunkRows ? kMaxChunkRows : wanted;
     chunks_ = (lines_.count + chunk_lines_ - 1) / chunk_lines_;
+    const int64_t front = unaligned_values(reinterpret_cast<const T*>(plan.x.data));
+    bool alike = !kMayOverflow<T>;  // float64 is added up from the beginning of its lines
+    for (const Operand* operand : {&plan.y, &plan.dy, &plan.dx}) {
+      const int64_t other = unaligned_values(reinterpret_cast<const T*>(operand->data));
+      alike = alike && (operand->data == nullptr || other == front);
+    }
+    lead_ = alike && (lines_.many || lines_.length * kBytes > kLongLine) ? (kPack - front % kPack) % kPack : 0;
     tiles_ = (lines_.length + kTile<T> - 1) / kTile<T>;
     const int64_t fitting = kPanel<T> / tile / kSlab * kSlab;
     panel_lines_ = fitting < kMaxPanelRows ? fitting : kMaxPanelRows;
@@ -107,12 +114,19 @@ class Columns {
   int64_t groups() const { return groups_; }
   int64_t sets_in_outer() const { return columns_ / plan_.columns_per_set; }
   // Doubles that the sums of one outer index take, chunk by chunk.
-  int64_t sums_space() const { return chunks_ * kRowsOfSums * padded(lines_.length); }
+  int64_t sums_space() const { return chunks_ * kRowsOfSums * space_per_line(); }
+  // Arrays of a workspace that have the length of a line lie as x does in lines of the cache: doubles for one of them,
+  // and where its values begin.
+  int64_t space_per_line() const { return padded(lead_ + lines_.length + kPack); }
+  template <class V>
+  V* line_at(double* space) const {
+    return reinterpret_cast<V*>(space) + lead_;
+  }
 
   ColumnSums sums_at(double* space, int64_t chunk) const {
-    const int64_t length = padded(lines_.length);
-    double* at = space + chunk * kRowsOfSums * length;
-    return {at, at + length, at + 3 * length, at + 4 * length, reinterpret_cast<float*>(at + 2 * length)};
+    const int64_t length = space_per_line();
+    double *const from = space + chunk * kRowsOfSums * length, *const at = line_at<double>(from);
+    return {at, at + length, at + 3 * length, at + 4 * length, line_at<float>(from + 2 * length)};
   }
   int64_t stat(int64_t outer, int64_t set) const { return plan_.set_stat.offset(outer) + set * plan_.column_stat; }
   int64_t param(int64_t outer, int64_t column) const {
@@ -142,17 +156,23 @@ class Columns {
     });
   }
 
-  // visit(first line, lines, width) for the panels of a chunk; only the last line may be shorter than the others.
+  // visit(first line, lines, shift, width) for the panels of a chunk; only the last line may be shorter than the
+  // others. Where results lie without gaps, lines may begin `shift` values late, for them to be whole lines of the
+  // cache, and end in the next one; what the very first leaves comes by itself, with no shift.
   template <class Visit>
-  FASTNORM_INLINE void for_panels(int64_t chunk, int64_t column, int64_t width, const Visit& visit) const {
-    const int64_t whole = lines_.last == lines_.length ? lines_.count : lines_.count - 1;
+  FASTNORM_INLINE void for_panels(int64_t chunk, int64_t column, int64_t width, int64_t shift,
+                                  const Visit& visit) const {
     const int64_t begin = chunk * chunk_lines_, past = begin + chunk_lines_;
-    const int64_t end = past < whole ? past : whole;
-    for (int64_t first = begin; first < end; first += panel_lines_) {
-      visit(first, end - first < panel_lines_ ? end - first : panel_lines_, width);
-    }
-    if (past > whole && whole < lines_.count && column < lines_.last) {
-      visit(whole, int64_t{1}, lines_.last - column < width ? lines_.last - column : width);
+    const int64_t end = past < lines_.count ? past : lines_.count;
+    const auto room = [&](int64_t line) { return rows_ * columns_ - (line * lines_.length + column + shift); };
+    bool left = shift > 0 && begin == 0 && column == 0;
+    for (int64_t first = begin; left || first < end;) {
+      int64_t count = end - first < panel_lines_ ? end - first : panel_lines_;
+      while (count > 1 && room(first + count - 1) < width) --count;
+      const int64_t n = left ? shift : room(first + count - 1) < width ? room(first) : width;
+      if (n > 0) visit(first, left ? 1 : count, left ? 0 : shift, n);
+      first += left ? 0 : count;
+      left = false;
     }
   }
 
@@ -168,7 +188,7 @@ class Columns {
         if constexpr (!kMayOverflow<T>) to.size[c] = 0;
       }
       Tile<T> first(*operands[0], lines_, outer, column), second(*operands[kOperands - 1], lines_, outer, column);
-      for_panels(chunk, column, width, [&](int64_t line, int64_t count, int64_t n) {
+      for_panels(chunk, column, width, 0, [&](int64_t line, int64_t count, int64_t, int64_t n) {
         const Panel<T> x = first.read(line, count, n);
         if constexpr (kOperands == 1) add(to, column, count, n, x);
         if constexpr (kOperands == 2) add(to, column, count, n, x, second.read(line, count, n));
@@ -204,7 +224,7 @@ class Columns {
   const Plan& plan_;
   const NormArgs<T>& args_;
   Lines lines_;
-  int64_t columns_, rows_, chunk_lines_, chunks_, tiles_, panel_lines_, lines_ahead_, per_group_, groups_;
+  int64_t columns_, rows_, chunk_lines_, chunks_, tiles_, panel_lines_, lines_ahead_, lead_, per_group_, groups_;
   bool across_sets_;
 };
 
@@ -240,7 +260,7 @@ FASTNORM_INLINE void add_in_trees(const ColumnSums& to, int64_t count, int64_t w
 template <bool kAhead>
 FASTNORM_INLINE void add_plainly(const ColumnSums& to, int64_t count, int64_t width, const Panel<float>& x,
                                  int64_t distance) {
-  for_pack_groups<float>(width, [&](auto at, auto packs) {
+  for_pack_groups<float>(unaligned_front(x, width, kLongLine + 1), width, [&](auto at, auto packs) {
     constexpr int kPacks = decltype(packs)::value;
     PlainSums<> sums[kPacks];
     FASTNORM_UNROLL
@@ -265,40 +285,36 @@ FASTNORM_INLINE void add_plainly(const ColumnSums& to, int64_t count, int64_t wi
   });
 }
 
-// Terms of the two sums in float32, and of the size where it is wanted.
-template <int kSums>
+// Terms of the two sums in float32, and of the size.
 struct FloatTerms {
-  Pack<float> of[kSums];
+  Pack<float> first, second, size;
 
   FASTNORM_INLINE friend FloatTerms operator+(FloatTerms a, const FloatTerms& b) {
-    FASTNORM_UNROLL
-    for (int k = 0; k < kSums; ++k) a.of[k] += b.of[k];
+    a.first += b.first;
+    a.second += b.second;
+    a.size += b.size;
     return a;
   }
 };
 
-// The sums of term(line) over kLines lines, in a tree.
-template <int kLines, class Term>
-FASTNORM_INLINE auto short_tree(const Term& term, int64_t line) {
-  if constexpr (kLines == 1) {
-    return term(line);
-  } else {
-    return short_tree<kLines / 2>(term, line) + short_tree<kLines / 2>(term, line + kLines / 2);
-  }
-}
+// The two sums of the trees that are not complete, per place of a tile.
+struct TreeParts {
+  alignas(64) float first[kTile<float> + kPack], second[kTile<float> + kPack];
+};
 
-// The same for float32 data whose terms may be rounded to float32: the tree of eight lines is added in float32, and
-// widened once. Every term then goes through three additions that round, at most, and the sum is off by no more than
-// that of the sum of their magnitudes; conversions, which are what double sums spend their time on, are an eighth.
-// A term may need a number of its column, its `pivot`: terms(place, line, pivot).
-template <class Terms>
-FASTNORM_INLINE void add_in_short_trees(const ColumnSums& to, int64_t count, int64_t width, const float* pivots,
-                                        const Terms& panel) {
-  constexpr int kSums = Terms::kSums;
-  const int64_t trees = count / kSlab, rest = count % kSlab;
-  for_pack_groups<float>(width, [&](auto place, auto packs) {
+// Which lines of its trees a call adds: all, or the first, some, or the last ones.
+enum class TreePart { whole, first, middle, last };
+
+// Adds terms(place, line, pivot) over kLines lines to `trees` trees of each column.
+template <TreePart kPart, int kLines, class Terms>
+FASTNORM_INLINE void add_tree_lines(const ColumnSums& to, int64_t trees, int64_t front, int64_t width,
+                                    const float* pivots, const Terms& panel, TreeParts& parts) {
+  constexpr bool kStarts = kPart == TreePart::whole || kPart == TreePart::first;
+  constexpr bool kEnds = kPart == TreePart::whole || kPart == TreePart::last;
+  for_pack_groups<float>(front, width, [&](auto place, auto packs) {
     constexpr int kPacks = decltype(packs)::value;
     const ColumnSums sums = to + place.start;
+    const int64_t part = (kPack - front) % kPack + place.start;  // packs of the parts in whole lines of the cache too
     Terms terms = panel;
     terms.move(place.start);
     const auto at = [&](int k) FASTNORM_LOOPS { return moved(place, k * kPack - place.start); };
@@ -306,35 +322,76 @@ FASTNORM_INLINE void add_in_short_trees(const ColumnSums& to, int64_t count, int
     Pack<float> size[kPacks], pivot[kPacks];
     FASTNORM_UNROLL
     for (int k = 0; k < kPacks; ++k) {
-      first[k] = at(k).template load<double>(sums.first);
-      second[k] = at(k).template load<double>(sums.second);
-      if constexpr (kSums == 3) size[k] = at(k).template load<float>(sums.size);
+      if constexpr (kEnds) {
+        first[k] = at(k).template load<double>(sums.first);
+        second[k] = at(k).template load<double>(sums.second);
+      }
+      size[k] = at(k).template load<float>(sums.size);
       pivot[k] = at(k).template load<float>(pivots + place.start);
     }
-    const auto add = [&](int k, const FloatTerms<kSums>& sum) FASTNORM_LOOPS {
-      first[k] += widen(sum.of[0]);
-      second[k] += widen(sum.of[1]);
-      if constexpr (kSums == 3) size[k] += sum.of[2];
-    };
     for (int64_t tree = 0; tree < trees; ++tree) {
       FASTNORM_UNROLL
       for (int k = 0; k < kPacks; ++k) {
-        add(k, short_tree<kSlab>([&](int64_t line) FASTNORM_LOOPS { return terms(at(k), line, pivot[k]); }, 0));
+        const auto pair = [&](int64_t line) FASTNORM_LOOPS {
+          FloatTerms sum = terms(at(k), line, pivot[k]);
+          if constexpr (kLines > 1) sum = sum + terms(at(k), line + 1, pivot[k]);
+          size[k] += sum.size;
+          return sum;
+        };
+        FloatTerms sum = pair(0);
+        if constexpr (!kStarts) {
+          sum.first += at(k).template load<float>(parts.first + part);
+          sum.second += at(k).template load<float>(parts.second + part);
+        }
+        FASTNORM_UNROLL
+        for (int line = 2; line < kLines; line += 2) sum = sum + pair(line);
+        if constexpr (kEnds) {
+          first[k] += widen(sum.first);
+          second[k] += widen(sum.second);
+        } else {
+          at(k).store(parts.first + part, sum.first);
+          at(k).store(parts.second + part, sum.second);
+        }
       }
-      terms.next(kSlab);
-    }
-    for (int64_t line = 0; line < rest; ++line) {
-      FASTNORM_UNROLL
-      for (int k = 0; k < kPacks; ++k) add(k, terms(at(k), 0, pivot[k]));
-      terms.next(1);
+      terms.next(kLines);
     }
     FASTNORM_UNROLL
     for (int k = 0; k < kPacks; ++k) {
-      at(k).store(sums.first, first[k]);
-      at(k).store(sums.second, second[k]);
-      if constexpr (kSums == 3) at(k).store(sums.size, size[k]);
+      if constexpr (kEnds) {
+        at(k).store(sums.first, first[k]);
+        at(k).store(sums.second, second[k]);
+      }
+      at(k).store(sums.size, size[k]);
     }
   });
+}
+
+// The same for float32 data whose terms may be rounded to float32: eight lines are added in float32, as a chain of
+// pairs, and widened once. Every term then goes through four additions that round, at most, and the sum is off by no
+// more than that of the sum of their magnitudes; conversions, which are what double sums spend their time on, are an
+// eighth. A term may need a number of its column, its `pivot`: terms(place, line, pivot). Lines that come from memory
+// (`in_order`) are read two at a time: more of them, a page apart, would push each other out of the nearest cache.
+template <class Terms>
+FASTNORM_INLINE void add_in_short_trees(const ColumnSums& to, int64_t count, int64_t front, int64_t width,
+                                        bool in_order, const float* pivots, const Terms& panel) {
+  TreeParts parts;
+  Terms terms = panel;
+  const int64_t trees = count / kSlab;
+  if (in_order) {
+    for (int64_t pair = 0; pair < trees * kSlab; pair += 2, terms.next(2)) {
+      if (pair % kSlab == 0) {
+        add_tree_lines<TreePart::first, 2>(to, 1, front, width, pivots, terms, parts);
+      } else if (pair % kSlab < kSlab - 2) {
+        add_tree_lines<TreePart::middle, 2>(to, 1, front, width, pivots, terms, parts);
+      } else {
+        add_tree_lines<TreePart::last, 2>(to, 1, front, width, pivots, terms, parts);
+      }
+    }
+  } else {
+    add_tree_lines<TreePart::whole, kSlab>(to, trees, front, width, pivots, terms, parts);
+    terms.next(trees * kSlab);
+  }
+  if (count % kSlab != 0) add_tree_lines<TreePart::whole, 1>(to, count % kSlab, front, width, pivots, terms, parts);
 }
 
 }  // namespace

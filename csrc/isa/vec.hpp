@@ -244,7 +244,8 @@ FASTNORM_INLINE Pack<C> magnitude(Pack<C> pack) {
 }
 
 // Loaded once: where registers are many, compilers would rather load a value for each of its uses.
-FASTNORM_INLINE Pack<float> in_register(Pack<float> pack) {
+template <class C>
+FASTNORM_INLINE Pack<C> in_register(Pack<C> pack) {
 #if defined(__AVX512F__)
   for (auto& part : pack.part) asm("" : "+v"(part));
 #endif
