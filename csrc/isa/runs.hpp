@@ -65,6 +65,9 @@ inline int64_t shared_run(const Plan& plan, std::initializer_list<const Operand*
   return run;
 }
 
+// From one to the next along the innermost axis of a walk.
+inline int64_t inner_stride(const Walk& walk) { return walk.rank > 0 ? walk.stride[walk.rank - 1] : 0; }
+
 // One operand of one segment, seen as runs of equal length.
 template <class T>
 class Line {
@@ -78,6 +81,17 @@ class Line {
  private:
   char* base_;
   int64_t step_;
+};
+
+// All segments of a set of an operand, which lie at equal distances, seen the same way: for loops over short segments.
+struct SegmentLines {
+  char* base;
+  int64_t segment_step, line_step;  // in bytes
+
+  SegmentLines(const Operand& operand, int64_t set, int64_t run)
+      : base(operand.data + operand.set.offset(set)),
+        segment_step(inner_stride(operand.segment)),
+        line_step(operand.element.rank == 2 ? operand.element.stride[0] : run * static_cast<int64_t>(sizeof(float))) {}
 };
 
 // The sets of an operand of one segment, seen the same way: for loops over many short sets.

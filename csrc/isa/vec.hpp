@@ -483,13 +483,18 @@ FASTNORM_INLINE double fold(const Vector<double, kBytes>& v) {
   }
 }
 
-FASTNORM_INLINE double fold(const Pack<double>& pack) {
-  Pack<double> sums = pack;
-  for (int width = Pack<double>::kParts / 2; width > 0; width /= 2) {
-    for (int k = 0; k < width; ++k) sums.part[k] += sums.part[k + width];
+template <int kParts>
+FASTNORM_INLINE double fold_parts(const Pack<double>::Part* part) {
+  if constexpr (kParts == 1) {
+    return fold<kVectorBytes>(part[0]);
+  } else {
+    Pack<double>::Part sums[kParts / 2];
+    FASTNORM_UNROLL
+    for (int k = 0; k < kParts / 2; ++k) sums[k] = part[k] + part[k + kParts / 2];
+    return fold_parts<kParts / 2>(sums);
   }
-  return fold<kVectorBytes>(sums.part[0]);
 }
+FASTNORM_INLINE double fold(const Pack<double>& pack) { return fold_parts<Pack<double>::kParts>(pack.part); }
 
 // The folds of eight packs.
 FASTNORM_INLINE void fold_eight(const Pack<double>* packs, double* sums) {
@@ -509,6 +514,7 @@ FASTNORM_INLINE void fold_eight(const Pack<double>* packs, double* sums) {
   const Part all = _mm512_maskz_unpacklo_pd(0xff, even, odd) + _mm512_maskz_unpackhi_pd(0xff, even, odd);
   std::memcpy(sums, &all, sizeof all);
 #else
+  FASTNORM_UNROLL
   for (int k = 0; k < 8; ++k) sums[k] = fold(packs[k]);
 #endif
 }
