@@ -264,20 +264,33 @@ class ChannelBatches {
     const int64_t segments = plan_.segments;
     const double *dy = sums_.dy + first_ * segments, *dy_xhat = sums_.dy_xhat + first_ * segments,
                  *of_dy = sums_.size + first_ * segments;
-    for (int64_t i = 0; i < count_; ++i) {
-      double sum_a = 0, sum_b = 0, sum_size = 0;
-      for (int64_t segment = 0; segment < segments; ++segment) {
-        const double weight = static_cast<double>(*weight_of(i, segment));
-        sum_a += weight * *dy++;
-        sum_b += weight * *dy_xhat++;
-        sum_size += std::fabs(weight) * *of_dy++;
+    const int64_t sets = count_;
+    if (segments == 1) {
+      double weight[kGradientSets];
+      for (int64_t i = 0; i < sets; ++i) weight[i] = static_cast<double>(*weight_of(i, 0));
+#pragma omp simd
+      for (int64_t i = 0; i < sets; ++i) {
+        a[i] = weight[i] * dy[i];
+        b[i] = weight[i] * dy_xhat[i];
+        size[i] = std::fabs(weight[i]) * of_dy[i];
       }
-      a[i] = sum_a, b[i] = sum_b, size[i] = sum_size;
+    } else {
+      for (int64_t i = 0; i < sets; ++i) {
+        double sum_a = 0, sum_b = 0, sum_size = 0;
+        for (int64_t segment = 0; segment < segments; ++segment) {
+          const double weight = static_cast<double>(*weight_of(i, segment));
+          sum_a += weight * *dy++;
+          sum_b += weight * *dy_xhat++;
+          sum_size += std::fabs(weight) * *of_dy++;
+        }
+        a[i] = sum_a, b[i] = sum_b, size[i] = sum_size;
+      }
     }
     const int64_t rounded = whole_lanes(count_);
 #pragma omp simd
     for (int64_t i = 0; i < rounded; ++i) {
-      const GradientMeans means = GradientMeans::of_sums(centred * a[i], b[i], size[i], count, mean_[i], rstd_[i]);
+      const GradientMeans means =
+          GradientMeans::of_sums<float>(centred * a[i], b[i], size[i], count, mean_[i], rstd_[i]);
       const double b_rstd = means.b * rstd_[i];
       factor_a_[i] = static_cast<float>(means.a + off_[i] * b_rstd);
       factor_b_[i] = static_cast<float>(b_rstd);

@@ -193,25 +193,23 @@ struct GradientMeans {
   template <class T>
   static GradientMeans of(const Sum& a, const Sum& b, double size, double count, bool centred, bool plain_weights,
                           const Statistic& s) {
-    GradientMeans means = of_sums(centred ? a.value() : 0, b.value(), size, count, s.mean, s.rstd);
+    GradientMeans means = of_sums<T>(centred ? a.value() : 0, b.value(), size, count, s.mean, s.rstd);
     means.in_float = !kMayOverflow<T> && plain_weights && means.in_float;
     return means;
   }
-  // Without a branch, for loops over sets.
+  // Without a branch, for loops over sets; and without a division, for which float32 results do not ask.
+  template <class T>
   static GradientMeans of_sums(double a, double b, double size, double count, double mean, double rstd) {
+    const double share = 1 / count;
     GradientMeans means;
-    means.a = a / count;
-    means.b = b / count;
-    const double mean_size = size / count;
-    const bool fits = in_range(rstd) & (std::fabs(mean) < 0x1p100);
+    means.a = kMayOverflow<T> ? a / count : a * share;
+    means.b = kMayOverflow<T> ? b / count : b * share;
+    const bool fits = moderate(rstd) & (std::fabs(mean) < kMostMean);
     const bool fit =
-        (in_range(mean_size) | (size == 0)) & (std::fabs(means.a) < 0x1p100) & (std::fabs(means.b * rstd) < 0x1p100);
+        zero_or_moderate(size * share) & (std::fabs(means.a) < kMostMean) & (std::fabs(means.b * rstd) < kMostMean);
     means.in_float = static_cast<bool>(fits & fit);
     return means;
   }
-
- private:
-  static bool in_range(double v) { return static_cast<bool>((std::fabs(v) > 0x1p-40) & (std::fabs(v) < 0x1p40)); }
 };
 
 // The sums of every segment of a call; those of float32 data, in which each digit of a double is to spare, lie apart.
