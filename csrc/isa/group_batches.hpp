@@ -110,14 +110,15 @@ class GroupBatches {
     const char* x_segment = from.base;
     char* y_segment = to.base;
     SetFormula<true, None, Same<float>> formula{now.high_mean[lane], now.low_mean[lane], 0.0f, None{}, Same<float>(0)};
-    Factors factors;
+    const float* weight = args_.weight ? args_.weight + now.param[lane] : nullptr;
+    const float* bias = args_.bias ? args_.bias + now.param[lane] : nullptr;
+    const double rstd = now.rstd[lane];
     for (int64_t segment = 0; segment < segments; ++segment) {
-      const int64_t i = segment % Factors::kCount;
-      if (i == 0) find_factors(now, lane, segment, factors);
       before_segment(segment);
-      if (factors.plain) {
-        formula.factor = factors.factor[i];
-        formula.bias.value = factors.bias[i];
+      const double factor = weight ? rstd * static_cast<double>(weight[segment]) : rstd;
+      if (zero_or_moderate(factor)) {
+        formula.factor = static_cast<float>(factor);
+        if (bias) formula.bias.value = bias[segment];
         const char* x_line = x_segment;
         char* y_line = y_segment;
         for (int64_t line = 0; line < lines; ++line) {
@@ -128,44 +129,10 @@ class GroupBatches {
         }
       } else {
         const int64_t units = chunks_per_segment(plan_);
-        normalise_units(set, segment * units, (segment + 1) * units, Statistic{now.mean[lane], 0, now.rstd[lane], 1});
+        normalise_units(set, segment * units, (segment + 1) * units, Statistic{now.mean[lane], 0, rstd, 1});
       }
       x_segment += from.segment_step;
       y_segment += to.segment_step;
-    }
-  }
-
-  // What makes y of some segments, and whether float32 will do for all of them.
-  struct Factors {
-    static constexpr int64_t kCount = 8;
-    float factor[kCount], bias[kCount];
-    bool plain;
-  };
-  [[gnu::noinline]] void find_factors(const Batch& now, int64_t lane, int64_t segment, Factors& factors) const {
-    const int64_t left = plan_.segments - segment;
-    const int64_t param = args_.weight || args_.bias ? now.param[lane] + segment : 0;
-    const double rstd = now.rstd[lane];
-    const auto find = [&](auto count_of, auto weight_at, auto bias_at) {
-      const int64_t count = count_of;
-      int64_t beyond = 0;
-#pragma omp simd reduction(| : beyond)
-      for (int64_t i = 0; i < count; ++i) {
-        const double factor = rstd * static_cast<double>(weight_at(i));
-        factors.factor[i] = static_cast<float>(factor);
-        factors.bias[i] = bias_at(i);
-        beyond |= zero_or_moderate(factor) ? 0 : 1;
-      }
-      factors.plain = beyond == 0;
-    };
-    const float *const weight = args_.weight + param, *const bias = args_.bias + param;
-    if (args_.weight && args_.bias && left >= Factors::kCount) {
-      find(
-          std::integral_constant<int64_t, Factors::kCount>{}, [=](int64_t i) { return weight[i]; },
-          [=](int64_t i) { return bias[i]; });
-    } else {
-      find(
-          left < Factors::kCount ? left : Factors::kCount, [&](int64_t i) { return args_.weight ? weight[i] : 1.0f; },
-          [&](int64_t i) { return args_.bias ? bias[i] : 0.0f; });
     }
   }
 
