@@ -66,11 +66,9 @@ struct Batch {
   int64_t beyond = 0;
 #pragma omp simd reduction(| : beyond)
   for (int64_t i = 0; i < kStatisticLanes; ++i) {
-    const double size = std::fabs(factor[i]);
     const bool short_way = (excess[i] >= 0) & (squares[i] < HUGE_VAL);
-    const bool fit = (rstd[i] > kLeastModerate) & (rstd[i] < kMostModerate) & (std::fabs(mean[i]) < kMostMean);
-    const bool fit_scaled = (size == 0) | ((size > kLeastModerate) & (size < kMostModerate));
-    beyond |= (short_way & fit & fit_scaled) ? 0 : 1;
+    const bool fit = moderate(rstd[i]) & (std::fabs(mean[i]) < kMostMean);
+    beyond |= (short_way & fit & zero_or_moderate(factor[i])) ? 0 : 1;
   }
   return beyond == 0;
 }

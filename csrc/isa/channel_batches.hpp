@@ -59,6 +59,8 @@ inline SegmentSums segment_sums(const Plan& plan, int64_t run, int64_t set, int6
 
 // Segments whose sums are folded together.
 constexpr int64_t kFoldedSegments = 8;
+// Sets of a batch at most, a multiple of those whose statistics are computed together.
+constexpr int64_t kGradientSets = 32;
 // Values of the sets of a batch: x and dy of the one number fit the nearest cache; up to the other, which fit the next,
 // where fewer segments than are folded together would else make a batch.
 constexpr int64_t kGradientBatchElements = 4096, kFarBatchElements = 32768;
@@ -85,14 +87,15 @@ class ChannelBatches {
       const int64_t left = row - first_ % row, room = end - first_ < left ? end - first_ : left;
       count_ = room < size ? room : size;
       take_statistics();
-      const auto measure_with = [&](const auto& lines) {
+      const TreeCut cut(run_);
+      cut.with_rest([&](auto rest) {
+        constexpr int kRest = decltype(rest)::value;
         if (reading_ahead<float>(plan_, plan_.x, run_) > 0) {
-          measure(lines, ReadAhead(plan_, run_));
+          measure<kRest>(cut, ReadAhead(plan_, run_));
         } else {
-          measure(lines, NoReadAhead{});
+          measure<kRest>(cut, NoReadAhead{});
         }
-      };
-      with_lines(measure_with);
+      });
       prepare();
       for (int64_t i = 0; i < count_; ++i) {
         if (plain_[i] == 0) write_carefully(i);
@@ -108,12 +111,17 @@ class ChannelBatches {
   }
 
  private:
+  // Statistics of whole lanes: the last ones may be of no set.
+  static int64_t whole_lanes(int64_t count) {
+    return (count + kStatisticLanes - 1) / kStatisticLanes * kStatisticLanes;
+  }
+
   int64_t sets_at_once() const {
     const int64_t near = kGradientBatchElements / plan_.set_size(), far = kFarBatchElements / plan_.set_size();
     const int64_t folded = (kFoldedSegments + plan_.segments - 1) / plan_.segments,
                   wanted = folded < far ? folded : far;
     const int64_t size = near > wanted ? near : wanted;
-    return size < 1 ? 1 : size < kPack ? size : kPack;
+    return size < 1 ? 1 : size < kGradientSets ? size : kGradientSets;
   }
 
   // The lines of a segment; most often there is one.
@@ -135,24 +143,21 @@ class ChannelBatches {
   struct Lanes {
     Pack<double> dy[kFoldedSegments], product[kFoldedSegments], size[kFoldedSegments];
     double off[kFoldedSegments], rstd[kFoldedSegments];
-  };
 
-  // One operand of the batch: line k of segment j of set i.
-  template <class T>
-  struct Runs {
-    char* base;
-    int64_t set_step, segment_step, line_step;
-
-    Runs(const Operand& operand, int64_t set, int64_t run)
-        : base(operand.data + operand.set.offset(set)),
-          set_step(inner_stride(operand.set)),
-          segment_step(inner_stride(operand.segment)),
-          line_step(operand.element.rank == 2 ? operand.element.stride[0] : run * static_cast<int64_t>(sizeof(T))) {}
-    T* at(int64_t i, int64_t j, int64_t k) const {
-      return reinterpret_cast<T*>(base + i * set_step + j * segment_step + k * line_step);
+    FASTNORM_INLINE void put(int64_t lane, const TreeGradientSums& sums) {
+      dy[lane] = sums.dy_sum.lanes;
+      product[lane] = sums.product_sum.lanes;
+      size[lane] = widen(sums.size);
     }
   };
-  static int64_t inner_stride(const Walk& walk) { return walk.rank > 0 ? walk.stride[walk.rank - 1] : 0; }
+
+  // One operand of the batch.
+  struct Runs : SegmentLines {
+    int64_t set_step;
+    Runs(const Operand& operand, int64_t set, int64_t run)
+        : SegmentLines(operand, set, run), set_step(inner_stride(operand.set)) {}
+    char* set(int64_t i) const { return base + i * set_step; }
+  };
 
   const float* weight_of(int64_t i, int64_t segment) const {
     return weights_ + i * weight_step_ + (args_.weight ? segment : 0);
@@ -166,32 +171,40 @@ class ChannelBatches {
       mean_lo_[i] = args_.mean_lo ? args_.mean_lo[stat + i * step] : 0;
       rstd_[i] = args_.rstd[stat + i * step];
     }
+    const int64_t rounded = whole_lanes(count_);
 #pragma omp simd
-    for (int64_t i = 0; i < kPack; ++i) {
+    for (int64_t i = 0; i < rounded; ++i) {
       const double mean_lo = std::fabs(mean_lo_[i]) * rstd_[i] < 0x1p-56 ? 0 : mean_lo_[i];
       pivot_[i] = static_cast<float>(mean_[i]);
       off_[i] = (static_cast<double>(pivot_[i]) - mean_[i]) - mean_lo;
     }
   }
 
-  template <class Lines, class Ahead>
-  [[gnu::noinline]] FASTNORM_LOOPS void measure(const Lines& lines, const Ahead& ahead) {
+  template <int kRest, class Ahead>
+  [[gnu::noinline]] FASTNORM_LOOPS void measure(const TreeCut& cut_of_run, const Ahead& ahead_of) {
     Lanes lanes;
-    const int64_t count = count_, segments = plan_.segments, all = count * segments, run = run_;
-    const Runs<const float> x(plan_.x, first_, run), dy(plan_.dy, first_, run);
+    const TreeCut cut = cut_of_run;
+    const Ahead ahead = ahead_of;
+    const int64_t count = count_, segments = plan_.segments, all = count * segments, lines = lines_;
+    const Runs x(plan_.x, first_, run_), dy(plan_.dy, first_, run_);
     int64_t lane = 0, done = 0;
     for (int64_t i = 0; i < count; ++i) {
       const Pack<float> pivots(pivot_[i]);
+      const char *x_segment = x.set(i), *dy_segment = dy.set(i);
       for (int64_t segment = 0; segment < segments; ++segment) {
         TreeGradientSums sums;
-        for (int64_t line = 0; line < lines.count; ++line) {
+        const char *x_line = x_segment, *dy_line = dy_segment;
+        for (int64_t line = 0; line < lines; ++line) {
           TreeGradientSums inner = sums;
-          inner.add_run(x.at(i, segment, line), dy.at(i, segment, line), run, pivots, ahead);
+          inner.add_run<kRest>(reinterpret_cast<const float*>(x_line), reinterpret_cast<const float*>(dy_line), cut,
+                               pivots, ahead);
           sums = inner;
+          x_line += x.line_step;
+          dy_line += dy.line_step;
         }
-        lanes.dy[lane] = sums.dy_sum.lanes;
-        lanes.product[lane] = sums.product_sum.lanes;
-        lanes.size[lane] = widen(sums.size);
+        x_segment += x.segment_step;
+        dy_segment += dy.segment_step;
+        lanes.put(lane, sums);
         lanes.off[lane] = off_[i];
         lanes.rstd[lane] = rstd_[i];
         ++lane;
@@ -206,35 +219,32 @@ class ChannelBatches {
 
   // The sums of segments [first, first + count) of the batch.
   void finish(const Lanes& lanes, int64_t count, int64_t first) {
-    double dy[kFoldedSegments], product[kFoldedSegments], size[kFoldedSegments], dy_xhat[kFoldedSegments],
-        untrusted[kFoldedSegments], failures = 0;
+    double dy[kFoldedSegments], product[kFoldedSegments], size[kFoldedSegments], dy_xhat[kFoldedSegments];
     fold_eight(lanes.dy, dy);
     fold_eight(lanes.product, product);
     fold_eight(lanes.size, size);
-#pragma omp simd
+    const auto totals = [&](int64_t lane) {
+      return TreeTotals::of(dy[lane], product[lane], size[lane], lanes.off[lane], lanes.rstd[lane]);
+    };
+    int64_t failures = 0;
+#pragma omp simd reduction(| : failures)
     for (int64_t lane = 0; lane < kFoldedSegments; ++lane) {
-      const TreeTotals totals = TreeTotals::of(dy[lane], product[lane], size[lane], lanes.off[lane], lanes.rstd[lane]);
-      dy_xhat[lane] = totals.dy_xhat;
-      untrusted[lane] = totals.trusted ? 0 : 1;
+      dy_xhat[lane] = totals(lane).dy_xhat;
+      failures |= totals(lane).trusted ? 0 : 1;
     }
     const int64_t to = first_ * plan_.segments + first;
-    const auto put = [&](auto lanes_of) {
-      const int64_t n = lanes_of;
-#pragma omp simd reduction(+ : failures)
-      for (int64_t lane = 0; lane < n; ++lane) {
-        sums_.dy[to + lane] = dy[lane];
-        sums_.dy_xhat[to + lane] = dy_xhat[lane];
-        sums_.size[to + lane] = size[lane];
-        failures += untrusted[lane];
-      }
+    const auto put = [&](size_t n) {
+      std::memcpy(sums_.dy + to, dy, n * sizeof(double));
+      std::memcpy(sums_.dy_xhat + to, dy_xhat, n * sizeof(double));
+      std::memcpy(sums_.size + to, size, n * sizeof(double));
     };
     if (count == kFoldedSegments) {
-      put(std::integral_constant<int64_t, kFoldedSegments>{});
+      put(kFoldedSegments);
     } else {
-      put(count);
+      put(static_cast<size_t>(count));
     }
-    for (int64_t lane = 0; failures > 0 && lane < count; ++lane) {
-      if (untrusted[lane] != 0) sum_carefully(to + lane);
+    for (int64_t lane = 0; failures != 0 && lane < count; ++lane) {
+      if (!totals(lane).trusted) sum_carefully(to + lane);
     }
   }
 
@@ -245,36 +255,42 @@ class ChannelBatches {
 
   // What channel_means and GradientFactors::of do, for all sets of the batch.
   [[gnu::noinline]] void prepare() {
-    double a[kPack] = {}, b[kPack] = {}, size[kPack] = {};
+    double a[kGradientSets], b[kGradientSets], size[kGradientSets];
     const double count = static_cast<double>(plan_.set_size()), centred = args_.centred ? 1 : 0;
     if (args_.weight) {
       weights_ = args_.weight + plan_.set_param.offset(first_);
       weight_step_ = inner_stride(plan_.set_param);
     }
-    const auto add_up = [&](auto segments_of) {
-      const int64_t segments = segments_of;
-      const double *dy = sums_.dy + first_ * segments, *dy_xhat = sums_.dy_xhat + first_ * segments,
-                   *of_dy = sums_.size + first_ * segments;
-      for (int64_t segment = 0; segment < segments; ++segment) {
-        double weight[kPack];
-        for (int64_t i = 0; i < count_; ++i) weight[i] = static_cast<double>(*weight_of(i, segment));
+    const int64_t segments = plan_.segments;
+    const double *dy = sums_.dy + first_ * segments, *dy_xhat = sums_.dy_xhat + first_ * segments,
+                 *of_dy = sums_.size + first_ * segments;
+    const int64_t sets = count_;
+    if (segments == 1) {
+      double weight[kGradientSets];
+      for (int64_t i = 0; i < sets; ++i) weight[i] = static_cast<double>(*weight_of(i, 0));
 #pragma omp simd
-        for (int64_t i = 0; i < count_; ++i) {
-          const int64_t index = i * segments + segment;
-          a[i] += weight[i] * dy[index];
-          b[i] += weight[i] * dy_xhat[index];
-          size[i] += std::fabs(weight[i]) * of_dy[index];
-        }
+      for (int64_t i = 0; i < sets; ++i) {
+        a[i] = weight[i] * dy[i];
+        b[i] = weight[i] * dy_xhat[i];
+        size[i] = std::fabs(weight[i]) * of_dy[i];
       }
-    };
-    if (plan_.segments == 1) {
-      add_up(std::integral_constant<int64_t, 1>{});
     } else {
-      add_up(plan_.segments);
+      for (int64_t i = 0; i < sets; ++i) {
+        double sum_a = 0, sum_b = 0, sum_size = 0;
+        for (int64_t segment = 0; segment < segments; ++segment) {
+          const double weight = static_cast<double>(*weight_of(i, segment));
+          sum_a += weight * *dy++;
+          sum_b += weight * *dy_xhat++;
+          sum_size += std::fabs(weight) * *of_dy++;
+        }
+        a[i] = sum_a, b[i] = sum_b, size[i] = sum_size;
+      }
     }
+    const int64_t rounded = whole_lanes(count_);
 #pragma omp simd
-    for (int64_t i = 0; i < kPack; ++i) {
-      const GradientMeans means = GradientMeans::of_sums(centred * a[i], b[i], size[i], count, mean_[i], rstd_[i]);
+    for (int64_t i = 0; i < rounded; ++i) {
+      const GradientMeans means =
+          GradientMeans::of_sums<float>(centred * a[i], b[i], size[i], count, mean_[i], rstd_[i]);
       const double b_rstd = means.b * rstd_[i];
       factor_a_[i] = static_cast<float>(means.a + off_[i] * b_rstd);
       factor_b_[i] = static_cast<float>(b_rstd);
@@ -288,20 +304,32 @@ class ChannelBatches {
   template <class Lines, bool kPastCache>
   [[gnu::noinline]] FASTNORM_LOOPS void write(const Lines& lines) const {
     const int64_t count = count_, segments = plan_.segments, run = run_;
-    const Runs<const float> x(plan_.x, first_, run), dy(plan_.dy, first_, run);
-    const Runs<float> dx(plan_.dx, first_, run);
+    const Runs x(plan_.x, first_, run), dy(plan_.dy, first_, run), dx(plan_.dx, first_, run);
+    const int64_t weight_step = args_.weight ? 1 : 0;
     for (int64_t i = 0; i < count; ++i) {
       if (plain_[i] == 0) continue;
       const GradientFactors factors{pivot_[i], factor_rstd_[i], factor_a_[i], factor_b_[i]};
       InputGradient<float, float, Same<float>> gradient(factors, Same<float>(1));
+      const float* weight = weight_of(i, 0);
+      const char *x_segment = x.set(i), *dy_segment = dy.set(i);
+      char* dx_segment = dx.set(i);
       for (int64_t segment = 0; segment < segments; ++segment) {
-        gradient.weight.value = Pack<float>(*weight_of(i, segment));
+        gradient.weight.value = Pack<float>(*weight);
+        const char *x_line = x_segment, *dy_line = dy_segment;
+        char* dx_line = dx_segment;
         for (int64_t line = 0; line < lines.count; ++line) {
-          const float *from = x.at(i, segment, line), *dy_from = dy.at(i, segment, line);
-          float* to = dx.at(i, segment, line);
-          for_stored_packs(kPastCache, to, run,
-                           [&](auto at, auto out) { out.store(at, to, gradient(at, from, dy_from)); });
+          const float *from = reinterpret_cast<const float*>(x_line),
+                      *dy_from = reinterpret_cast<const float*>(dy_line);
+          write_run<kPastCache>(reinterpret_cast<float*>(dx_line), run,
+                                [&](auto at) { return gradient(at, from, dy_from); });
+          x_line += x.line_step;
+          dy_line += dy.line_step;
+          dx_line += dx.line_step;
         }
+        weight += weight_step;
+        x_segment += x.segment_step;
+        dy_segment += dy.segment_step;
+        dx_segment += dx.segment_step;
       }
     }
   }
@@ -324,9 +352,10 @@ class ChannelBatches {
   const float one_ = 1;
   const float* weights_ = &one_;
   int64_t weight_step_ = 0;
-  double mean_[kPack] = {}, mean_lo_[kPack] = {}, rstd_[kPack] = {}, off_[kPack];
-  double mean_g_[kPack], mean_g_xhat_[kPack];
-  float pivot_[kPack], factor_rstd_[kPack], factor_a_[kPack], factor_b_[kPack], plain_[kPack];
+  double mean_[kGradientSets] = {}, mean_lo_[kGradientSets] = {}, rstd_[kGradientSets] = {}, off_[kGradientSets];
+  double mean_g_[kGradientSets], mean_g_xhat_[kGradientSets];
+  float pivot_[kGradientSets], factor_rstd_[kGradientSets], factor_a_[kGradientSets], factor_b_[kGradientSets],
+      plain_[kGradientSets];
 };
 
 }  // namespace

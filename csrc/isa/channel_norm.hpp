@@ -12,7 +12,8 @@ bool channel_backward(const Plan& plan, const NormArgs<T>& args) {
   const int64_t run = shared_run<T>(plan, {&plan.x, &plan.dy, &plan.dx});
   const bool split = split_sets(plan), want_params = args.dweight || args.dbias;
   SegmentTable<T> sums(plan.sets * segments);
-  const Workspace<SegmentSums> partial(split ? plan.sets * units : 0), totals(want_params ? plan.params : 0);
+  const Workspace<SegmentSums> partial(split ? plan.sets * units : 0);
+  const Workspace<std::conditional_t<kMayOverflow<T>, Sum, double>> totals(want_params ? 2 * plan.params : 0);
   if (!sums || !partial || !totals) return false;
 
   const auto statistic = [&](int64_t set) { return kept_statistic(plan, args, set); };
@@ -57,9 +58,11 @@ bool channel_backward(const Plan& plan, const NormArgs<T>& args) {
   // Sets along the innermost axis have neighbouring parameters, or the same: a row of either is added at once.
   const Walk& param = plan.set_param;
   const int64_t row = param.rank > 0 && param.stride[param.rank - 1] == segments ? param.inner_size() : 1;
-  reduce_parameter_gradients(
-      plan, args, sums, plan.sets / row, row * segments, 1, [&](int64_t i) { return param.offset(i * row); },
-      totals.data());
+  if (want_params) {
+    reduce_parameter_gradients(
+        plan, args, sums, plan.sets / row, row * segments, [&](int64_t i) { return param.offset(i * row); },
+        totals.data());
+  }
   return true;
 }
 

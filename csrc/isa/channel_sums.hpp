@@ -2,6 +2,8 @@
 // and b, plain they are dbias and dweight.
 #pragma once
 
+#include <type_traits>
+
 #include "isa/set_norm.hpp"
 #include "isa/short_trees.hpp"
 
@@ -32,6 +34,33 @@ struct NoReadAhead {
   FASTNORM_INLINE void operator()(const float*, const float*) const {}
 };
 
+// How a run is cut into trees: whole ones, then one of fewer packs, the last of which may be a part of one.
+struct TreeCut {
+  static constexpr int64_t kTree = kTreePacks * kPack;
+  int64_t trees, last;  // `last`: values in the last pack
+  int rest;             // packs after the whole trees
+
+  explicit TreeCut(int64_t n)
+      : trees(n / kTree), last((n - 1) % kPack + 1), rest(static_cast<int>((n % kTree + kPack - 1) / kPack)) {}
+
+  // call(std::integral_constant<int, rest>): for loops over many runs that are cut the same way.
+  template <class Call>
+  FASTNORM_INLINE void with_rest(const Call& call) const {
+    switch (rest) {
+      case 0:
+        return call(std::integral_constant<int, 0>{});
+      case 1:
+        return call(std::integral_constant<int, 1>{});
+      case 2:
+        return call(std::integral_constant<int, 2>{});
+      case 3:
+        return call(std::integral_constant<int, 3>{});
+      default:
+        return call(std::integral_constant<int, 4>{});
+    }
+  }
+};
+
 // Sums of float32 data in short trees: of dy, of dy * (x - pivot) and, for nothing but its size, of |dy|.
 struct TreeGradientSums {
   ShortTreeSum dy_sum, product_sum;
@@ -49,32 +78,25 @@ struct TreeGradientSums {
     size += tree.size;
   }
 
-  // A run of n values. What is missing in the last pack is zeros of dy: they add nothing.
-  template <class Ahead>
-  FASTNORM_INLINE void add_run(const float* x, const float* dy, int64_t n, const Pack<float>& pivot,
+  // A run. What is missing in the last pack is zeros of dy: they add nothing.
+  template <int kRest, class Ahead>
+  FASTNORM_INLINE void add_run(const float* x, const float* dy, const TreeCut& cut, const Pack<float>& pivot,
                                const Ahead& ahead) {
     const auto terms = [&](auto at) {
       ahead(x + at.start, dy + at.start);
-      const Pack<float> g = at.template load<float>(dy);
+      const Pack<float> g = in_register(at.template load<float>(dy));
       return Terms{g, g * (at.template load<float>(x) - pivot), magnitude(g)};
     };
     const auto whole = [&](int64_t i) { return terms(Whole{i}); };
     int64_t i = 0;
-    for (; i + kTreePacks * kPack <= n; i += kTreePacks * kPack) {
+    for (int64_t tree = 0; tree < cut.trees; ++tree, i += TreeCut::kTree) {
       add((whole(i) + whole(i + kPack)) + (whole(i + 2 * kPack) + whole(i + 3 * kPack)));
     }
-    if (i == n) return;
-    const int64_t packs = (n - i - 1) / kPack;  // before the last
-    const Partial last{i + packs * kPack, n - i - packs * kPack};
-    if (packs == 0) {
-      add(terms(last));
-    } else if (packs == 1) {
-      add(whole(i) + terms(last));
-    } else if (packs == 2) {
-      add((whole(i) + whole(i + kPack)) + terms(last));
-    } else {
-      add((whole(i) + whole(i + kPack)) + (whole(i + 2 * kPack) + terms(last)));
-    }
+    const auto last = [&] { return terms(Partial{i + (kRest - 1) * kPack, cut.last}); };
+    if constexpr (kRest == 1) add(last());
+    if constexpr (kRest == 2) add(whole(i) + last());
+    if constexpr (kRest == 3) add((whole(i) + whole(i + kPack)) + last());
+    if constexpr (kRest == 4) add((whole(i) + whole(i + kPack)) + (whole(i + 2 * kPack) + last()));
   }
 };
 
@@ -103,7 +125,8 @@ FASTNORM_LOOPS inline bool tree_unit_sums(const Plan& plan, int64_t run, int64_t
   TreeGradientSums sums;
   visit_unit<float>(plan, operands, run, set, unit, [&](const float* const* in, float*, int64_t, int64_t n) {
     TreeGradientSums inner = sums;
-    inner.add_run(in[0], in[1], n, pivots, ahead);
+    const TreeCut cut(n);
+    cut.with_rest([&](auto rest) { inner.add_run<decltype(rest)::value>(in[0], in[1], cut, pivots, ahead); });
     sums = inner;
   });
   total.size = fold(widen(sums.size));
@@ -170,25 +193,23 @@ struct GradientMeans {
   template <class T>
   static GradientMeans of(const Sum& a, const Sum& b, double size, double count, bool centred, bool plain_weights,
                           const Statistic& s) {
-    GradientMeans means = of_sums(centred ? a.value() : 0, b.value(), size, count, s.mean, s.rstd);
+    GradientMeans means = of_sums<T>(centred ? a.value() : 0, b.value(), size, count, s.mean, s.rstd);
     means.in_float = !kMayOverflow<T> && plain_weights && means.in_float;
     return means;
   }
-  // Without a branch, for loops over sets.
+  // Without a branch, for loops over sets; and without a division, for which float32 results do not ask.
+  template <class T>
   static GradientMeans of_sums(double a, double b, double size, double count, double mean, double rstd) {
+    const double share = 1 / count;
     GradientMeans means;
-    means.a = a / count;
-    means.b = b / count;
-    const double mean_size = size / count;
-    const bool fits = in_range(rstd) & (std::fabs(mean) < 0x1p100);
+    means.a = kMayOverflow<T> ? a / count : a * share;
+    means.b = kMayOverflow<T> ? b / count : b * share;
+    const bool fits = moderate(rstd) & (std::fabs(mean) < kMostMean);
     const bool fit =
-        (in_range(mean_size) | (size == 0)) & (std::fabs(means.a) < 0x1p100) & (std::fabs(means.b * rstd) < 0x1p100);
+        zero_or_moderate(size * share) & (std::fabs(means.a) < kMostMean) & (std::fabs(means.b * rstd) < kMostMean);
     means.in_float = static_cast<bool>(fits & fit);
     return means;
   }
-
- private:
-  static bool in_range(double v) { return static_cast<bool>((std::fabs(v) > 0x1p-40) & (std::fabs(v) < 0x1p40)); }
 };
 
 // The sums of every segment of a call; those of float32 data, in which each digit of a double is to spare, lie apart.
@@ -240,23 +261,37 @@ inline void accumulate(Sum& sum, const Sum& term) {
   }
 }
 
-// Parameter gradients from sums per parameter, merged over those that share one, in order: `count` rows of `width`
-// sums, the first parameter of row i being param(i), the others `step` apart; `totals` are plan.params zeros.
-template <class T, class Sums, class Param>
-inline void reduce_parameter_gradients(const Plan& plan, const NormArgs<T>& args, const Sums& sums, int64_t count,
-                                       int64_t width, int64_t step, const Param& param, SegmentSums* totals) {
-  if (!args.dweight && !args.dbias) return;
+// Parameter gradients from the sums of all segments, added up in order over those that share a parameter: `count` rows
+// of `width` sums, the first parameter of row i being param(i); `totals` are two times plan.params zeros.
+template <class Param>
+inline void reduce_parameter_gradients(const Plan& plan, const NormArgs<float>& args, const SegmentTable<float>& sums,
+                                       int64_t count, int64_t width, const Param& param, double* totals) {
+  double *const dy = totals, *const dy_xhat = totals + plan.params;
   for (int64_t i = 0; i < count; ++i) {
-    SegmentSums* to = &totals[param(i)];
+    double *to_dy = dy + param(i), *to_dy_xhat = dy_xhat + param(i);
+#pragma omp simd
     for (int64_t j = 0; j < width; ++j) {
-      const SegmentSums& from = sums[i * width + j];
-      accumulate<T>(to[j * step].dy, from.dy);
-      accumulate<T>(to[j * step].dy_xhat, from.dy_xhat);
+      to_dy[j] += sums.dy[i * width + j];
+      to_dy_xhat[j] += sums.dy_xhat[i * width + j];
     }
   }
   for (int64_t p = 0; p < plan.params; ++p) {
-    if (args.dweight) args.dweight[p] = static_cast<T>(totals[p].dy_xhat.value());
-    if (args.dbias) args.dbias[p] = static_cast<T>(totals[p].dy.value());
+    if (args.dweight) args.dweight[p] = static_cast<float>(dy_xhat[p]);
+    if (args.dbias) args.dbias[p] = static_cast<float>(dy[p]);
+  }
+}
+template <class Param>
+inline void reduce_parameter_gradients(const Plan& plan, const NormArgs<double>& args, const SegmentTable<double>& sums,
+                                       int64_t count, int64_t width, const Param& param, Sum* totals) {
+  Sum *const dy = totals, *const dy_xhat = totals + plan.params;
+  for (int64_t i = 0; i < count * width; ++i) {
+    const int64_t to = param(i / width) + i % width;
+    dy[to].add(sums[i].dy);
+    dy_xhat[to].add(sums[i].dy_xhat);
+  }
+  for (int64_t p = 0; p < plan.params; ++p) {
+    if (args.dweight) args.dweight[p] = dy_xhat[p].value();
+    if (args.dbias) args.dbias[p] = dy[p].value();
   }
 }
 

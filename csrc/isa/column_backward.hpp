@@ -71,7 +71,7 @@ inline bool short_tree_gradient_sums(const Columns<float>& columns, int64_t oute
   for (int64_t c = 0; c < n; ++c) {
     const double dy = sums.first[c], product = sums.second[c], size = static_cast<double>(sums.size[c]);
     const double rest = (mean[c] - static_cast<double>(static_cast<float>(mean[c]))) + mean_lo[c];
-    const bool ordinary = is_moderate(size / count) & (std::fabs(product) > least) & (std::fabs(product) < 0x1p200);
+    const bool ordinary = moderate(size / count) & (std::fabs(product) > least) & (std::fabs(product) < 0x1p200);
     const bool fine = (ordinary | (size == 0)) & plain_statistic<float>(mean[c], rstd[c], 1);
     space.dy[c] = dy;
     space.dy_xhat[c] = (product - rest * dy) * rstd[c];
@@ -159,7 +159,7 @@ inline void gradient_means(const Columns<float>& columns, const ColumnSpace<floa
   for (int64_t c = 0; c < n; ++c) {
     dy[c] = space.weight[c] * space.dy[c];
     dy_xhat[c] = space.weight[c] * space.dy_xhat[c];
-    fine[c] = is_moderate(space.weight[c]) ? 1.0 : 0.0;
+    fine[c] = moderate(space.weight[c]) ? 1.0 : 0.0;
   }
   const double* const dy_sums = add_up_sets(dy, sets, width, space.first);
   const double* const dy_xhat_sums = add_up_sets(dy_xhat, sets, width, space.second);
@@ -167,7 +167,7 @@ inline void gradient_means(const Columns<float>& columns, const ColumnSpace<floa
 #pragma omp simd
   for (int64_t set = 0; set < sets; ++set) {
     const double a = dy_sums[set] / count, b = dy_xhat_sums[set] / count, size = space.size[set];
-    const bool plain = (fine_weights[set] == static_cast<double>(width)) & (is_moderate(size / count) | (size == 0)) &
+    const bool plain = (fine_weights[set] == static_cast<double>(width)) & zero_or_moderate(size / count) &
                        plain_statistic<float>(space.mean[set], space.rstd[set], 1) & (std::fabs(a) < 0x1p100) &
                        (std::fabs(b * space.rstd[set]) < 0x1p100);
     space.mean_g[set] = a;
@@ -220,7 +220,7 @@ inline void prepare_gradient(const Columns<T>& columns, int64_t outer, const Col
     } else {
       const double factor = space.weight[c] * rstd[c], b = mean_g_xhat[c] * rstd[c];
       const double product = std::fabs(b * rstd[c]);
-      const bool fine = is_moderate(factor) & (product < 0x1p100) & ((product > 0x1p-100) | (product == 0));
+      const bool fine = moderate(factor) & (product < 0x1p100) & ((product > 0x1p-100) | (product == 0));
       space.factor[c] = static_cast<T>(any * factor);
       space.a[c] = static_cast<T>(any * (rstd[c] * (mean_g[c] - rest * b)));
       space.b[c] = static_cast<T>(any * (b * rstd[c]));

@@ -28,12 +28,11 @@ inline void take_weights(const Columns<T>& columns, int64_t outer, double* to) {
   }
 }
 
-// Moderate numbers, and statistics that float32 data can be normalised with in float32, without a branch.
-FASTNORM_INLINE bool is_moderate(double v) { return (std::fabs(v) > 0x1p-40) & (std::fabs(v) < 0x1p40); }
+// Statistics that data can be normalised with in its own dtype, without a branch.
 template <class T>
 FASTNORM_INLINE bool plain_statistic(double mean, double rstd, double scale) {
   if constexpr (kMayOverflow<T>) return scale == 1;
-  return is_moderate(rstd) & (std::fabs(mean) < 0x1p100);
+  return moderate(rstd) & (std::fabs(mean) < kMostMean);
 }
 
 // What normalises each place, from the statistics of its set.
@@ -50,7 +49,7 @@ inline void prepare_normalise(const Columns<T>& columns, int64_t outer, const Co
   for (int64_t c = 0; c < n; ++c) {
     const double factor = rstd[c] * space.weight[c];
     const bool plain =
-        kMayOverflow<T> ? (std::fabs(factor) < 0x1p1000) & (std::fabs(factor) > 0x1p-1000) : is_moderate(factor);
+        kMayOverflow<T> ? (std::fabs(factor) < 0x1p1000) & (std::fabs(factor) > 0x1p-1000) : moderate(factor);
     const T subtract = static_cast<T>(mean[c]);
     space.subtract[c] = subtract;
     space.subtract_lo[c] = static_cast<T>((mean[c] - static_cast<double>(subtract)) + mean_lo[c]);

@@ -7,19 +7,6 @@
 namespace fastnorm {
 namespace {
 
-// y = formula(x) along a run, which ends with a whole pack like the others, not with a part of one: it computes some
-// values twice, from x as it was, should y be x.
-template <class Formula>
-FASTNORM_INLINE void write_run(const float* x, float* y, int64_t n, const Formula& formula) {
-  const auto each = [&](auto at) { at.store(y, formula(at, x)); };
-  if (n < kPack || n % kPack == 0) return for_packs(n, each);
-  const Whole end{n - kPack};
-  const Pack<float> last = formula(end, x);
-#pragma GCC unroll 4
-  for (int64_t i = 0; i < end.start; i += kPack) each(Whole{i});
-  end.store(y, last);
-}
-
 // Adds up a set that is one run, a part of it at a time.
 class RunInParts {
  public:
@@ -63,7 +50,8 @@ class GroupBatches {
         one_run_(plan.x.aligned && plan.whole.rank == 1 && plan.whole.stride[0] == sizeof(float)) {}
 
   static bool suit(const Plan& plan, int64_t run) {
-    return run > 0 && plan.segments > 1 && plan.family == Family::channel && fits_batch(plan);
+    return run > 0 && plan.segments > 1 && plan.family == Family::channel && fits_batch(plan) &&
+           plan.x.segment.rank < 2 && plan.y.segment.rank < 2;
   }
 
   void forward(int64_t begin, int64_t end) const {
@@ -72,9 +60,11 @@ class GroupBatches {
         plan_, begin, end, [&](Batch& batch) { measure(batch); },
         [&](Batch& batch) { finish_batch(plan_, args_, packs, batch); },
         [&](const Batch& now, Batch& next) {
-          if (now.in_float) return normalise(now, next);
-          normalise_one_by_one(plan_, args_, run_, packs, now);
-          measure(next);
+          if (!now.in_float) {
+            normalise_one_by_one(plan_, args_, run_, packs, now);
+            return measure(next);
+          }
+          args_.past_cache ? normalise<true>(now, next) : normalise<false>(now, next);
         });
   }
 
@@ -92,51 +82,57 @@ class GroupBatches {
     batch.put(lane, plain_whole(plan_, set));
   }
 
-  FASTNORM_LOOPS void normalise(const Batch& now, Batch& next) const {
+  template <bool kPastCache>
+  [[gnu::noinline]] FASTNORM_LOOPS void normalise(const Batch& now, Batch& next) const {
     for (int64_t lane = 0; lane < now.count; ++lane) {
       const bool measures = lane < next.count;
       if (measures && one_run_) {
         RunInParts coming = run_of(next.first + lane);
-        normalise_set(now, lane, [&](int64_t segment) { coming.add_up_to((segment + 1) * plan_.elements); });
+        normalise_set<kPastCache>(now, lane,
+                                  [&](int64_t segment) { coming.add_up_to((segment + 1) * plan_.elements); });
         next.put(lane, coming.total());
       } else {
         if (measures) measure(next, lane);
-        normalise_set(now, lane, [](int64_t) {});
+        normalise_set<kPastCache>(now, lane, [](int64_t) {});
       }
     }
   }
 
-  void normalise_units(int64_t set, int64_t unit, int64_t end, const Statistic& s) const {
+  [[gnu::noinline]] void normalise_units(int64_t set, int64_t unit, int64_t end, const Statistic& s) const {
     for (; unit < end; ++unit) normalise_unit(plan_, args_, run_, set, unit, s);
   }
 
   // before_segment(i) comes before each.
-  template <class Before>
+  template <bool kPastCache, class Before>
   FASTNORM_INLINE void normalise_set(const Batch& now, int64_t lane, const Before& before_segment) const {
-    const int64_t set = now.first + lane, units = chunks_per_segment(plan_);
+    const int64_t set = now.first + lane, segments = plan_.segments, run = run_, lines = lines_;
+    const SegmentLines from(plan_.x, set, run), to(plan_.y, set, run);
+    const char* x_segment = from.base;
+    char* y_segment = to.base;
+    SetFormula<true, None, Same<float>> formula{now.high_mean[lane], now.low_mean[lane], 0.0f, None{}, Same<float>(0)};
     const float* weight = args_.weight ? args_.weight + now.param[lane] : nullptr;
     const float* bias = args_.bias ? args_.bias + now.param[lane] : nullptr;
     const double rstd = now.rstd[lane];
-    for (int64_t segment = 0; segment < plan_.segments; ++segment) {
+    for (int64_t segment = 0; segment < segments; ++segment) {
       before_segment(segment);
       const double factor = weight ? rstd * static_cast<double>(weight[segment]) : rstd;
-      if (!moderate(factor) && factor != 0) {
-        normalise_units(set, segment * units, (segment + 1) * units, Statistic{now.mean[lane], 0, rstd, 1});
-        continue;
-      }
-      const SetFormula<true, None, Same<float>> formula{now.high_mean[lane], now.low_mean[lane],
-                                                        static_cast<float>(factor), None{},
-                                                        Same<float>(bias ? bias[segment] : 0.0f)};
-      const Line<float> from(plan_.x, set, segment, run_), to(plan_.y, set, segment, run_);
-      for (int64_t line = 0; line < lines_; ++line) {
-        const float* x = from.at(line, 0);
-        float* y = to.at(line, 0);
-        if (args_.past_cache) {
-          for_stored_packs(true, y, run_, [&](auto at, auto out) { out.store(at, y, formula(at, x)); });
-        } else {
-          write_run(x, y, run_, formula);
+      if (zero_or_moderate(factor)) {
+        formula.factor = static_cast<float>(factor);
+        if (bias) formula.bias.value = bias[segment];
+        const char* x_line = x_segment;
+        char* y_line = y_segment;
+        for (int64_t line = 0; line < lines; ++line) {
+          const float* x = reinterpret_cast<const float*>(x_line);
+          write_run<kPastCache>(reinterpret_cast<float*>(y_line), run, [&](auto at) { return formula(at, x); });
+          x_line += from.line_step;
+          y_line += to.line_step;
         }
+      } else {
+        const int64_t units = chunks_per_segment(plan_);
+        normalise_units(set, segment * units, (segment + 1) * units, Statistic{now.mean[lane], 0, rstd, 1});
       }
+      x_segment += from.segment_step;
+      y_segment += to.segment_step;
     }
   }
 

@@ -9,7 +9,7 @@
 
 #include <cstdint>
 
-#include "isa/vec.hpp"
+#include "isa/places.hpp"
 #include "plan.hpp"
 
 namespace fastnorm {

@@ -5,7 +5,7 @@
 
 #include <initializer_list>
 
-#include "isa/vec.hpp"
+#include "isa/places.hpp"
 #include "isa/walk_io.hpp"
 
 namespace fastnorm {
@@ -65,6 +65,15 @@ inline int64_t shared_run(const Plan& plan, std::initializer_list<const Operand*
   return run;
 }
 
+// From one to the next along the innermost axis of a walk.
+inline int64_t inner_stride(const Walk& walk) { return walk.rank > 0 ? walk.stride[walk.rank - 1] : 0; }
+
+// From run to run of a segment, in bytes.
+template <class T>
+inline int64_t run_step(const Operand& operand, int64_t run) {
+  return operand.element.rank == 2 ? operand.element.stride[0] : run * static_cast<int64_t>(sizeof(T));
+}
+
 // One operand of one segment, seen as runs of equal length.
 template <class T>
 class Line {
@@ -72,12 +81,23 @@ class Line {
   Line() = default;
   Line(const Operand& operand, int64_t set, int64_t segment, int64_t run)
       : base_(operand.data + operand.set.offset(set) + operand.segment.offset(segment)),
-        step_(operand.element.rank == 2 ? operand.element.stride[0] : run * static_cast<int64_t>(sizeof(T))) {}
+        step_(run_step<T>(operand, run)) {}
   T* at(int64_t run, int64_t offset) const { return reinterpret_cast<T*>(base_ + run * step_) + offset; }
 
  private:
   char* base_;
   int64_t step_;
+};
+
+// All segments of a set of an operand, which lie at equal distances, seen the same way: for loops over short segments.
+struct SegmentLines {
+  char* base;
+  int64_t segment_step, line_step;  // in bytes
+
+  SegmentLines(const Operand& operand, int64_t set, int64_t run)
+      : base(operand.data + operand.set.offset(set)),
+        segment_step(inner_stride(operand.segment)),
+        line_step(run_step<float>(operand, run)) {}
 };
 
 // The sets of an operand of one segment, seen the same way: for loops over many short sets.
@@ -89,7 +109,7 @@ class SetLines {
         base_(operand.data),
         evenly_(operand.set.rank <= 1),
         set_step_(operand.set.rank == 1 ? operand.set.stride[0] : 0),
-        step_(operand.element.rank == 2 ? operand.element.stride[0] : run * static_cast<int64_t>(sizeof(T))) {}
+        step_(run_step<T>(operand, run)) {}
   FASTNORM_INLINE char* set(int64_t index) const {
     return base_ + (evenly_ ? index * set_step_ : operand_.set.offset(index));
   }

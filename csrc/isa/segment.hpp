@@ -58,7 +58,10 @@ FASTNORM_INLINE Pack<C> plus(At at, const Pack<C>& v, Each<T> bias) {
 // Far enough from overflow and underflow that products of a few such numbers are too. (A zero is exact, but says
 // nothing of what it is compared with.)
 constexpr double kLeastModerate = 0x1p-40, kMostModerate = 0x1p40;
-inline bool moderate(double v) { return std::fabs(v) > kLeastModerate && std::fabs(v) < kMostModerate; }
+FASTNORM_INLINE bool moderate(double v) {
+  return static_cast<bool>((std::fabs(v) > kLeastModerate) & (std::fabs(v) < kMostModerate));
+}
+FASTNORM_INLINE bool zero_or_moderate(double v) { return static_cast<bool>((v == 0) | moderate(v)); }
 
 // Can float32 data with these statistics be normalised in float32?
 constexpr double kMostMean = 0x1p100;
@@ -70,6 +73,19 @@ template <class V>  // double or a pack of them
 FASTNORM_INLINE V less_mean(const V& v, const V& mean, const V& mean_lo) {
   const V d = v - mean, part = d - v;
   return d + (((v - (d - part)) - (mean + part)) - mean_lo);
+}
+
+// Stores formula(place) along a run of n results at p. One that goes into the cache ends with a whole pack like the
+// others, not with a part of one: some values are computed twice, from the operands as they were, should p be one.
+template <bool kPastCache, class T, class Formula>
+FASTNORM_INLINE void write_run(T* p, int64_t n, const Formula& formula) {
+  if constexpr (kPastCache)
+    return for_aligned_packs(PastCache{}, p, n, [&](auto at, auto out) { out.store(at, p, formula(at)); });
+  if (n < kPack || n % kPack == 0) return for_packs(n, [&](auto at) { at.store(p, formula(at)); });
+  const Whole end{n - kPack};
+  const auto last = formula(end);
+  for (int64_t i = 0; i < end.start; i += kPack) Whole{i}.store(p, formula(Whole{i}));
+  end.store(p, last);
 }
 
 // x - mean.

@@ -259,7 +259,7 @@ class SetBatches {
       batch.high_mean[lane] = high;
       batch.low_mean[lane] = static_cast<float>((s.mean - static_cast<double>(high)) + s.mean_lo);
       batch.scale[lane] = static_cast<float>(factor);
-      fit[lane] = fits(s) && (factor == 0 || moderate(factor));
+      fit[lane] = fits(s) && zero_or_moderate(factor);
     }
   }
 

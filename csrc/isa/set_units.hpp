@@ -47,7 +47,7 @@ inline bool in_float(const Plan& plan, const NormArgs<T>& args, const Statistic&
   if (kMayOverflow<T> || !fits(s)) return false;
   if (plan.family == Family::row || !args.weight) return true;
   const double factor = s.rstd * static_cast<double>(args.weight[param]);
-  return factor == 0 || moderate(factor);
+  return zero_or_moderate(factor);
 }
 
 template <class T>

@@ -4,7 +4,7 @@
 // magnitudes: for gradients, which have eight, not for moments. Terms that cancel have to be taken about a pivot first.
 #pragma once
 
-#include "isa/vec.hpp"
+#include "isa/places.hpp"
 
 namespace fastnorm {
 namespace {

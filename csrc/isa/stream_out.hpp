@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "isa/vec.hpp"
+#include "isa/places.hpp"
 
 namespace fastnorm {
 namespace {
