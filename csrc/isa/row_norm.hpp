@@ -55,7 +55,7 @@ class RowBackward {
         group_ = rows_side_by_side(plan.elements);
         together_ = rows_together(plan.elements);
         in_place_ = run_ == plan.elements;
-        // The next rows, while these are read.
+        // The next rows, while the gradients of these are written.
         if (in_place_ && reading_ahead<T>(plan, plan.x, run_) != 0) {
           distance_ = group_ * plan.elements * static_cast<int64_t>(sizeof(T));
         }

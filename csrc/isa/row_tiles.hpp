@@ -129,7 +129,8 @@ struct TiledRows {
 template <bool kCentred, bool kParams>
 class RowTiles {
  public:
-  // `weight` and the sums have room for whole packs. `ahead`: bytes from a row to the one that is asked for meanwhile.
+  // `weight` and the sums have room for whole packs. `ahead`: bytes from a row to the one that is asked for while its
+  // dx is written.
   RowTiles(int64_t n, const float* weight, ParameterSums params, int64_t ahead)
       : n_(n), weight_(weight), params_(params), ahead_(ahead) {}
 
@@ -180,11 +181,17 @@ class RowTiles {
     return size.total() == 0;
   }
 
-  // dx of a row, as InputGradient has it.
+  // dx of a row, as InputGradient has it. What is read next is asked for here: the sums would put the rows that dx is
+  // made of out of the nearest cache (16384 x 768: 6.2 ms to 5.5).
   FASTNORM_LOOPS void write(const TiledRows& rows, int r, float* dx, bool past_cache) const {
     const float *const x = rows.x[r], *const dy = rows.dy[r], *const weight = weight_;
     const Pack<float> pivot(rows.pivot[r]), rstd(rows.float_rstd[r]), a(rows.a[r]), b(rows.b[r]);
+    const int64_t ahead = ahead_;
     const auto gradient = [&](auto at) {
+      if (ahead != 0) {
+        prefetch(x + at.start, ahead);
+        prefetch(dy + at.start, ahead);
+      }
       Pack<float> g = at.template load<float>(dy), centred = at.template load<float>(x);
       if constexpr (kParams) g *= at.template load<float>(weight);
       if constexpr (kCentred) {
@@ -219,7 +226,6 @@ class RowTiles {
     const float *x[kRows], *dy[kRows], *weight;
     Pack<float> mean[kRows], mean_lo[kRows], rstd[kRows];
     Pack<float>* columns;
-    int64_t ahead;
     MagnitudeWatch dweight, dbias;
   };
 
@@ -266,7 +272,6 @@ class RowTiles {
     });
     if constexpr (kParams) group.weight = weight_ + column;
     group.columns = columns_[waiting_].dweight;
-    group.ahead = ahead_;
     Pack<double>*const g = rows.g_lanes + first, *const product = rows.product_lanes + first;
     const int64_t whole = n / kPack, rest = n % kPack;
     bool first_tile = column == 0, second = false;
@@ -330,12 +335,6 @@ class RowTiles {
       if constexpr (kCentred) chains.g[r] += g;
       chains.product[r] += product;
     });
-    if (group.ahead != 0) {
-      for_constants<kRows>([&](auto r) {
-        prefetch(group.x[r] + at.start, group.ahead);
-        prefetch(group.dy[r] + at.start, group.ahead);
-      });
-    }
     if constexpr (kParams) {
       Pack<float>* const column = group.columns + at.start / kPack;
       if constexpr (kRows > 2) dweight[0] += dweight[1];
