@@ -223,8 +223,8 @@ def output(
 ) -> np.ndarray[Any, Any] | None:
     """`out` for a result of x's shape and dtype; None stays None.
 
-    `in_place` names the array that out may be (the same view of it); it is "" where out may overlap x in any way, and
-    None where out must not touch x, because a cache keeps it.
+    `in_place` names the array that out may be (the same view of it); it is "" where an overlap with x is for
+    `others` to judge, and None where out must not touch x, because a cache keeps it.
     `others` are further arrays of the call, by name, with which out must not share memory.
     """
     if out is None:

@@ -82,6 +82,8 @@ def guarded(request: pytest.FixtureRequest) -> Iterator[Guarded]:
 # Around the lanes (16, 32, 64), the short-run limit (512), the block (2048) and the column tile (64).
 LENGTHS = [1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 129, 511, 512, 513, 2047, 2048, 2049]
 SHAPES = [(2, n) for n in LENGTHS] + [(2, 3, n) for n in LENGTHS] + [(2, n, 3) for n in LENGTHS[:-3]]
+# Groups of eight and sixteen rows; many lines.
+SHAPES += [(17, 16), (21, 100), (130, 1040), (513, 4)]
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

@@ -16,7 +16,17 @@ from fastnorm import _core
 from operations import LAYOUTS, OPERATIONS, results
 
 HUGE = 1 << 60
-SHAPES = [(3, 4, 7), (5, 16, 3, 11), (2, 6, 1, 131), (9, 30), (37, 515), (64, 8, 28, 28)]
+SHAPES = [
+    (3, 4, 7),
+    (5, 16, 3, 11),
+    (2, 6, 1, 131),
+    (9, 30),
+    (37, 515),
+    (64, 8, 28, 28),
+    (257, 48),
+    (513, 4),
+    (130, 1040),
+]
 FUNCTIONS = [name for name, operation in OPERATIONS.items() if operation.out]
 
 

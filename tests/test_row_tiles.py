@@ -172,3 +172,23 @@ def test_gradients_of_data_that_float32_sums_do_not_hold(case: str, shape: tuple
     for row in range(shape[0]):
         _, alone = _grads(x[row : row + 1], dy[row : row + 1], weight, centred)
         np.testing.assert_array_equal(alone.dx[0], grads.dx[row])
+
+
+@pytest.mark.parametrize("cols", [9, 16, 40, 131])
+def test_gradients_made_of_x_alone(cols: int) -> None:
+    """RMS norm, dy masked: what is left is x times one small number, and that has to keep its digits."""
+    rng = np.random.default_rng(cols)
+    x = np.full((5, cols), 2.0**-28, np.float32)
+    x[:, -1] = (1.0 + rng.random(5)) * 2.0**-122
+    dy = np.zeros((5, cols), np.float32)
+    dy[:, :-1] = 1.1 * 2.0**-40 * (1 + rng.random((5, 1)))
+    _, cache = fn.rms_norm_forward(x, eps=0.0)
+    dx = fn.rms_norm_backward(dy, cache).dx.astype(np.longdouble)
+    wide, g = x.astype(np.longdouble), dy.astype(np.longdouble)
+    rstd = 1 / np.sqrt((wide**2).mean(axis=1, keepdims=True))
+    xhat = wide * rstd
+    mean = (g * xhat).mean(axis=1, keepdims=True)
+    size = rstd * (np.abs(g) + np.abs(xhat) * np.abs(g * xhat).mean(axis=1, keepdims=True))
+    error = np.abs(dx - rstd * (g - xhat * mean)) / size / UNIT
+    print(f"{cols} columns: {error.max():.2f} u S")
+    assert error.max() <= 8

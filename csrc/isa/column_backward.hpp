@@ -159,7 +159,7 @@ inline void gradient_means(const Columns<float>& columns, const ColumnSpace<floa
   for (int64_t c = 0; c < n; ++c) {
     dy[c] = space.weight[c] * space.dy[c];
     dy_xhat[c] = space.weight[c] * space.dy_xhat[c];
-    fine[c] = moderate(space.weight[c]) ? 1.0 : 0.0;
+    fine[c] = zero_or_moderate(space.weight[c]) ? 1.0 : 0.0;
   }
   const double* const dy_sums = add_up_sets(dy, sets, width, space.first);
   const double* const dy_xhat_sums = add_up_sets(dy_xhat, sets, width, space.second);
@@ -220,7 +220,7 @@ inline void prepare_gradient(const Columns<T>& columns, int64_t outer, const Col
     } else {
       const double factor = space.weight[c] * rstd[c], b = mean_g_xhat[c] * rstd[c];
       const double product = std::fabs(b * rstd[c]);
-      const bool fine = moderate(factor) & (product < 0x1p100) & ((product > 0x1p-100) | (product == 0));
+      const bool fine = zero_or_moderate(factor) & (product < 0x1p100) & ((product > 0x1p-100) | (product == 0));
       space.factor[c] = static_cast<T>(any * factor);
       space.a[c] = static_cast<T>(any * (rstd[c] * (mean_g[c] - rest * b)));
       space.b[c] = static_cast<T>(any * (b * rstd[c]));
@@ -320,22 +320,21 @@ inline void gradient_outer(const Columns<T>& columns, int64_t outer, const Colum
     Tile<T> x_tile(plan.x, lines, outer, column), dy_tile(plan.dy, lines, outer, column),
         dx_tile(plan.dx, lines, outer, column);
     const int64_t late = lateness(columns.args().past_cache, dx_tile, {&x_tile, &dy_tile});
-    columns.for_panels(
-        chunk, column, width, late, [&](int64_t first, int64_t count, int64_t shift, int64_t n) FASTNORM_LOOPS {
-          const Panel<T> x = x_tile.read(first, count, n), dy = dy_tile.read(first, count, n),
-                         dx = dx_tile.open(first, count, n), to = dx.moved(shift);
-          with_panel_store(columns.args().past_cache, to, [&](auto out) {
-            with_ahead(columns.lines_ahead() != 0, [&](auto asks) {
-              for_bands<T, kMayOverflow<T> ? 2 : 1>(
-                  count, n, columns.lines_ahead(), [&](int64_t band, int64_t band_lines) {
-                    gradient_panel<decltype(asks)::value>(columns, space, column + shift, band_lines, n,
-                                                          x.moved(shift).from(band), dy.moved(shift).from(band),
-                                                          to.from(band), out);
-                  });
-            });
-          });
-          dx_tile.commit(dx, first, count, n);
-        });
+    columns.for_panels(chunk, column, width, late,
+                       [&](int64_t first, int64_t count, int64_t shift, int64_t n) FASTNORM_LOOPS {
+                         const Panel<T> x = x_tile.read(first, count, n), dy = dy_tile.read(first, count, n),
+                                        dx = dx_tile.open(first, count, n), to = dx.moved(shift);
+                         with_panel_store(columns.args().past_cache, to, [&](auto out) {
+                           with_ahead(columns.lines_ahead() != 0, [&](auto asks) {
+                             for_bands<T, 2>(count, n, columns.lines_ahead(), [&](int64_t band, int64_t band_lines) {
+                               gradient_panel<decltype(asks)::value>(columns, space, column + shift, band_lines, n,
+                                                                     x.moved(shift).from(band),
+                                                                     dy.moved(shift).from(band), to.from(band), out);
+                             });
+                           });
+                         });
+                         dx_tile.commit(dx, first, count, n);
+                       });
   });
 }
 

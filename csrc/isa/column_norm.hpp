@@ -49,7 +49,7 @@ inline void prepare_normalise(const Columns<T>& columns, int64_t outer, const Co
   for (int64_t c = 0; c < n; ++c) {
     const double factor = rstd[c] * space.weight[c];
     const bool plain =
-        kMayOverflow<T> ? (std::fabs(factor) < 0x1p1000) & (std::fabs(factor) > 0x1p-1000) : moderate(factor);
+        kMayOverflow<T> ? (std::fabs(factor) < 0x1p1000) & (std::fabs(factor) > 0x1p-1000) : zero_or_moderate(factor);
     const T subtract = static_cast<T>(mean[c]);
     space.subtract[c] = subtract;
     space.subtract_lo[c] = static_cast<T>((mean[c] - static_cast<double>(subtract)) + mean_lo[c]);

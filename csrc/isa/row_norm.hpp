@@ -127,8 +127,11 @@ class RowBackward {
   GradientMeans means_of(int64_t set, const Statistic& s, const SegmentSums& total) const {
     const bool plain_weights_here =
         plan_.params == plan_.params_per_set ? plain_weights_ : plain_weights(plan_.set_param.offset(set));
-    return GradientMeans::of<T>(total.dy, total.dy_xhat, total.size, static_cast<double>(plan_.elements), args_.centred,
-                                plain_weights_here, s);
+    GradientMeans means = GradientMeans::of<T>(total.dy, total.dy_xhat, total.size, static_cast<double>(plan_.elements),
+                                               args_.centred, plain_weights_here, s);
+    // Without a mean of g there are values of dx that are a product with x alone, which float32 may lose.
+    means.in_float = means.in_float && args_.centred;
+    return means;
   }
 
   template <class Weight>

@@ -72,8 +72,8 @@ struct TiledRows {
   alignas(64) float pivot[kMost], pivot_lo[kMost], float_rstd[kMost];  // pivot + pivot_lo: the mean
   Pack<double> g_lanes[kMost], product_lanes[kMost];                   // sums of g and of g * (x - mean), in lanes,
   alignas(64) double g[kMost], product[kMost];                         // and folded
-  alignas(64) float a[kMost], b[kMost];                                // dx = rstd * ((g - a) - (x - pivot) * b)
-  alignas(64) double size[kMost];                                      // of the means of g and g * xhat
+  alignas(64) float a[kMost], b[kMost];  // dx = rstd * ((g - a) - (x - pivot) * b); RMS norm: rstd * g - x * b
+  alignas(64) double size[kMost];        // of the means of g and g * xhat
 
   void set(int r, const float* row_x, const float* row_dy, const Statistic& s) {
     x[r] = row_x, dy[r] = row_dy;
@@ -115,9 +115,13 @@ struct TiledRows {
       for (int k = r; k < r + kFolded; ++k) {
         const double mean_g = g[k] * share, mean_g_xhat = product[k] * share * rstd[k], factor = mean_g_xhat * rstd[k];
         const double off = (static_cast<double>(pivot[k]) - mean[k]) - mean_lo[k];
+        // Without a mean of g there are values of dx that are a product with x alone: one factor for it, which neither
+        // overflows nor underflows.
+        const double alone = factor * rstd[k], magnitude = std::fabs(alone);
+        const bool fine = centred | (magnitude == 0) | ((magnitude > 0x1p-100) & (magnitude < 0x1p100));
         a[k] = static_cast<float>(mean_g + off * factor);
-        b[k] = static_cast<float>(factor);
-        size[k] = std::fabs(mean_g) + std::fabs(mean_g_xhat);
+        b[k] = static_cast<float>(centred ? factor : alone);
+        size[k] = fine ? std::fabs(mean_g) + std::fabs(mean_g_xhat) : HUGE_VAL;
         beyond |= (k >= first) & (k < first + count) & !in_float(k) ? 1 : 0;
       }
     }
@@ -161,8 +165,8 @@ class RowTiles {
           if (size > 1) sum += load(1);
           if (size > 2) sum += load(2) + load(3);
           watch.sums(sum);
-          columns.dbias[at.start / kPack] = sum;
-          columns.dweight[at.start / kPack] = Pack<float>(0.0f);
+          columns.sums[kColumnPacks + at.start / kPack] = sum;
+          columns.sums[at.start / kPack] = Pack<float>(0.0f);
         });
         if (!watch.hold()) add_bias_in_double(rows, r, size, column, n);
         complete(column, n);
@@ -194,11 +198,8 @@ class RowTiles {
       }
       Pack<float> g = at.template load<float>(dy), centred = at.template load<float>(x);
       if constexpr (kParams) g *= at.template load<float>(weight);
-      if constexpr (kCentred) {
-        g -= a;
-        centred -= pivot;
-      }
-      return rstd * (g - centred * b);
+      if constexpr (!kCentred) return g * rstd - centred * b;
+      return rstd * ((g - a) - (centred - pivot) * b);
     };
     if (past_cache) {
       return for_aligned_packs(PastCache{}, dx, n_, [&](auto at, auto out) { out.store(at, dx, gradient(at)); });
@@ -245,7 +246,7 @@ class RowTiles {
   // The columns' sums of a group, dbias after dweight.
   static constexpr int64_t kColumnPacks = kRowStrip / kPack;
   struct Columns {
-    Pack<float> dweight[kColumnPacks], dbias[kColumnPacks];
+    Pack<float> sums[2 * kColumnPacks];
   };
 
   static int group_size(int left) { return left >= kMostRows ? kMostRows : left >= 2 ? 2 : 1; }
@@ -271,7 +272,7 @@ class RowTiles {
       group.rstd[r] = Pack<float>(rows.float_rstd[row]);
     });
     if constexpr (kParams) group.weight = weight_ + column;
-    group.columns = columns_[waiting_].dweight;
+    group.columns = columns_[waiting_].sums;
     Pack<double>*const g = rows.g_lanes + first, *const product = rows.product_lanes + first;
     const int64_t whole = n / kPack, rest = n % kPack;
     bool first_tile = column == 0, second = false;
@@ -357,9 +358,10 @@ class RowTiles {
 
   FASTNORM_LOOPS [[gnu::noinline]] void add_columns(int64_t column, int64_t n) {
     const bool both = waiting_ == 2;
-    add_widened(columns_[0].dweight, both ? columns_[1].dweight : nullptr, params_.dweight + column, n);
+    add_widened(columns_[0].sums, both ? columns_[1].sums : nullptr, params_.dweight + column, n);
     if (kCentred && params_.dbias) {
-      add_widened(columns_[0].dbias, both ? columns_[1].dbias : nullptr, params_.dbias + column, n);
+      add_widened(columns_[0].sums + kColumnPacks, both ? columns_[1].sums + kColumnPacks : nullptr,
+                  params_.dbias + column, n);
     }
     waiting_ = 0;
   }
@@ -382,7 +384,7 @@ class RowTiles {
         add_parameter_gradients(rows.x[r] + start, rows.dy[r] + start, size, rows.statistic(r),
                                 params_.from(start).without_bias());
       }
-      std::memset(columns_[waiting_].dweight + i / kPack, 0, static_cast<size_t>(whole_packs(size)) * sizeof(float));
+      std::memset(columns_[waiting_].sums + i / kPack, 0, static_cast<size_t>(whole_packs(size)) * sizeof(float));
     }
   }
 
@@ -402,7 +404,7 @@ class RowTiles {
     for (int r = first; r < first + count; ++r) {
       for (int64_t i = column; i < column + n; ++i) params_.dbias[i] += static_cast<double>(rows.dy[r][i]);
     }
-    std::memset(columns_[waiting_].dbias, 0, static_cast<size_t>(whole_packs(n)) * sizeof(float));
+    std::memset(columns_[waiting_].sums + kColumnPacks, 0, static_cast<size_t>(whole_packs(n)) * sizeof(float));
   }
 
   // With 1 in the lanes that a place does not have.

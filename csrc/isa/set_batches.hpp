@@ -8,6 +8,8 @@
 namespace fastnorm {
 namespace {
 
+// Do the registers hold the sums of two sets? (With 16 of 32 bytes layer norm 512 x 768 takes 83 us instead of 55.)
+constexpr bool kTwoSets = kVectorBytes == 64;
 // Values that a thread takes at a time where statistics are given.
 constexpr int64_t kAppliedElements = 65536;
 
@@ -175,7 +177,7 @@ class SetBatches {
     const SetLines<float> from(plan_.x, run), to(plan_.y, run);
     const int64_t x_step = from.step(), y_step = to.step();
     int64_t lane = 0;
-    if (lines == 1 && distance == 0) {
+    if (kTwoSets && lines == 1 && distance == 0) {
       for (; lane + 2 <= count; lane += 2) normalise_and_measure_two<centred>(now, next, lane, from, to, formula_of);
     }
     for (; lane < count; ++lane) {
