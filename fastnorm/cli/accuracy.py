@@ -198,7 +198,8 @@ def _table(rows: list[Row], kind: str, names: list[str]) -> tuple[list[str], lis
 
 def _page(rows: list[Row], names: list[str], *, quick: bool) -> str:
     versions = peers.installed()
-    libraries = [f"fastnorm {fastnorm.__version__}", *(f"{peers.TITLES[name]} {versions[name]}" for name in names)]
+    took_part = [name for name in names if any(row.errors[name] is not None for row in rows)]
+    libraries = [f"fastnorm {fastnorm.__version__}", *(f"{peers.TITLES[name]} {versions[name]}" for name in took_part)]
     command = "python -m fastnorm accuracy" + " --quick" * quick
     parts = [
         f"Made by `{command} --markdown docs/accuracy.md` with {', '.join(libraries)}; float32, weight 1, bias 0, one "
