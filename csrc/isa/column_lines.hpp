@@ -20,7 +20,6 @@ constexpr int64_t kPanel = 32768 / sizeof(T);  // values of an operand at hand a
 constexpr int64_t kMaxPanelRows = 64;          // a multiple of kSlab, as is kPanel / kTile
 constexpr int64_t kLongLine = 1024;            // bytes; longer ones are read in order where they come from memory
 constexpr int64_t kFewColumns = 48;            // fewer are read several rows at a time
-constexpr bool kManyRegisters = kVectorBytes == 64;
 
 // Narrow rows are read as long ones: `fold` rows of `columns` values make one line, in which every column comes `fold`
 // times. The statistics of a set add up what its columns' places have gathered.
@@ -69,7 +68,6 @@ class Tile {
   // Values of a line before the first one at which whole lines of the cache begin, if they begin there in every line
   // and all lines, of which there are many, follow each other without a gap; else -1.
   int64_t values_before_cache_line() const {
-    constexpr int64_t kLineBytes = 64;
     const int64_t bytes = lines_.length * static_cast<int64_t>(sizeof(T));
     if (!lines_.many || !in_place() || step_ != bytes || bytes % kLineBytes != 0) return -1;
     return unaligned_values(reinterpret_cast<const T*>(base_));
@@ -150,7 +148,6 @@ FASTNORM_INLINE Partial moved(Partial at, int64_t values) { return {at.start + v
 // more then.
 template <class T>
 FASTNORM_INLINE int64_t unaligned_front(const Panel<T>& panel, int64_t n, int64_t shortest) {
-  constexpr int64_t kLineBytes = 64;
   const int64_t size = sizeof(T);
   if (n * size < shortest || panel.stride * size % kLineBytes != 0) return 0;
   return unaligned_values(panel.data);

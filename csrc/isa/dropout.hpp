@@ -84,7 +84,7 @@ class Streamed {
 template <class T>
 [[gnu::always_inline]] inline void ask_ahead(const T* part) {
   constexpr int64_t ahead = 4096;
-  for (int64_t at = 0; at < static_cast<int64_t>(kDrawChunk / kDrawParts * sizeof(T)); at += kLine) {
+  for (int64_t at = 0; at < static_cast<int64_t>(kDrawChunk / kDrawParts * sizeof(T)); at += kLineBytes) {
     __builtin_prefetch(reinterpret_cast<const char*>(part) + ahead + at);
   }
 }

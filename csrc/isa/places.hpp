@@ -82,19 +82,17 @@ struct IntoCache {
     at.store(p, pack);
   }
 };
-struct PastCache {
+struct PastCache : IntoCache {
+  using IntoCache::store;
   template <class C>
   FASTNORM_INLINE static void store(Whole at, C* p, const Pack<C>& pack) {
     at.store_past(p, pack);
   }
-  template <class At, class C, class T>
-  FASTNORM_INLINE static void store(At at, T* p, const Pack<C>& pack) {
-    at.store(p, pack);
-  }
 };
 
 // Past the cache in quarters of a line, which NumPy's arrays are multiples of.
-struct PastCacheInQuarters {
+struct PastCacheInQuarters : IntoCache {
+  using IntoCache::store;
   template <class C>
   FASTNORM_INLINE static void store(Whole at, C* p, const Pack<C>& pack) {
     using Quarter = Vector<C, kQuarterLine>;
@@ -105,10 +103,6 @@ struct PastCacheInQuarters {
     for (int k = 0; k < static_cast<int>(sizeof pack) / kQuarterLine; ++k) {
       fastnorm::store_past(to + k * kQuarterLine, quarters[k]);
     }
-  }
-  template <class At, class C, class T>
-  FASTNORM_INLINE static void store(At at, T* p, const Pack<C>& pack) {
-    at.store(p, pack);
   }
 };
 

@@ -8,8 +8,6 @@
 namespace fastnorm {
 namespace {
 
-// Do the registers hold the sums of two sets? (With 16 of 32 bytes layer norm 512 x 768 takes 83 us instead of 55.)
-constexpr bool kTwoSets = kVectorBytes == 64;
 // Values that a thread takes at a time where statistics are given.
 constexpr int64_t kAppliedElements = 65536;
 
@@ -177,7 +175,7 @@ class SetBatches {
     const SetLines<float> from(plan_.x, run), to(plan_.y, run);
     const int64_t x_step = from.step(), y_step = to.step();
     int64_t lane = 0;
-    if (kTwoSets && lines == 1 && distance == 0) {
+    if (kManyRegisters && lines == 1 && distance == 0) {
       for (; lane + 2 <= count; lane += 2) normalise_and_measure_two<centred>(now, next, lane, from, to, formula_of);
     }
     for (; lane < count; ++lane) {
@@ -204,7 +202,8 @@ class SetBatches {
   }
 
   // Two sets of one line each: every sum is a chain of additions that wait for each other, and two chains do not (RMS
-  // norm 512 x 768: 41 us to 38, rows of 100: 60 to 56; instance norm 14 x 14: 51 to 46).
+  // norm 512 x 768: 41 us to 38, rows of 100: 60 to 56; instance norm 14 x 14: 51 to 46). Few registers do not hold the
+  // sums of both (AVX2: layer norm 512 x 768 83 us instead of 52).
   template <bool centred, class FormulaOf>
   FASTNORM_INLINE void normalise_and_measure_two(const Batch& now, Batch& next, int64_t lane,
                                                  const SetLines<float>& from, const SetLines<float>& to,

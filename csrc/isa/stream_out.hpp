@@ -11,11 +11,9 @@
 namespace fastnorm {
 namespace {
 
-constexpr int64_t kLine = 64;
-
 // One line of 64 bytes; `to` is a multiple of 64.
 FASTNORM_INLINE void stream_line(char* to, const char* from) {
-  for (int64_t at = 0; at < kLine; at += kVectorBytes) {
+  for (int64_t at = 0; at < kLineBytes; at += kVectorBytes) {
     Vector<double, kVectorBytes> part;
     std::memcpy(&part, from + at, sizeof part);
     store_past(to + at, part);
@@ -26,11 +24,13 @@ FASTNORM_INLINE void stream_line(char* to, const char* from) {
 // streamed; what is left of a piece waits in the buffer for the next one.
 template <int64_t size>
 class StreamOut {
-  static_assert(size % kLine == 0, "a piece is a whole number of lines");
+  static_assert(size % kLineBytes == 0, "a piece is a whole number of lines");
 
  public:
   explicit StreamOut(char* to)
-      : head_(static_cast<int64_t>(reinterpret_cast<uintptr_t>(to) % kLine)), line_(to - head_), first_(head_ > 0) {}
+      : head_(static_cast<int64_t>(reinterpret_cast<uintptr_t>(to) % kLineBytes)),
+        line_(to - head_),
+        first_(head_ > 0) {}
 
   // Where the next piece goes; aligned as the array is.
   char* piece() { return buffer_ + head_; }
@@ -38,12 +38,12 @@ class StreamOut {
   void write() {
     int64_t at = 0;
     if (first_) {
-      std::memcpy(line_ + head_, buffer_ + head_, static_cast<size_t>(kLine - head_));
+      std::memcpy(line_ + head_, buffer_ + head_, static_cast<size_t>(kLineBytes - head_));
       first_ = false;
-      at = kLine;
+      at = kLineBytes;
     }
-    for (; at < size; at += kLine) stream_line(line_ + at, buffer_ + at);
-    std::memcpy(buffer_, buffer_ + size, kLine);
+    for (; at < size; at += kLineBytes) stream_line(line_ + at, buffer_ + at);
+    std::memcpy(buffer_, buffer_ + size, kLineBytes);
     line_ += size;
   }
 
@@ -58,7 +58,7 @@ class StreamOut {
   int64_t head_;  // bytes of the first line that are before the array
   char* line_;
   bool first_;
-  alignas(64) char buffer_[size + kLine];
+  alignas(64) char buffer_[size + kLineBytes];
 };
 
 // A copy past the caches of an array that is written in order, made as it grows: its lines are near then. `from` and
@@ -70,12 +70,12 @@ class CopyOut {
   // The lines that end before byte `end`.
   FASTNORM_INLINE void up_to(int64_t end) {
     if (done_ == 0) {
-      const int64_t head = static_cast<int64_t>(-reinterpret_cast<uintptr_t>(to_) % kLine);
+      const int64_t head = static_cast<int64_t>(-reinterpret_cast<uintptr_t>(to_) % kLineBytes);
       if (end < head) return;
       std::memcpy(to_, from_, static_cast<size_t>(head));
       done_ = head;
     }
-    for (; done_ + kLine <= end; done_ += kLine) stream_line(to_ + done_, from_ + done_);
+    for (; done_ + kLineBytes <= end; done_ += kLineBytes) stream_line(to_ + done_, from_ + done_);
   }
 
   // The whole array of `size` bytes.

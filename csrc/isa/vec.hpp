@@ -25,7 +25,8 @@ constexpr int kVectorBytes = 16;
 #endif
 
 constexpr int kPack = 16;
-constexpr uintptr_t kLineBytes = 64;
+constexpr int64_t kLineBytes = 64;  // of a cache
+constexpr bool kManyRegisters = kVectorBytes == 64;
 
 template <class T, int kBytes>
 struct VectorOf {
