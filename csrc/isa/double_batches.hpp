@@ -2,6 +2,7 @@
 // long chains of dependent operations, is done for eight side by side, with the same bits.
 #pragma once
 
+#include "isa/lane_statistics.hpp"
 #include "isa/set_units.hpp"
 
 namespace fastnorm {
@@ -14,7 +15,8 @@ struct DoubleBatch {
   const double* x[kDoubleSets];
   alignas(64) double pivot[kDoubleSets], sum[kDoubleSets] = {}, squares[kDoubleSets] = {};
   double lost_sum[kDoubleSets] = {}, lost_squares[kDoubleSets] = {};
-  double mean[kDoubleSets], mean_lo[kDoubleSets], var[kDoubleSets], rstd[kDoubleSets], plain[kDoubleSets];
+  double mean[kDoubleSets], mean_lo[kDoubleSets], var[kDoubleSets], rstd[kDoubleSets], near[kDoubleSets],
+      plain[kDoubleSets];
 };
 
 class DoubleBatches {
@@ -40,7 +42,9 @@ class DoubleBatches {
       } else {
         measure_squares(batch);
       }
-      finish(batch, static_cast<double>(plan_.elements), args_.eps);
+      finish_lanes({batch.pivot, batch.sum, batch.lost_sum, batch.squares, batch.lost_squares},
+                   {batch.mean, batch.mean_lo, batch.var, batch.rstd, batch.near, batch.plain}, kDoubleSets,
+                   static_cast<double>(plan_.elements), args_.eps);
       for (int64_t i = 0; i < batch.count; ++i) normalise(first + i, statistic(batch, first + i, i));
     }
   }
@@ -80,36 +84,6 @@ class DoubleBatches {
         const Pack<double> v = at.template load<double>(x);
         return v * v;
       });
-    }
-  }
-
-  // moments_about, then reciprocal_std, for all lanes; plain: no number needed a scale, or can have lost digits.
-  [[gnu::noinline]] static void finish(DoubleBatch& batch, double count, double eps) {
-#pragma omp simd
-    for (int64_t i = 0; i < kDoubleSets; ++i) {
-      const double sum = batch.sum[i] + batch.lost_sum[i], correction = sum / count;
-      const TwoTerm whole = two_product(correction, count);
-      const double correction_lo = ((sum - whole.hi) - whole.lo) / count;
-      const TwoTerm mean = two_sum(batch.pivot[i], correction);
-      const TwoTerm product = two_product(sum, correction), rest = two_sum(batch.squares[i], -product.hi);
-      const double rest_lo = rest.lo + (batch.lost_squares[i] - (product.lo + sum * correction_lo));
-      const double m2 = rest.hi <= 0 ? 0 : rest.hi, m2_lo = rest.hi <= 0 ? 0 : rest_lo;
-      const double total = m2 + m2_lo, quotient = total / count;
-      const TwoTerm var = two_sum(quotient, eps);
-      const double rstd = 1 / std::sqrt(var.hi);
-      const TwoTerm back = two_product(quotient, count);
-      const double total_lo = (m2 - total) + m2_lo;
-      const double var_lo = var.lo + (((total - back.hi) - back.lo) + total_lo) / count;
-      const TwoTerm square = two_product(rstd, rstd);
-      const TwoTerm one = two_product(var.hi, square.hi);
-      const double residual = ((1 - one.hi) - one.lo) - (var.hi * square.lo + var_lo * square.hi);
-      batch.mean[i] = mean.hi;
-      batch.mean_lo[i] = mean.lo + correction_lo;
-      batch.var[i] = quotient;
-      batch.rstd[i] = rstd + 0.5 * rstd * residual;
-      const bool unscaled =
-          (total < 0x1p1000) & (std::fabs(mean.hi) < 0x1p1000) & ((total >= 0x1p-900 * count) | (eps >= 0x1p-900));
-      batch.plain[i] = unscaled & (var.hi > 0x1p-900) & (var.hi < 0x1p900) ? 1.0 : 0.0;
     }
   }
 

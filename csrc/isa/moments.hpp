@@ -96,9 +96,9 @@ struct Moments {
 // differences to twice the precision lose nothing where the data lie closer to each other than to the pivot, and leave
 // 0 where they are all the same.
 inline Moments moments_about(double pivot, double count, const Sum& sums, const Sum& squares) {
-  const double sum = sums.value(), correction = sum / count;
+  const double sum = sums.value(), correction = sum / count, share = 1 / count;
   const TwoTerm whole = two_product(correction, count);
-  const double correction_lo = ((sum - whole.hi) - whole.lo) / count;
+  const double correction_lo = ((sum - whole.hi) - whole.lo) * share;
   const TwoTerm mean = two_sum(pivot, correction);
   const TwoTerm product = two_product(sum, correction), m2 = two_sum(squares.hi, -product.hi);
   Moments moments;
@@ -230,7 +230,7 @@ inline double reciprocal_std(const Sum& m2, double count, double eps) {
   if (var.hi > 0x1p-900 && var.hi < 0x1p900) {
     const TwoTerm product = two_product(quotient, count);
     const double total_lo = (m2.hi - total) + m2.lo;
-    const double var_lo = var.lo + (((total - product.hi) - product.lo) + total_lo) / count;
+    const double var_lo = var.lo + (((total - product.hi) - product.lo) + total_lo) * (1 / count);
     const TwoTerm square = two_product(rstd, rstd);
     const TwoTerm one = two_product(var.hi, square.hi);
     const double residual = ((1 - one.hi) - one.lo) - (var.hi * square.lo + var_lo * square.hi);
