@@ -122,7 +122,7 @@ inline void normalise_one_by_one(const Plan& plan, const NormArgs<float>& args, 
 
 // Goes through the sets [begin, end) in batches: measure(first), then finish(batch) and normalise(batch, next), which
 // measures `next` too.
-template <class Measure, class Finish, class Normalise>
+template <class Batch, class Measure, class Finish, class Normalise>
 inline void for_batches(const Plan& plan, int64_t begin, int64_t end, const Measure& measure, const Finish& finish,
                         const Normalise& normalise) {
   // A multiple of the lanes, if it takes no more than half as many sets again as fit.

@@ -152,10 +152,10 @@ class ChannelBatches {
   };
 
   // One operand of the batch.
-  struct Runs : SegmentLines {
+  struct Runs : SegmentLines<float> {
     int64_t set_step;
     Runs(const Operand& operand, int64_t set, int64_t run)
-        : SegmentLines(operand, set, run), set_step(inner_stride(operand.set)) {}
+        : SegmentLines<float>(operand, set, run), set_step(inner_stride(operand.set)) {}
     char* set(int64_t i) const { return base + i * set_step; }
   };
 

@@ -1,119 +1,361 @@
-// Small float64 sets that are read in place, eight at a time: what moments_about and reciprocal_std do for one set,
-// long chains of dependent operations, is done for eight side by side, with the same bits.
+// Float64 sets of up to a chunk that are read in place, in batches: the long chains of dependent operations that a
+// statistic is (lane_statistics.hpp) run side by side, and one batch is normalised while the next is measured.
 #pragma once
 
+#include "isa/batches.hpp"
 #include "isa/lane_statistics.hpp"
-#include "isa/set_units.hpp"
 
 namespace fastnorm {
 namespace {
 
-constexpr int64_t kDoubleSets = 8;
-
+// Some sets, their sums, and what normalises them.
 struct DoubleBatch {
-  int64_t count = 0;
-  const double* x[kDoubleSets];
-  alignas(64) double pivot[kDoubleSets], sum[kDoubleSets] = {}, squares[kDoubleSets] = {};
-  double lost_sum[kDoubleSets] = {}, lost_squares[kDoubleSets] = {};
-  double mean[kDoubleSets], mean_lo[kDoubleSets], var[kDoubleSets], rstd[kDoubleSets], near[kDoubleSets],
-      plain[kDoubleSets];
+  int64_t first = 0, count = 0;
+  bool plain = false;        // has no set a scale, or a factor that may overflow?
+  int64_t param[kMostSets];  // of a set's first weight and bias
+  Pack<double> sum_lanes[kMostSets], squares_lanes[kMostSets];
+  alignas(64) double pivot[kMostSets], sum[kMostSets], lost_sum[kMostSets], squares[kMostSets], lost_squares[kMostSets];
+  double mean[kMostSets], mean_lo[kMostSets], var[kMostSets], rstd[kMostSets], near[kMostSets], fine[kMostSets];
+  double scale[kMostSets];
+
+  void put(int64_t lane, const PackPair& lanes) {
+    sum_lanes[lane] = lanes.first;
+    squares_lanes[lane] = lanes.second;
+  }
+  void put(int64_t lane, const Pack<double>& squares) {
+    sum_lanes[lane] = Pack<double>(0.0);
+    squares_lanes[lane] = squares;
+  }
+  Statistic statistic(int64_t lane) const {
+    Statistic s{mean[lane], mean_lo[lane], rstd[lane], scale[lane]};
+    drop_negligible(s);
+    return s;
+  }
+};
+
+// y = (x - mean) * factor * weight + bias of a set.
+template <class Weight, class Bias>
+struct DoubleFormula {
+  Pack<double> mean, mean_lo, factor;
+  bool exact;  // is there no mean_lo?
+  Weight weight;
+  Bias bias;
+
+  DoubleFormula(const Statistic& s, double rstd, Weight w, Bias b)
+      : mean(s.mean), mean_lo(s.mean_lo), factor(rstd), exact(s.mean_lo == 0), weight(w), bias(b) {}
+
+  template <class At>
+  FASTNORM_INLINE Pack<double> operator()(At at, const double* x) const {
+    const Pack<double> v = at.template load<double>(x), d = exact ? v - mean : less_mean(v, mean, mean_lo);
+    return plus(at, times(at, d * factor, weight), bias);
+  }
 };
 
 class DoubleBatches {
  public:
-  DoubleBatches(const Plan& plan, const NormArgs<double>& args) : plan_(plan), args_(args) {}
+  DoubleBatches(const Plan& plan, const NormArgs<double>& args, int64_t run)
+      : plan_(plan),
+        args_(args),
+        run_(run),
+        lines_(plan.elements / run),
+        distance_(reading_ahead<double>(plan, plan.x, plan.whole.inner_size())),
+        few_(args.centred && few_terms<double>(plan.set_size())),
+        one_run_(plan.whole.rank == 0 || (plan.whole.rank == 1 && plan.whole.stride[0] == sizeof(double))) {}
 
-  // Is every set one run, and that one block?
+  // Can the sets be read in place? A weight per value wants all values in one run.
   static bool suit(const Plan& plan, int64_t run) {
-    return run > 0 && run == plan.elements && plan.segments == 1 && plan.whole.rank <= 1 && run <= kBlock &&
-           plan.whole_blocks.count == 1;
+    return run > 0 && moment_chunks(plan) == 1 && plan.x.segment.rank < 2 && plan.y.segment.rank < 2 &&
+           (plan.family == Family::channel || run == plan.elements);
   }
 
   void forward(int64_t begin, int64_t end) const {
-    for (int64_t first = begin; first < end; first += kDoubleSets) {
-      DoubleBatch batch;
-      batch.count = end - first < kDoubleSets ? end - first : kDoubleSets;
-      for (int64_t i = 0; i < kDoubleSets; ++i) {
-        const int64_t set = first + (i < batch.count ? i : 0);
-        batch.x[i] = reinterpret_cast<const double*>(plan_.x.data + plan_.x.set.offset(set));
-      }
-      if (args_.centred) {
-        measure(batch);
-      } else {
-        measure_squares(batch);
-      }
-      finish_lanes({batch.pivot, batch.sum, batch.lost_sum, batch.squares, batch.lost_squares},
-                   {batch.mean, batch.mean_lo, batch.var, batch.rstd, batch.near, batch.plain}, kDoubleSets,
-                   static_cast<double>(plan_.elements), args_.eps);
-      for (int64_t i = 0; i < batch.count; ++i) normalise(first + i, statistic(batch, first + i, i));
-    }
+    args_.centred ? forward<true>(begin, end) : forward<false>(begin, end);
   }
 
  private:
-  // As block_moments has it.
+  // Adds up a set that is one run, leaf by leaf.
+  template <bool kCentred>
+  class Coming {
+   public:
+    Coming(const double* x, int64_t n, int64_t distance) : x_(x), left_(n), distance_(distance) {}
+
+    FASTNORM_INLINE void add_leaf() {
+      if (left_ == 0) return;
+      const int64_t n = left_ < kLeaf ? left_ : kLeaf;
+      tree_.add_leaf(x_, n, distance_);
+      x_ += n;
+      left_ -= n;
+    }
+    FASTNORM_INLINE auto total() {
+      while (left_ > 0) add_leaf();
+      return tree_.total();
+    }
+
+   private:
+    const double* x_;
+    int64_t left_, distance_;
+    DeviationTree<kCentred, AboutZero> tree_;
+  };
+
+  template <bool kCentred>
+  void forward(int64_t begin, int64_t end) const {
+    for_batches<DoubleBatch>(
+        plan_, begin, end, [&](DoubleBatch& batch) { measure<kCentred>(batch); },
+        [&](DoubleBatch& batch) { finish(batch); },
+        [&](const DoubleBatch& now, DoubleBatch& next) {
+          if (now.plain) return with_parameters<kCentred>(now, next);
+          for (int64_t lane = 0; lane < now.count; ++lane) {
+            for (int64_t unit = 0; unit < units_per_set(plan_); ++unit) {
+              normalise_unit(plan_, args_, run_, now.first + lane, unit, now.statistic(lane));
+            }
+          }
+          measure<kCentred>(next);
+        });
+  }
+
+  const double* run_of(int64_t set) const {
+    return reinterpret_cast<const double*>(plan_.x.data + plan_.x.set.offset(set));
+  }
+
+  // ---- statistics
+
+  template <bool kCentred>
   FASTNORM_LOOPS void measure(DoubleBatch& batch) const {
-    const int64_t n = plan_.elements;
-    const double count = static_cast<double>(n);
-    // A set's pivot is on its way while the deviations of the one before are added up.
-    for (int64_t k = 0; k <= batch.count; ++k) {
-      if (k < batch.count) {
-        const double* x = batch.x[k];
-        batch.pivot[k] = fastnorm::sum(n, [&](auto at) { return at.template load<double>(x); }) / count;
+    for (int64_t lane = 0; lane < batch.count; ++lane) measure<kCentred>(batch, lane);
+  }
+  template <bool kCentred>
+  FASTNORM_LOOPS void measure(DoubleBatch& batch, int64_t lane) const {
+    DeviationTree<kCentred, AboutZero> tree;
+    for_set_runs(plan_, batch.first + lane, 0, [&](const double* x, int64_t n) { tree.add_run(x, n, distance_); });
+    batch.put(lane, tree.total());
+  }
+
+  // What measure_chunk and finish_set do, for all sets of a batch.
+  void finish(DoubleBatch& batch) const {
+    const int64_t lanes = (batch.count + kStatisticLanes - 1) / kStatisticLanes * kStatisticLanes;
+    for (int64_t lane = batch.count; lane < lanes; ++lane) batch.put(lane, Pack<double>(1.0));
+    for (int64_t lane = 0; lane < lanes; lane += kStatisticLanes) {
+      fold_eight(batch.sum_lanes + lane, batch.sum + lane);
+      fold_eight(batch.squares_lanes + lane, batch.squares + lane);
+    }
+    for (int64_t lane = 0; lane < lanes; ++lane) {
+      batch.pivot[lane] = batch.lost_sum[lane] = batch.lost_squares[lane] = 0;
+      batch.scale[lane] = 1;
+    }
+    if (few_) measure_lost(batch);
+    finish_lanes(batch, 0, lanes);
+    if (args_.centred) {
+      for (int64_t lane = 0; lane < lanes; lane += kStatisticLanes) measure_about_means(batch, lane);
+    }
+    batch.plain = true;
+    Offsets stats(plan_.set_stat, batch.first), params(plan_.set_param, batch.first);
+    for (int64_t lane = 0; lane < batch.count; ++lane) {
+      const int64_t stat = stats.next();
+      batch.param[lane] = params.next();
+      if (batch.near[lane] * batch.fine[lane] == 0) {
+        measure_alone(batch, lane);
+      } else {
+        if (args_.mean) args_.mean[stat] = batch.mean[lane];
+        if (args_.mean_lo) args_.mean_lo[stat] = batch.mean_lo[lane];
+        if (args_.var) args_.var[stat] = batch.var[lane];
+        if (args_.rstd) args_.rstd[stat] = batch.rstd[lane];
       }
-      if (k == 0) continue;
-      const int64_t i = k - 1;
-      const double* x = batch.x[i];
-      const Pack<double> pivots(batch.pivot[i]);
-      const Pair sums = fastnorm::sum(n, [&](auto at) { return deviations(at.template load<double>(x), pivots); });
-      batch.sum[i] = sums.first;
-      batch.squares[i] = sums.second;
-      if (!few_terms<double>(n)) continue;
-      const Pair lost = fastnorm::sum(n, [&](auto at) { return lost_deviations(at.template load<double>(x), pivots); });
-      batch.lost_sum[i] = lost.first;
-      batch.lost_squares[i] = lost.second;
     }
-    for (int64_t i = batch.count; i < kDoubleSets; ++i) batch.pivot[i] = 0;
+    check_factors(batch);
   }
 
-  // As block_squares has it.
-  FASTNORM_LOOPS void measure_squares(DoubleBatch& batch) const {
-    for (int64_t i = 0; i < kDoubleSets; ++i) batch.pivot[i] = 0;
-    for (int64_t i = 0; i < batch.count; ++i) {
-      const double* x = batch.x[i];
-      batch.squares[i] = fastnorm::sum(plan_.elements, [&](auto at) {
-        const Pack<double> v = at.template load<double>(x);
-        return v * v;
-      });
+  // What rounding took from the squares of few terms.
+  FASTNORM_LOOPS void measure_lost(DoubleBatch& batch) const {
+    const SetLines<double> from(plan_.x, run_);
+    for (int64_t first = 0; first < batch.count; first += kStatisticLanes) {
+      Pack<double> lanes[kStatisticLanes];
+      for (int64_t i = 0; i < kStatisticLanes; ++i) {
+        const int64_t set = batch.first + (first + i < batch.count ? first + i : first);
+        LostDeviations lost;
+        if (one_run_) {
+          lost.add_run(reinterpret_cast<const double*>(from.set(set)), plan_.set_size(), AboutZero{});
+        } else {
+          for_set_runs(plan_, set, 0, [&](const double* x, int64_t n) { lost.add_run(x, n, AboutZero{}); });
+        }
+        lanes[i] = lost.squares();
+      }
+      fold_eight(lanes, batch.lost_squares + first);
     }
   }
 
-  // Stored; measured again, with a scale, where that is needed.
-  Statistic statistic(const DoubleBatch& batch, int64_t set, int64_t i) const {
-    if (batch.plain[i] == 0) {
-      Moments moments = set_moments<double>(plan_, set, args_.centred, 1);
-      return finish_set(plan_, args_, set, moments);
-    }
-    const int64_t stat = plan_.set_stat.offset(set);
-    if (args_.mean) args_.mean[stat] = batch.mean[i];
-    if (args_.mean_lo) args_.mean_lo[stat] = batch.mean_lo[i];
-    if (args_.var) args_.var[stat] = batch.var[i];
-    if (args_.rstd) args_.rstd[stat] = batch.rstd[i];
-    Statistic s{batch.mean[i], batch.mean_lo[i], batch.rstd[i], 1};
-    drop_negligible(s);
-    return s;
+  void finish_lanes(DoubleBatch& batch, int64_t first, int64_t lanes) const {
+    fastnorm::finish_lanes({batch.pivot + first, batch.sum + first, batch.lost_sum + first, batch.squares + first,
+                            batch.lost_squares + first},
+                           {batch.mean + first, batch.mean_lo + first, batch.var + first, batch.rstd + first,
+                            batch.near + first, batch.fine + first},
+                           lanes, static_cast<double>(plan_.set_size()), args_.eps);
   }
 
-  FASTNORM_LOOPS void normalise(int64_t set, const Statistic& s) const {
-    const int64_t n = plan_.elements;
-    const double* const x = reinterpret_cast<const double*>(plan_.x.data + plan_.x.set.offset(set));
-    double* const y = reinterpret_cast<double*>(plan_.y.data + plan_.y.set.offset(set));
-    with_normalise<double, double>(plan_, args_, s, plan_.set_param.offset(set), 0, [&](const auto& formula) {
-      for_stored_packs(args_.past_cache, y, n, [&](auto at, auto out) { out.store(at, y, formula(at, x)); });
-    });
+  // The second reading of those of eight sets that want one.
+  void measure_about_means(DoubleBatch& batch, int64_t first) const {
+    bool any = false;
+    for (int64_t lane = first; lane < first + kStatisticLanes && lane < batch.count; ++lane) {
+      if (batch.near[lane] != 0) continue;
+      Sum sum, squares;
+      batch.pivot[lane] = batch.mean[lane];
+      chunk_deviations<true>(plan_, batch.first + lane, 0, About(batch.pivot[lane]), sum, squares);
+      batch.sum[lane] = sum.hi, batch.lost_sum[lane] = sum.lo;
+      batch.squares[lane] = squares.hi, batch.lost_squares[lane] = squares.lo;
+      any = true;
+    }
+    if (any) finish_lanes(batch, first, kStatisticLanes);
+  }
+
+  // By blocks, or with a scale.
+  [[gnu::noinline]] void measure_alone(DoubleBatch& batch, int64_t lane) const {
+    const int64_t set = batch.first + lane;
+    Moments moments = measure_chunk(plan_, set, 0, args_.centred);
+    const Statistic s = finish_set(plan_, args_, set, moments);
+    batch.mean[lane] = s.mean, batch.mean_lo[lane] = s.mean_lo;
+    batch.rstd[lane] = s.rstd, batch.scale[lane] = s.scale;
+    batch.plain = batch.plain && s.scale == 1;
+  }
+
+  // rstd * weight as one factor saves a rounding; where it would overflow, sets are normalised one by one.
+  void check_factors(DoubleBatch& batch) const {
+    if (plan_.family != Family::channel || !args_.weight) return;
+    for (int64_t lane = 0; lane < batch.count; ++lane) {
+      for (int64_t segment = 0; segment < plan_.segments; ++segment) {
+        const double factor = std::fabs(batch.rstd[lane] * args_.weight[batch.param[lane] + segment]);
+        batch.plain = batch.plain && (factor == 0 || (factor > 0x1p-1000 && factor < 0x1p1000));
+      }
+    }
+  }
+
+  // ---- results
+
+  template <bool kCentred>
+  void with_parameters(const DoubleBatch& now, DoubleBatch& next) const {
+    const double *w = args_.weight, *b = args_.bias;
+    const auto none = [](int64_t) { return None{}; };
+    const auto weights = [w](int64_t param) { return Each<double>{w + param}; };
+    const auto biases = [b](int64_t param) { return Each<double>{b + param}; };
+    if (plan_.family == Family::channel) {
+      normalise<kCentred>(now, next, none, [b](int64_t param) { return Same<double>(b ? b[param] : 0); });
+    } else if (w && b) {
+      normalise<kCentred>(now, next, weights, biases);
+    } else if (w) {
+      normalise<kCentred>(now, next, weights, none);
+    } else if (b) {
+      normalise<kCentred>(now, next, none, biases);
+    } else {
+      normalise<kCentred>(now, next, none, none);
+    }
+  }
+
+  // Normalises one batch and measures the next, in the same loops where a set is one run: arithmetic of the one hides
+  // memory of the other.
+  template <bool kCentred, class WeightOf, class BiasOf>
+  void normalise(const DoubleBatch& now, DoubleBatch& next, const WeightOf& weight_of, const BiasOf& bias_of) const {
+    if (one_run_ && plan_.segments == 1 && lines_ == 1) {
+      normalise_runs<kCentred>(now, next, weight_of, bias_of);
+    } else {
+      normalise_segments<kCentred>(now, next, weight_of, bias_of);
+    }
+  }
+
+  template <bool kCentred, class WeightOf, class BiasOf>
+  [[gnu::noinline]] FASTNORM_LOOPS void normalise_runs(const DoubleBatch& now, DoubleBatch& next,
+                                                       const WeightOf& weight_of, const BiasOf& bias_of) const {
+    const int64_t n = run_;
+    const SetLines<double> from(plan_.x, n), to(plan_.y, n);
+    const double* const weight = plan_.family == Family::channel ? args_.weight : nullptr;
+    for (int64_t lane = 0; lane < now.count; ++lane) {
+      const Statistic s = now.statistic(lane);
+      const int64_t param = now.param[lane];
+      const auto w = weight_of(param);
+      const auto b = bias_of(param);
+      const DoubleFormula<decltype(w), decltype(b)> formula(s, weight ? s.rstd * weight[param] : s.rstd, w, b);
+      const double* const x = reinterpret_cast<const double*>(from.set(now.first + lane));
+      double* const y = reinterpret_cast<double*>(to.set(now.first + lane));
+      if (lane >= next.count) {
+        write_line(x, y, formula, [] {});
+        continue;
+      }
+      const double* const coming_x = reinterpret_cast<const double*>(from.set(next.first + lane));
+      if (n <= kLeaf && !args_.past_cache) {
+        next.put(lane, DeviationTree<kCentred, AboutZero>().leaf(coming_x, n));
+        write_run<false>(y, n, [&](auto at) { return formula(at, x); });
+      } else {
+        Coming<kCentred> coming(coming_x, n, distance_);
+        write_line(x, y, formula, [&] { coming.add_leaf(); });
+        next.put(lane, coming.total());
+      }
+    }
+  }
+
+  template <bool kCentred, class WeightOf, class BiasOf>
+  [[gnu::noinline]] FASTNORM_LOOPS void normalise_segments(const DoubleBatch& now, DoubleBatch& next,
+                                                           const WeightOf& weight_of, const BiasOf& bias_of) const {
+    for (int64_t lane = 0; lane < now.count; ++lane) {
+      const bool measures = lane < next.count;
+      if (measures && one_run_) {
+        Coming<kCentred> coming(run_of(next.first + lane), plan_.set_size(), distance_);
+        normalise_set(now, lane, weight_of, bias_of, [&] { coming.add_leaf(); });
+        next.put(lane, coming.total());
+      } else {
+        if (measures) measure<kCentred>(next, lane);
+        normalise_set(now, lane, weight_of, bias_of, [] {});
+      }
+    }
+  }
+
+  // between() comes before every kLeaf values.
+  template <class WeightOf, class BiasOf, class Between>
+  FASTNORM_INLINE void normalise_set(const DoubleBatch& now, int64_t lane, const WeightOf& weight_of,
+                                     const BiasOf& bias_of, const Between& between) const {
+    const Statistic s = now.statistic(lane);
+    const int64_t set = now.first + lane;
+    const SegmentLines<double> from(plan_.x, set, run_), to(plan_.y, set, run_);
+    const double* const weight = plan_.family == Family::channel ? args_.weight : nullptr;
+    const char* x_segment = from.base;
+    char* y_segment = to.base;
+    for (int64_t segment = 0; segment < plan_.segments; ++segment) {
+      const int64_t param = now.param[lane] + segment;
+      const auto w = weight_of(param);
+      const auto b = bias_of(param);
+      const DoubleFormula<decltype(w), decltype(b)> formula(s, weight ? s.rstd * weight[param] : s.rstd, w, b);
+      const char* x_line = x_segment;
+      char* y_line = y_segment;
+      for (int64_t line = 0; line < lines_; ++line) {
+        write_line(reinterpret_cast<const double*>(x_line), reinterpret_cast<double*>(y_line), formula, between);
+        x_line += from.line_step;
+        y_line += to.line_step;
+      }
+      x_segment += from.segment_step;
+      y_segment += to.segment_step;
+    }
+  }
+
+  template <class Formula, class Between>
+  FASTNORM_INLINE void write_line(const double* x, double* y, const Formula& formula, const Between& between) const {
+    const int64_t run = run_;
+    const bool past_cache = args_.past_cache;
+    int64_t i = past_cache ? unaligned_values(y) : 0;
+    if (i > run) i = run;
+    if (i > 0) Partial{0, i}.store(y, formula(Partial{0, i}, x));
+    while (i + kPack <= run) {
+      between();
+      const int64_t stop = run - i < kLeaf ? run : i + kLeaf;
+      if (past_cache) {
+        for (; i + kPack <= stop; i += kPack) Whole{i}.store_past(y, formula(Whole{i}, x));
+      } else {
+        for (; i + kPack <= stop; i += kPack) Whole{i}.store(y, formula(Whole{i}, x));
+      }
+    }
+    if (i < run) Partial{i, run - i}.store(y, formula(Partial{i, run - i}, x));
   }
 
   const Plan& plan_;
   const NormArgs<double>& args_;
+  const int64_t run_, lines_;
+  const int64_t distance_;
+  const bool few_, one_run_;
 };
 
 }  // namespace

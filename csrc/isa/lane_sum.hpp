@@ -27,7 +27,9 @@ struct PackPair {
     second += other.second;
     return *this;
   }
-  FASTNORM_INLINE friend PackPair operator+(PackPair a, const PackPair& b) { return a += b; }
+  FASTNORM_INLINE friend PackPair operator+(const PackPair& a, const PackPair& b) {
+    return {a.first + b.first, a.second + b.second};
+  }
 };
 
 FASTNORM_INLINE Pair fold(const PackPair& pair) { return {fold(pair.first), fold(pair.second)}; }
@@ -39,14 +41,19 @@ FASTNORM_INLINE PackPair first_lanes_of(const PackPair& pair, int64_t count) {
 constexpr int64_t kLeaf = kSumLeaf;  // terms summed without recursion
 static_assert(kLeaf == 8 * kPack, "a leaf is eight packs");
 
-// The terms of [first, first + n), n <= kLeaf, lane by lane.
-template <class Term>
+// The terms of [first, first + n), n <= kLeaf, lane by lane. kZeroBeyond: what is missing in a part of a pack is loaded
+// as 0, and the terms of that are 0 too.
+template <bool kZeroBeyond = false, class Term>
 FASTNORM_LOOPS inline auto leaf_sums(int64_t first, int64_t n, const Term& term) {
   const auto whole = [&](int64_t i) { return term(Whole{first + i * kPack}); };
   if (n == kLeaf)
     return ((whole(0) + whole(1)) + (whole(2) + whole(3))) + ((whole(4) + whole(5)) + (whole(6) + whole(7)));
   const int64_t full = n / kPack, rest = n % kPack;
-  const auto part = [&] { return first_lanes_of(term(Partial{first + full * kPack, rest}), rest); };
+  const auto part = [&] {
+    const auto terms = term(Partial{first + full * kPack, rest});
+    if constexpr (kZeroBeyond) return terms;
+    return first_lanes_of(terms, rest);
+  };
   if (full == 0) return part();
   auto lanes = whole(0);
   for (int64_t i = 1; i < full; ++i) lanes += whole(i);
@@ -61,17 +68,21 @@ inline auto tree_sums(int64_t first, int64_t n, const Term& term) -> decltype(te
   return tree_sums(first, half, term) + tree_sums(first + half, n - half, term);
 }
 
-// The same tree over sums that come one after the other, of runs that memory keeps apart.
-class PairTree {
+// A tree over sums that come one after the other: of leaves, or of runs that memory keeps apart.
+template <class Lanes>  // Pack<double> or PackPair
+class LaneTree {
  public:
-  void push(PackPair sums) {
+  FASTNORM_INLINE void push(Lanes sums) {
     int level = 0;
     for (uint64_t taken = count_++; taken & 1; taken >>= 1) sums = levels_[level++] + sums;
     levels_[level] = sums;
   }
-  PackPair total() const {
-    PackPair sums{0.0, 0.0};
-    for (int level = 0; count_ >> level; ++level) {
+  // Of at least one sum.
+  FASTNORM_INLINE Lanes total() const {
+    int level = 0;
+    while (!(count_ >> level & 1)) ++level;
+    Lanes sums = levels_[level];
+    while (count_ >> ++level) {
       if (count_ >> level & 1) sums = levels_[level] + sums;
     }
     return sums;
@@ -79,8 +90,9 @@ class PairTree {
 
  private:
   uint64_t count_ = 0;
-  PackPair levels_[40];
+  Lanes levels_[40];
 };
+using PairTree = LaneTree<PackPair>;
 
 // The sum of term(place) over a run of n >= 1 values; term gives a Pack<double> or a PackPair.
 template <class Term>

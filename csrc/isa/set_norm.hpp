@@ -17,7 +17,7 @@ constexpr int64_t kGroupBytes = 32 << 10;
 template <class T>
 inline void forward_sets(const Plan& plan, const NormArgs<T>& args, int64_t run, int64_t begin, int64_t end) {
   if constexpr (kMayOverflow<T>) {
-    if (DoubleBatches::suit(plan, run)) return DoubleBatches(plan, args).forward(begin, end);
+    if (DoubleBatches::suit(plan, run)) return DoubleBatches(plan, args, run).forward(begin, end);
   } else {
     if (SetBatches::suit(plan, run)) return SetBatches(plan, args, run).forward(begin, end);
     if (GroupBatches::suit(plan, run)) return GroupBatches(plan, args, run).forward(begin, end);
@@ -62,7 +62,7 @@ inline bool measure_split(const Plan& plan, const NormArgs<T>& args, int64_t run
     const Workspace<Moments> partial(plan.sets * chunks);
     if (!partial) return false;
     parallel_for(plan.threads, plan.sets * chunks,
-                 [&](int64_t i) { partial[i] = chunk_moments<T>(plan, i / chunks, i % chunks, args.centred, 1); });
+                 [&](int64_t i) { partial[i] = measure_chunk(plan, i / chunks, i % chunks, args.centred); });
     for (int64_t set = 0; set < plan.sets; ++set) {
       Moments moments = merge_tree<true>(0, chunks, [&](int64_t i) { return partial[set * chunks + i]; });
       finish(set, finish_set(plan, args, set, moments));

@@ -4,7 +4,7 @@
 
 #include "isa/runs.hpp"
 #include "isa/segment.hpp"
-#include "isa/set_moments.hpp"
+#include "isa/set_deviations.hpp"
 
 namespace fastnorm {
 namespace {
@@ -142,7 +142,7 @@ inline Statistic finish_plain(const Plan& plan, const NormArgs<T>& args, int64_t
 template <class T>
 inline Statistic measure_set(const Plan& plan, const NormArgs<T>& args, int64_t run, int64_t set) {
   if constexpr (kMayOverflow<T>) {
-    Moments moments = set_moments<T>(plan, set, args.centred, 1);
+    Moments moments = measure_chunks(plan, set, args.centred);
     return finish_set(plan, args, set, moments);
   } else {
     PlainTotals totals;

@@ -1,0 +1,172 @@
+// Moments of float64 sets, from one reading where the data allow it. Sums about zero first: x - 0 loses nothing, and
+// where the mean is but a part of a standard deviation they are as good as sums about the mean. Other sets are read
+// again, about the mean that the first reading gave, and what lies too far from zero for that by blocks
+// (set_moments.hpp).
+#pragma once
+
+#include <type_traits>
+
+#include "isa/runs.hpp"
+#include "isa/set_moments.hpp"
+
+namespace fastnorm {
+namespace {
+
+// What the values are taken about.
+struct AboutZero {};
+struct About {
+  Pack<double> pivot;
+  explicit About(double value) : pivot(value) {}
+};
+
+// Sums of d and d * d (kCentred) or of x * x alone, in a tree over leaves.
+template <bool kCentred, class Pivot>
+class DeviationTree {
+ public:
+  using Lanes = std::conditional_t<kCentred, PackPair, Pack<double>>;
+  explicit DeviationTree(Pivot pivot = Pivot{}) : pivot_(pivot) {}
+
+  // n <= kLeaf values, the place they begin at being a multiple of kLeaf in their run.
+  FASTNORM_INLINE Lanes leaf(const double* x, int64_t n) const {
+    constexpr bool kAboutZero = std::is_same<Pivot, AboutZero>::value;
+    return leaf_sums<kAboutZero>(0, n, [&](auto at) -> Lanes {
+      const Pack<double> v = at.template load<double>(x);
+      if constexpr (!kCentred) {
+        return v * v;
+      } else if constexpr (kAboutZero) {
+        return {v, v * v};
+      } else {
+        return deviations(v, pivot_.pivot);
+      }
+    });
+  }
+  // `distance` as prefetch has it, 0: nothing is asked for.
+  FASTNORM_INLINE void add_leaf(const double* x, int64_t n, int64_t distance) {
+    for (int64_t i = 0; distance != 0 && i < n; i += kPack) prefetch(x + i, distance);
+    tree_.push(leaf(x, n));
+  }
+  FASTNORM_INLINE void add_run(const double* x, int64_t n, int64_t distance) {
+    for (; n > kLeaf; n -= kLeaf, x += kLeaf) add_leaf(x, kLeaf, distance);
+    add_leaf(x, n, distance);
+  }
+  FASTNORM_INLINE Lanes total() const { return tree_.total(); }
+
+ private:
+  Pivot pivot_;
+  LaneTree<Lanes> tree_;
+};
+
+// What rounding took from the deviations of few_terms, and from their squares.
+class LostDeviations {
+ public:
+  FASTNORM_INLINE void add_run(const double* x, int64_t n, AboutZero) {
+    for_packs(n, [&](auto at) {
+      const Pack<double> v = at.template load<double>(x);
+      lanes_.second += lost_in_product(v, v, v * v);
+    });
+  }
+  FASTNORM_INLINE void add_run(const double* x, int64_t n, const About& about) {
+    for (int64_t i = 0; i < n; i += kLeaf) {
+      lanes_ += leaf_sums(i, n - i < kLeaf ? n - i : kLeaf,
+                          [&](auto at) { return lost_deviations(at.template load<double>(x), about.pivot); });
+    }
+  }
+  const Pack<double>& squares() const { return lanes_.second; }
+  Pair total() const { return fold(lanes_); }
+
+ private:
+  PackPair lanes_{0.0, 0.0};
+};
+
+// Runs from this length on are leaves of their own; shorter ones are copied together, block by block.
+constexpr int64_t kLeastRun = 32;
+
+// The elements of a chunk in its set.
+inline Range chunk_elements(const Plan& plan, int64_t chunk) {
+  const Blocks& blocks = plan.whole_blocks;
+  const int64_t first = chunk * kChunkBlocks;
+  const int64_t last = (first + kChunkBlocks < blocks.count ? first + kChunkBlocks : blocks.count) - 1;
+  return {blocks.start(first), blocks.start(last) + blocks.size(last)};
+}
+
+// Do the sets of x lie in runs that are read where they are?
+inline bool runs_in_place(const Plan& plan) {
+  const Walk& whole = plan.whole;
+  if (!plan.x.aligned || whole.rank > 2) return false;
+  return whole.rank == 0 ||
+         (whole.stride[whole.rank - 1] == sizeof(double) && (whole.rank == 1 || whole.inner_size() >= kLeastRun));
+}
+
+// visit(x, n) for the runs of a chunk, n <= kBlock: a cut that depends on x alone, not on where results go.
+template <class Visit>
+inline void for_set_runs(const Plan& plan, int64_t set, int64_t chunk, const Visit& visit) {
+  const Walk& whole = plan.whole;
+  const Range range = chunk_elements(plan, chunk);
+  char* const base = plan.x.data + plan.x.set.offset(set);
+  const int64_t inner = whole.inner_size();
+  if (runs_in_place(plan)) {
+    const int64_t step = whole.rank == 2 ? whole.stride[0] : 0;
+    for_runs(range, inner, kBlock, [&](int64_t run, int64_t offset, int64_t, int64_t n) {
+      visit(reinterpret_cast<const double*>(base + run * step) + offset, n);
+    });
+    return;
+  }
+  alignas(64) double buffer[kBlock];
+  const Port<double> x(base, whole, plan.x.aligned);
+  const int64_t length = inner >= kLeastRun ? inner : kBlock / inner * inner;
+  for_runs(range, length, kBlock,
+           [&](int64_t, int64_t, int64_t first, int64_t n) { visit(x.read(first, n, buffer), n); });
+}
+
+// The two sums of a chunk, each with what rounding took from its terms where these are few.
+template <bool kCentred, class Pivot>
+FASTNORM_LOOPS inline void chunk_deviations(const Plan& plan, int64_t set, int64_t chunk, Pivot pivot, Sum& sum,
+                                            Sum& squares) {
+  DeviationTree<kCentred, Pivot> tree(pivot);
+  LostDeviations lost;
+  const bool few = kCentred && few_terms<double>(plan.set_size());
+  const int64_t distance = reading_ahead<double>(plan, plan.x, runs_in_place(plan) ? plan.whole.inner_size() : 0);
+  for_set_runs(plan, set, chunk, [&](const double* x, int64_t n) {
+    tree.add_run(x, n, distance);
+    if (few) lost.add_run(x, n, pivot);
+  });
+  const Pair lost_of = few ? lost.total() : Pair{0, 0};
+  if constexpr (kCentred) {
+    const Pair sums = fold(tree.total());
+    sum.hi = sums.first;
+    squares.hi = sums.second;
+  } else {
+    squares.hi = fold(tree.total());
+  }
+  sum.lo = lost_of.first;
+  squares.lo = lost_of.second;
+}
+
+// Moments of a chunk, about zero, or about the mean, or by blocks.
+[[gnu::noinline]] inline Moments measure_chunk(const Plan& plan, int64_t set, int64_t chunk, bool centred) {
+  const Range range = chunk_elements(plan, chunk);
+  const double count = static_cast<double>(range.end - range.begin);
+  Sum sum, squares;
+  if (!centred) {
+    chunk_deviations<false>(plan, set, chunk, AboutZero{}, sum, squares);
+    Moments moments;
+    moments.count = count;
+    moments.m2 = squares;
+    return moments;
+  }
+  chunk_deviations<true>(plan, set, chunk, AboutZero{}, sum, squares);
+  Moments moments = moments_about(0, count, sum, squares);
+  if (near_mean(moments, squares)) return moments;
+  const double pivot = moments.mean;
+  chunk_deviations<true>(plan, set, chunk, About(pivot), sum, squares);
+  moments = moments_about(pivot, count, sum, squares);
+  return near_mean(moments, squares) ? moments : chunk_moments<double>(plan, set, chunk, true, 1);
+}
+
+inline Moments measure_chunks(const Plan& plan, int64_t set, bool centred) {
+  return merge_tree<true>(0, moment_chunks(plan),
+                          [&](int64_t chunk) { return measure_chunk(plan, set, chunk, centred); });
+}
+
+}  // namespace
+}  // namespace fastnorm
