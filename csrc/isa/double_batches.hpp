@@ -135,11 +135,11 @@ class DoubleBatches {
     const int64_t lanes = (batch.count + kStatisticLanes - 1) / kStatisticLanes * kStatisticLanes;
     for (int64_t lane = batch.count; lane < lanes; ++lane) batch.put(lane, Pack<double>(1.0));
     for (int64_t lane = 0; lane < lanes; lane += kStatisticLanes) {
-      fold_eight(batch.sum_lanes + lane, batch.sum + lane);
-      fold_eight(batch.squares_lanes + lane, batch.squares + lane);
+      fold_eight_exactly(batch.sum_lanes + lane, batch.sum + lane, batch.lost_sum + lane);
+      fold_eight_exactly(batch.squares_lanes + lane, batch.squares + lane, batch.lost_squares + lane);
     }
     for (int64_t lane = 0; lane < lanes; ++lane) {
-      batch.pivot[lane] = batch.lost_sum[lane] = batch.lost_squares[lane] = 0;
+      batch.pivot[lane] = 0;
       batch.scale[lane] = 1;
     }
     if (few_) measure_lost(batch);
@@ -179,7 +179,9 @@ class DoubleBatches {
         }
         lanes[i] = lost.squares();
       }
-      fold_eight(lanes, batch.lost_squares + first);
+      double lost[kStatisticLanes];
+      fold_eight(lanes, lost);
+      for (int64_t i = 0; i < kStatisticLanes; ++i) batch.lost_squares[first + i] += lost[i];
     }
   }
 

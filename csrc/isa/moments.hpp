@@ -17,30 +17,6 @@ namespace {
 template <class T>
 constexpr bool kMayOverflow = sizeof(T) == sizeof(double);
 
-struct TwoTerm {  // value + error, unevaluated
-  double hi, lo;
-};
-
-inline TwoTerm two_sum(double a, double b) {
-  const double sum = a + b;
-  const double part = sum - a;
-  return {sum, (a - (sum - part)) + (b - part)};
-}
-
-// The product and what rounding took from it, exact either way: by one fused instruction, or Dekker's many steps where
-// there is none.
-inline TwoTerm two_product(double a, double b) {
-  const double product = a * b;
-#if defined(__FMA__)
-  return {product, __builtin_fma(a, b, -product)};
-#else
-  const double a_scaled = 134217729.0 * a, b_scaled = 134217729.0 * b;
-  const double a_hi = a_scaled - (a_scaled - a), b_hi = b_scaled - (b_scaled - b);
-  const double a_lo = a - a_hi, b_lo = b - b_hi;
-  return {product, ((a_hi * b_hi - product) + a_hi * b_lo + a_lo * b_hi) + a_lo * b_lo};
-#endif
-}
-
 // A running sum of block sums, with the rounding errors kept.
 struct Sum {
   double hi = 0, lo = 0;
@@ -118,7 +94,7 @@ inline Moments moments_about(double pivot, double count, const Sum& sums, const 
 
 // Is a pivot so near the mean that sums about it are as good as about the mean itself? What rounding takes from the
 // squares counts squares / m2 times in rstd, and the mean is off by as much of the distance as its sum is.
-constexpr double kNearMean = 1.125;
+constexpr double kNearMean = 1.5;
 inline bool near_mean(const Moments& moments, const Sum& squares) {
   return moments.m2.value() * kNearMean >= squares.hi;
 }

@@ -131,15 +131,18 @@ FASTNORM_LOOPS inline void chunk_deviations(const Plan& plan, int64_t set, int64
     if (few) lost.add_run(x, n, pivot);
   });
   const Pair lost_of = few ? lost.total() : Pair{0, 0};
+  const auto keep = [](Sum& to, const Pack<double>& lanes, double lost_of_terms) {
+    const TwoTerm folded = fold_exactly(lanes);
+    to.hi = folded.hi;
+    to.lo = folded.lo + lost_of_terms;
+  };
+  const auto lanes = tree.total();
   if constexpr (kCentred) {
-    const Pair sums = fold(tree.total());
-    sum.hi = sums.first;
-    squares.hi = sums.second;
+    keep(sum, lanes.first, lost_of.first);
+    keep(squares, lanes.second, lost_of.second);
   } else {
-    squares.hi = fold(tree.total());
+    keep(squares, lanes, 0);
   }
-  sum.lo = lost_of.first;
-  squares.lo = lost_of.second;
 }
 
 // Moments of a chunk, about zero, or about the mean, or by blocks.

@@ -13,6 +13,8 @@
 #include <immintrin.h>
 #endif
 
+#include "isa/two_term.hpp"
+
 namespace fastnorm {
 namespace {
 
@@ -366,6 +368,60 @@ FASTNORM_INLINE void fold_eight(const Pack<double>* packs, double* sums) {
 #else
   FASTNORM_UNROLL
   for (int k = 0; k < 8; ++k) sums[k] = fold(packs[k]);
+#endif
+}
+
+// The same with what rounding takes from the additions: sums + lost.
+FASTNORM_INLINE TwoTerm fold_exactly(const Pack<double>& pack) {
+  double sums[kPack], lost[kPack] = {};
+  std::memcpy(sums, &pack, sizeof sums);
+  for (int half = kPack / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) {
+      const TwoTerm both = two_sum(sums[i], sums[i + half]);
+      sums[i] = both.hi;
+      lost[i] = both.lo + (lost[i] + lost[i + half]);
+    }
+  }
+  return {sums[0], lost[0]};
+}
+FASTNORM_INLINE void fold_eight_exactly(const Pack<double>* packs, double* sums, double* lost) {
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
+  using Part = Pack<double>::Part;
+  struct Exact {
+    Part sum, lost;
+  };
+  const auto add = [](const Part& a, const Part& b, const Part& lost) -> Exact {
+    const Part sum = a + b, part = sum - a;
+    return {sum, ((a - (sum - part)) + (b - part)) + lost};
+  };
+  Exact half[8];  // lane + 8
+  FASTNORM_UNROLL
+  for (int k = 0; k < 8; ++k) half[k] = add(packs[k].part[0], packs[k].part[1], Part{});
+  const auto quarters = [&](const Exact& a, const Exact& b) {  // lane + 4
+    const auto low = [](const Part& p, const Part& q) -> Part { return _mm512_maskz_shuffle_f64x2(0xff, p, q, 0x44); };
+    const auto high = [](const Part& p, const Part& q) -> Part { return _mm512_maskz_shuffle_f64x2(0xff, p, q, 0xee); };
+    return add(low(a.sum, b.sum), high(a.sum, b.sum), low(a.lost, b.lost) + high(a.lost, b.lost));
+  };
+  const auto eighths = [&](const Exact& a, const Exact& b) {  // lane + 2
+    const auto low = [](const Part& p, const Part& q) -> Part { return _mm512_maskz_shuffle_f64x2(0xff, p, q, 0x88); };
+    const auto high = [](const Part& p, const Part& q) -> Part { return _mm512_maskz_shuffle_f64x2(0xff, p, q, 0xdd); };
+    return add(low(a.sum, b.sum), high(a.sum, b.sum), low(a.lost, b.lost) + high(a.lost, b.lost));
+  };
+  const auto last = [&](const Exact& a, const Exact& b) {  // lane + 1
+    const auto low = [](const Part& p, const Part& q) -> Part { return _mm512_maskz_unpacklo_pd(0xff, p, q); };
+    const auto high = [](const Part& p, const Part& q) -> Part { return _mm512_maskz_unpackhi_pd(0xff, p, q); };
+    return add(low(a.sum, b.sum), high(a.sum, b.sum), low(a.lost, b.lost) + high(a.lost, b.lost));
+  };
+  const Exact all = last(eighths(quarters(half[0], half[2]), quarters(half[4], half[6])),
+                         eighths(quarters(half[1], half[3]), quarters(half[5], half[7])));
+  std::memcpy(sums, &all.sum, sizeof all.sum);
+  std::memcpy(lost, &all.lost, sizeof all.lost);
+#else
+  for (int k = 0; k < 8; ++k) {
+    const TwoTerm sum = fold_exactly(packs[k]);
+    sums[k] = sum.hi;
+    lost[k] = sum.lo;
+  }
 #endif
 }
 
