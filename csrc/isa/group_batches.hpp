@@ -106,7 +106,7 @@ class GroupBatches {
   template <bool kPastCache, class Before>
   FASTNORM_INLINE void normalise_set(const Batch& now, int64_t lane, const Before& before_segment) const {
     const int64_t set = now.first + lane, segments = plan_.segments, run = run_, lines = lines_;
-    const SegmentLines from(plan_.x, set, run), to(plan_.y, set, run);
+    const SegmentLines<float> from(plan_.x, set, run), to(plan_.y, set, run);
     const char* x_segment = from.base;
     char* y_segment = to.base;
     SetFormula<true, None, Same<float>> formula{now.high_mean[lane], now.low_mean[lane], 0.0f, None{}, Same<float>(0)};

@@ -69,6 +69,7 @@ class PairTree {
     for (uint64_t taken = count_++; taken & 1; taken >>= 1) sums = levels_[level++] + sums;
     levels_[level] = sums;
   }
+  void clear() { count_ = 0; }
   PackPair total() const {
     PackPair sums{0.0, 0.0};
     for (int level = 0; count_ >> level; ++level) {

@@ -90,6 +90,7 @@ class Line {
 };
 
 // All segments of a set of an operand, which lie at equal distances, seen the same way: for loops over short segments.
+template <class T>
 struct SegmentLines {
   char* base;
   int64_t segment_step, line_step;  // in bytes
@@ -97,7 +98,7 @@ struct SegmentLines {
   SegmentLines(const Operand& operand, int64_t set, int64_t run)
       : base(operand.data + operand.set.offset(set)),
         segment_step(inner_stride(operand.segment)),
-        line_step(run_step<float>(operand, run)) {}
+        line_step(run_step<T>(operand, run)) {}
 };
 
 // The sets of an operand of one segment, seen the same way: for loops over many short sets.
