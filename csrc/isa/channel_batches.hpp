@@ -186,10 +186,9 @@ class ChannelBatches {
     double off[kFoldedSegments], mean[kFoldedSegments], rstd[kFoldedSegments];
 
     FASTNORM_INLINE void put(int64_t lane, const TreeGradientSums<T>& sums) {
-      const PackPair total = sums.total();
-      dy[lane] = total.first;
-      product[lane] = total.second;
-      if constexpr (kSized) size[lane] = sums.total_size();
+      dy[lane] = sums.dy_sum;
+      product[lane] = sums.product_sum;
+      if constexpr (kSized) size[lane] = widen(sums.size);
     }
   };
 
@@ -247,6 +246,7 @@ class ChannelBatches {
         }
         x_segment += x.segment_step;
         dy_segment += dy.segment_step;
+        sums.finish();
         lanes.put(lane, sums);
         lanes.off[lane] = off_[i];
         if constexpr (!kSized) lanes.mean[lane] = mean_[i];

@@ -69,7 +69,7 @@ struct TreeGradientSums;
 
 template <>
 struct TreeGradientSums<float> {
-  ShortTreeSum dy_sum, product_sum;
+  Pack<double> dy_sum = Pack<double>(0.0), product_sum = Pack<double>(0.0);
   Pack<float> size = Pack<float>(0.0f);
 
   struct Room {};
@@ -85,12 +85,11 @@ struct TreeGradientSums<float> {
     return {dy, dy * d, magnitude(dy)};
   }
   FASTNORM_INLINE void add(const Terms& tree) {
-    dy_sum.add(tree.dy);
-    product_sum.add(tree.product);
+    dy_sum += widen(tree.dy);
+    product_sum += widen(tree.product);
     size += tree.size;
   }
-  FASTNORM_INLINE PackPair total() const { return {dy_sum.lanes, product_sum.lanes}; }
-  FASTNORM_INLINE Pack<double> total_size() const { return widen(size); }
+  FASTNORM_INLINE void finish() {}
 };
 
 // Float64 has no digits to spare for long chains: a chain is of a few trees, and chains are added up in a tree again.
@@ -119,10 +118,12 @@ struct TreeGradientSums<double> {
     push(*chains, PackPair{dy_sum, product_sum});
     dy_sum = product_sum = Pack<double>(0.0);
   }
-  FASTNORM_INLINE PackPair total() const {
-    const PackPair chain{dy_sum, product_sum};
-    if (trees < kTreesInChain) return chain;
-    return trees % kTreesInChain == 0 ? chains->total() : chains->total() + chain;
+  // To be called once, when all is added.
+  FASTNORM_INLINE void finish() {
+    if (trees < kTreesInChain) return;
+    const PackPair all = chains->total() + PackPair{dy_sum, product_sum};
+    dy_sum = all.first;
+    product_sum = all.second;
   }
 
  private:
@@ -195,9 +196,10 @@ FASTNORM_LOOPS inline bool tree_unit_sums(const Plan& plan, int64_t run, int64_t
     cut.with_rest([&](auto rest) { add_run<decltype(rest)::value>(inner, in[0], in[1], cut, pivots, ahead); });
     sums = inner;
   });
-  if constexpr (!kMayOverflow<T>) total.size = fold(sums.total_size());
-  const Pair folded = fold(sums.total());
-  const TreeTotals totals = TreeTotals::of<T>(folded.first, folded.second, total.size, pivot.off, s.mean, s.rstd);
+  sums.finish();
+  if constexpr (!kMayOverflow<T>) total.size = fold(widen(sums.size));
+  const TreeTotals totals =
+      TreeTotals::of<T>(fold(sums.dy_sum), fold(sums.product_sum), total.size, pivot.off, s.mean, s.rstd);
   total.dy.hi = totals.dy;
   total.dy_xhat.hi = totals.dy_xhat;
   return totals.trusted && s.scale == 1;
