@@ -71,7 +71,7 @@ def _kinds() -> dict[str, Change]:
         d.x[:, 6] *= d.of(1e-30, 1e-200)
 
     def huge_dy(d: Data) -> None:
-        largest = d.of(3e38, 1.7e308)
+        largest = d.of(3e38, 1e302)
         d.dy[:, 7] = np.where(d.dy[:, 7] > 0, largest, -largest)
 
     def tiny_dy(d: Data) -> None:
