@@ -63,6 +63,10 @@ def _kinds() -> dict[str, Change]:
     def huge_x(d: Data) -> None:
         d.x[:, 6] *= d.of(1e37, 1e300)
 
+    def largest_x(d: Data) -> None:
+        largest = d.x.dtype.type(d.of(3.3e38, 1.79e308))
+        d.x[:, 6] = np.where(d.x[:, 6] > 2.2, -largest, largest)
+
     def large_x(d: Data) -> None:
         d.x[:, 6] *= d.of(1e20, 1e200)
         d.dy[:, 6] *= d.of(1e20, 1e200)

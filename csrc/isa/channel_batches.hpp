@@ -9,28 +9,36 @@
 namespace fastnorm {
 namespace {
 
-// The sums of g and of g * xhat over the segments of a set of float64 data, from those of dy and of dy * xhat; `weight`
-// may be nullptr. A few segments are not worth a tree.
-inline Pair weighted_sums(const double* weight, const double* dy, const double* dy_xhat, int64_t segments) {
+// The sums of g and of g * xhat over the segments of a set of float64 data, and what rounding has taken from them
+// (known of one segment alone).
+struct WeightedSums {
+  double a, b, a_lo, b_lo;
+};
+
+FASTNORM_INLINE WeightedSums weighted_sums(double weight, double dy, double dy_xhat) {
+  const TwoTerm a = two_product(weight, dy), b = two_product(weight, dy_xhat);
+  return {a.hi, b.hi, a.lo, b.lo};
+}
+
+// From the sums of dy and of dy * xhat; `weight` may be nullptr. A few segments are not worth a tree.
+inline WeightedSums weighted_sums(const double* weight, const double* dy, const double* dy_xhat, int64_t segments) {
   constexpr int64_t kFewSegments = 8;
+  if (segments == 1) return weighted_sums(weight ? *weight : 1, *dy, *dy_xhat);
   if (segments <= kFewSegments) {
-    const auto term = [&](int64_t i) {
+    WeightedSums sums{0, 0, 0, 0};
+    for (int64_t i = 0; i < segments; ++i) {
       const double factor = weight ? weight[i] : 1;
-      return Pair{factor * dy[i], factor * dy_xhat[i]};
-    };
-    Pair sums = term(0);
-    for (int64_t i = 1; i < segments; ++i) {
-      const Pair next = term(i);
-      sums.first += next.first;
-      sums.second += next.second;
+      sums.a += factor * dy[i];
+      sums.b += factor * dy_xhat[i];
     }
     return sums;
   }
   const auto along = [&](auto weights) {
-    return sum(segments, [&](auto at) {
+    const Pair sums = sum(segments, [&](auto at) {
       return PackPair{times(at, at.template load<double>(dy), weights),
                       times(at, at.template load<double>(dy_xhat), weights)};
     });
+    return WeightedSums{sums.first, sums.second, 0, 0};
   };
   return weight ? along(Each<double>{weight}) : along(None{});
 }
@@ -41,9 +49,10 @@ inline GradientMeans channel_means(const Plan& plan, const NormArgs<T>& args, in
   const int64_t param = plan.set_param.offset(set), first = set * plan.segments;
   const double count = static_cast<double>(plan.set_size());
   if constexpr (kMayOverflow<T>) {
-    const Pair g = weighted_sums(args.weight ? args.weight + param : nullptr, sums.dy + first, sums.dy_xhat + first,
-                                 plan.segments);
-    return GradientMeans::of<T>({g.first}, {g.second}, 0, count, args.centred, true, s);
+    const double* weight = args.weight ? args.weight + param : nullptr;
+    const WeightedSums g = weighted_sums(weight, sums.dy + first, sums.dy_xhat + first, plan.segments);
+    const double centred = args.centred ? 1 : 0;
+    return GradientMeans::of_sums<T>(centred * g.a, g.b, 0, count, s.mean, s.rstd, centred * g.a_lo, g.b_lo);
   } else {
     Sum a, b;
     double size = 0;
@@ -79,7 +88,11 @@ FASTNORM_LOOPS inline void channel_unit_gradient(const Plan& plan, const NormArg
       for_stored_packs(args.past_cache, dx, n, [&](auto at, auto out) { out.store(at, dx, gradient(at, x, dy)); });
     };
     if (s.scale == 1 && plain<T>(means, s.mean, s.rstd)) {
-      along(PivotGradient<T, Same<T>>(s, means.a, means.b, Same<T>(weight)));
+      const Pivot<T> pivot = Pivot<T>::of(s);
+      const GradientFactors<T> factors{pivot.value, static_cast<T>(s.rstd),
+                                       static_cast<T>(means.pivot_a + pivot.off * means.b_rstd),
+                                       static_cast<T>(means.b_rstd)};
+      along(PivotGradient<T, Same<T>>(factors, Same<T>(weight)));
     } else {
       along(InputGradient<T, double, Same<double>>(s, means.a, means.b, Same<double>(weight)));
     }
@@ -299,7 +312,7 @@ class ChannelBatches {
   }
 
   // The sums of g and of g * xhat of the sets of the batch (and of |g|, about), as channel_means has them.
-  void weigh(double* a, double* b, double* size) const {
+  void weigh(double* a, double* b, double* size, double* a_lo, double* b_lo) const {
     const int64_t segments = plan_.segments, sets = count_;
     const double *dy = sums_.dy + first_ * segments, *dy_xhat = sums_.dy_xhat + first_ * segments,
                  *of_dy = sums_.size + first_ * segments;
@@ -308,16 +321,21 @@ class ChannelBatches {
       for (int64_t i = 0; i < sets; ++i) weight[i] = static_cast<double>(*weight_of(i, 0));
 #pragma omp simd
       for (int64_t i = 0; i < sets; ++i) {
-        a[i] = weight[i] * dy[i];
-        b[i] = weight[i] * dy_xhat[i];
-        if constexpr (kSized) size[i] = std::fabs(weight[i]) * of_dy[i];
+        if constexpr (kSized) {
+          a[i] = weight[i] * dy[i];
+          b[i] = weight[i] * dy_xhat[i];
+          size[i] = std::fabs(weight[i]) * of_dy[i];
+        } else {
+          const WeightedSums g = weighted_sums(weight[i], dy[i], dy_xhat[i]);
+          a[i] = g.a, b[i] = g.b, a_lo[i] = g.a_lo, b_lo[i] = g.b_lo;
+        }
       }
       return;
     }
     for (int64_t i = 0; i < sets; ++i) {
       if constexpr (kMayOverflow<T>) {
-        const Pair g = weighted_sums(args_.weight ? weight_of(i, 0) : nullptr, dy, dy_xhat, segments);
-        a[i] = g.first, b[i] = g.second;
+        const WeightedSums g = weighted_sums(args_.weight ? weight_of(i, 0) : nullptr, dy, dy_xhat, segments);
+        a[i] = g.a, b[i] = g.b, a_lo[i] = g.a_lo, b_lo[i] = g.b_lo;
         dy += segments;
         dy_xhat += segments;
       } else {
@@ -335,21 +353,21 @@ class ChannelBatches {
 
   // What channel_means and GradientFactors::of do, for all sets of the batch.
   [[gnu::noinline]] void prepare() {
-    double a[kGradientSets], b[kGradientSets], size[kGradientSets];
+    double a[kGradientSets], b[kGradientSets], size[kGradientSets], a_lo[kGradientSets], b_lo[kGradientSets];
     const double count = static_cast<double>(plan_.set_size()), centred = args_.centred ? 1 : 0;
     if (args_.weight) {
       weights_ = args_.weight + plan_.set_param.offset(first_);
       weight_step_ = inner_stride(plan_.set_param);
     }
-    weigh(a, b, size);
+    weigh(a, b, size, a_lo, b_lo);
     const int64_t rounded = whole_lanes(count_);
 #pragma omp simd
     for (int64_t i = 0; i < rounded; ++i) {
       const GradientMeans means =
-          GradientMeans::of_sums<T>(centred * a[i], b[i], kSized ? size[i] : 0, count, mean_[i], rstd_[i]);
-      const double b_rstd = means.b * rstd_[i];
-      factor_a_[i] = static_cast<T>(means.a + off_[i] * b_rstd);
-      factor_b_[i] = static_cast<T>(b_rstd);
+          GradientMeans::of_sums<T>(centred * a[i], b[i], kSized ? size[i] : 0, count, mean_[i], rstd_[i],
+                                    kSized ? 0 : centred * a_lo[i], kSized ? 0 : b_lo[i]);
+      factor_a_[i] = static_cast<T>(means.pivot_a + off_[i] * means.b_rstd);
+      factor_b_[i] = static_cast<T>(means.b_rstd);
       factor_rstd_[i] = static_cast<T>(rstd_[i]);
       mean_g_[i] = means.a;
       mean_g_xhat_[i] = means.b;

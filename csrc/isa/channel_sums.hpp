@@ -258,6 +258,7 @@ inline SegmentSums careful_sums(const Plan& plan, int64_t run, int64_t set, int6
 // The means that the input gradient subtracts, and whether float32 can hold what is made of them.
 struct GradientMeans {
   double a = 0, b = 0;
+  double pivot_a = 0, b_rstd = 0;  // a and b * rstd as PivotGradient wants them: of float64 data, rounded once
   bool in_float = false;
 
   template <class T>
@@ -267,18 +268,35 @@ struct GradientMeans {
     means.in_float = !kMayOverflow<T> && plain_weights && means.in_float;
     return means;
   }
-  // Without a branch, for loops over sets; and without a division, for which float32 results do not ask.
+  // Without a branch, for loops over sets; and without a division, for which float32 results do not ask. `a_lo` and
+  // `b_lo`: what rounding has taken from a and b.
   template <class T>
-  static GradientMeans of_sums(double a, double b, double size, double count, double mean, double rstd) {
+  static GradientMeans of_sums(double a, double b, double size, double count, double mean, double rstd, double a_lo = 0,
+                               double b_lo = 0) {
     const double share = 1 / count;
     GradientMeans means;
     means.a = kMayOverflow<T> ? a / count : a * share;
     means.b = kMayOverflow<T> ? b / count : b * share;
+    if constexpr (kMayOverflow<T>) {
+      const TwoTerm product = two_product(b, rstd);
+      means.pivot_a = quotient({a, a_lo}, count, share);
+      means.b_rstd = quotient({product.hi, product.lo + b_lo * rstd}, count, share);
+    } else {
+      means.pivot_a = means.a;
+      means.b_rstd = means.b * rstd;
+    }
     const bool fits = moderate(rstd) & (std::fabs(mean) < kMostMean);
     const bool fit =
         zero_or_moderate(size * share) & (std::fabs(means.a) < kMostMean) & (std::fabs(means.b * rstd) < kMostMean);
     means.in_float = static_cast<bool>(fits & fit);
     return means;
+  }
+
+ private:
+  static double quotient(const TwoTerm& sum, double count, double share) {
+    const double rounded = sum.hi / count;
+    const TwoTerm back = two_product(rounded, count);
+    return rounded + (((sum.hi - back.hi) - back.lo) + sum.lo) * share;
   }
 };
 
