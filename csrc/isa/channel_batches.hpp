@@ -1,6 +1,5 @@
-// Backward of float32 sets that are read in place, several at a time: the sums
-// of eight segments are folded together, so that what there is to do once per
-// segment costs little beside a few dozen values.
+// Backward of sets that are read in place, several at a time: the sums of eight segments are folded together, so that
+// what there is to do once per segment costs little beside a few dozen values.
 #pragma once
 
 #include <type_traits>
@@ -10,20 +9,70 @@
 namespace fastnorm {
 namespace {
 
+// The sums of g and of g * xhat over the segments of a set of float64 data, and what rounding has taken from them
+// (known of one segment alone).
+struct WeightedSums {
+  double a, b, a_lo, b_lo;
+};
+
+FASTNORM_INLINE WeightedSums weighted_sums(double weight, double dy, double dy_xhat) {
+  const TwoTerm a = two_product(weight, dy), b = two_product(weight, dy_xhat);
+  return {a.hi, b.hi, a.lo, b.lo};
+}
+
+// From the sums of dy and of dy * xhat; `weight` may be nullptr. A few segments are not worth a tree.
+inline WeightedSums weighted_sums(const double* weight, const double* dy, const double* dy_xhat, int64_t segments) {
+  constexpr int64_t kFewSegments = 8;
+  if (segments == 1) return weighted_sums(weight ? *weight : 1, *dy, *dy_xhat);
+  if (segments <= kFewSegments) {
+    WeightedSums sums{0, 0, 0, 0};
+    for (int64_t i = 0; i < segments; ++i) {
+      const double factor = weight ? weight[i] : 1;
+      sums.a += factor * dy[i];
+      sums.b += factor * dy_xhat[i];
+    }
+    return sums;
+  }
+  const auto along = [&](auto weights) {
+    const Pair sums = sum(segments, [&](auto at) {
+      return PackPair{times(at, at.template load<double>(dy), weights),
+                      times(at, at.template load<double>(dy_xhat), weights)};
+    });
+    return WeightedSums{sums.first, sums.second, 0, 0};
+  };
+  return weight ? along(Each<double>{weight}) : along(None{});
+}
+
 template <class T>
 inline GradientMeans channel_means(const Plan& plan, const NormArgs<T>& args, int64_t set, const Statistic& s,
                                    const SegmentTable<T>& sums) {
-  const int64_t param = plan.set_param.offset(set);
-  Sum a, b;
-  double size = 0;
-  for (int64_t segment = 0; segment < plan.segments; ++segment) {
-    const double weight = args.weight ? static_cast<double>(args.weight[param + segment]) : 1;
-    const SegmentSums& of_dy = sums[set * plan.segments + segment];
-    accumulate<T>(a, {weight * of_dy.dy.value(), 0});
-    accumulate<T>(b, {weight * of_dy.dy_xhat.value(), 0});
-    size += std::fabs(weight) * of_dy.size;
+  const int64_t param = plan.set_param.offset(set), first = set * plan.segments;
+  const double count = static_cast<double>(plan.set_size());
+  if constexpr (kMayOverflow<T>) {
+    const double* weight = args.weight ? args.weight + param : nullptr;
+    const WeightedSums g = weighted_sums(weight, sums.dy + first, sums.dy_xhat + first, plan.segments);
+    const double centred = args.centred ? 1 : 0;
+    return GradientMeans::of_sums<T>(centred * g.a, g.b, 0, count, s.mean, s.rstd, centred * g.a_lo, g.b_lo);
+  } else {
+    Sum a, b;
+    double size = 0;
+    for (int64_t segment = 0; segment < plan.segments; ++segment) {
+      const double weight = args.weight ? static_cast<double>(args.weight[param + segment]) : 1;
+      a.hi += weight * sums.dy[first + segment];
+      b.hi += weight * sums.dy_xhat[first + segment];
+      size += std::fabs(weight) * sums.size[first + segment];
+    }
+    return GradientMeans::of<T>(a, b, size, count, args.centred, true, s);
   }
-  return GradientMeans::of<T>(a, b, size, static_cast<double>(plan.set_size()), args.centred, true, s);
+}
+
+// May dx be made about a pivot, in T?
+template <class T>
+FASTNORM_INLINE bool plain(const GradientMeans& means, double mean, double rstd) {
+  if constexpr (!kMayOverflow<T>) return means.in_float;
+  const double b = std::fabs(means.b * rstd);
+  const bool fit = (std::fabs(means.a) < kMostOrdinary) & (b < kMostOrdinary);
+  return static_cast<bool>(ordinary_set(mean, rstd) & fit & ((b > kLeastOrdinary) | (means.b == 0)));
 }
 
 template <class T>
@@ -38,37 +87,39 @@ FASTNORM_LOOPS inline void channel_unit_gradient(const Plan& plan, const NormArg
     const auto along = [&](const auto& gradient) {
       for_stored_packs(args.past_cache, dx, n, [&](auto at, auto out) { out.store(at, dx, gradient(at, x, dy)); });
     };
-    if constexpr (!kMayOverflow<T>) {
-      if (means.in_float) return along(InputGradient<T, T, Same<T>>(s, means.a, means.b, Same<T>(weight)));
+    if (s.scale == 1 && plain<T>(means, s.mean, s.rstd)) {
+      const Pivot<T> pivot = Pivot<T>::of(s);
+      const GradientFactors<T> factors{pivot.value, static_cast<T>(s.rstd),
+                                       static_cast<T>(means.pivot_a + pivot.off * means.b_rstd),
+                                       static_cast<T>(means.b_rstd)};
+      along(PivotGradient<T, Same<T>>(factors, Same<T>(weight)));
+    } else {
+      along(InputGradient<T, double, Same<double>>(s, means.a, means.b, Same<double>(weight)));
     }
-    along(InputGradient<T, double, Same<double>>(s, means.a, means.b, Same<double>(weight)));
   });
 }
 
 // The sums of one unit.
 template <class T>
 inline SegmentSums segment_sums(const Plan& plan, int64_t run, int64_t set, int64_t unit, const Statistic& s) {
-  if constexpr (kMayOverflow<T>) {
-    return unit_sums<T>(plan, run, set, unit, s, [](int64_t) { return None{}; });
-  } else {
-    SegmentSums sums;
-    if (!tree_unit_sums(plan, run, set, unit, s, sums)) sums = careful_sums(plan, run, set, unit, s, sums);
-    return sums;
-  }
+  SegmentSums sums;
+  if (!tree_unit_sums<T>(plan, run, set, unit, s, sums)) sums = careful_sums<T>(plan, run, set, unit, s, sums);
+  return sums;
 }
 
 // Segments whose sums are folded together.
 constexpr int64_t kFoldedSegments = 8;
 // Sets of a batch at most, a multiple of those whose statistics are computed together.
 constexpr int64_t kGradientSets = 32;
-// Values of the sets of a batch: x and dy of the one number fit the nearest cache; up to the other, which fit the next,
-// where fewer segments than are folded together would else make a batch.
-constexpr int64_t kGradientBatchElements = 4096, kFarBatchElements = 32768;
+// Bytes of x of the sets of a batch: x and dy of the one size fit the nearest cache; up to the other, which fit the
+// next, where fewer segments than are folded together would else make a batch.
+constexpr int64_t kGradientBatchBytes = 16 << 10, kFarBatchBytes = 128 << 10;
 
 // The sets of a batch are neighbours along the innermost axis of sets: everything of theirs lies at equal distances.
+template <class T>
 class ChannelBatches {
  public:
-  ChannelBatches(const Plan& plan, const NormArgs<float>& args, int64_t run, SegmentTable<float>& sums)
+  ChannelBatches(const Plan& plan, const NormArgs<T>& args, int64_t run, SegmentTable<T>& sums)
       : plan_(plan), args_(args), run_(run), lines_(plan.elements / run), sums_(sums) {}
 
   // Can all segments be read in place, each at one go?
@@ -90,8 +141,8 @@ class ChannelBatches {
       const TreeCut cut(run_);
       cut.with_rest([&](auto rest) {
         constexpr int kRest = decltype(rest)::value;
-        if (reading_ahead<float>(plan_, plan_.x, run_) > 0) {
-          measure<kRest>(cut, ReadAhead(plan_, run_));
+        if (reading_ahead<T>(plan_, plan_.x, run_) > 0) {
+          measure<kRest>(cut, ReadAhead<T>(plan_, run_));
         } else {
           measure<kRest>(cut, NoReadAhead{});
         }
@@ -111,13 +162,16 @@ class ChannelBatches {
   }
 
  private:
+  static constexpr bool kSized = !kMayOverflow<T>;  // is the sum of |dy| wanted?
+
   // Statistics of whole lanes: the last ones may be of no set.
   static int64_t whole_lanes(int64_t count) {
     return (count + kStatisticLanes - 1) / kStatisticLanes * kStatisticLanes;
   }
 
   int64_t sets_at_once() const {
-    const int64_t near = kGradientBatchElements / plan_.set_size(), far = kFarBatchElements / plan_.set_size();
+    const int64_t bytes = plan_.set_size() * static_cast<int64_t>(sizeof(T));
+    const int64_t near = kGradientBatchBytes / bytes, far = kFarBatchBytes / bytes;
     const int64_t folded = (kFoldedSegments + plan_.segments - 1) / plan_.segments,
                   wanted = folded < far ? folded : far;
     const int64_t size = near > wanted ? near : wanted;
@@ -142,24 +196,24 @@ class ChannelBatches {
 
   struct Lanes {
     Pack<double> dy[kFoldedSegments], product[kFoldedSegments], size[kFoldedSegments];
-    double off[kFoldedSegments], rstd[kFoldedSegments];
+    double off[kFoldedSegments], mean[kFoldedSegments], rstd[kFoldedSegments];
 
-    FASTNORM_INLINE void put(int64_t lane, const TreeGradientSums& sums) {
-      dy[lane] = sums.dy_sum.lanes;
-      product[lane] = sums.product_sum.lanes;
-      size[lane] = widen(sums.size);
+    FASTNORM_INLINE void put(int64_t lane, const TreeGradientSums<T>& sums) {
+      dy[lane] = sums.dy_sum;
+      product[lane] = sums.product_sum;
+      if constexpr (kSized) size[lane] = widen(sums.size);
     }
   };
 
   // One operand of the batch.
-  struct Runs : SegmentLines<float> {
+  struct Runs : SegmentLines<T> {
     int64_t set_step;
     Runs(const Operand& operand, int64_t set, int64_t run)
-        : SegmentLines<float>(operand, set, run), set_step(inner_stride(operand.set)) {}
-    char* set(int64_t i) const { return base + i * set_step; }
+        : SegmentLines<T>(operand, set, run), set_step(inner_stride(operand.set)) {}
+    char* set(int64_t i) const { return this->base + i * set_step; }
   };
 
-  const float* weight_of(int64_t i, int64_t segment) const {
+  const T* weight_of(int64_t i, int64_t segment) const {
     return weights_ + i * weight_step_ + (args_.weight ? segment : 0);
   }
 
@@ -175,7 +229,7 @@ class ChannelBatches {
 #pragma omp simd
     for (int64_t i = 0; i < rounded; ++i) {
       const double mean_lo = std::fabs(mean_lo_[i]) * rstd_[i] < 0x1p-56 ? 0 : mean_lo_[i];
-      pivot_[i] = static_cast<float>(mean_[i]);
+      pivot_[i] = static_cast<T>(mean_[i]);
       off_[i] = (static_cast<double>(pivot_[i]) - mean_[i]) - mean_lo;
     }
   }
@@ -183,29 +237,32 @@ class ChannelBatches {
   template <int kRest, class Ahead>
   [[gnu::noinline]] FASTNORM_LOOPS void measure(const TreeCut& cut_of_run, const Ahead& ahead_of) {
     Lanes lanes;
+    typename TreeGradientSums<T>::Room room;
     const TreeCut cut = cut_of_run;
     const Ahead ahead = ahead_of;
     const int64_t count = count_, segments = plan_.segments, all = count * segments, lines = lines_;
     const Runs x(plan_.x, first_, run_), dy(plan_.dy, first_, run_);
     int64_t lane = 0, done = 0;
     for (int64_t i = 0; i < count; ++i) {
-      const Pack<float> pivots(pivot_[i]);
+      const Pack<T> pivots(pivot_[i]);
       const char *x_segment = x.set(i), *dy_segment = dy.set(i);
       for (int64_t segment = 0; segment < segments; ++segment) {
-        TreeGradientSums sums;
+        TreeGradientSums<T> sums(room);
         const char *x_line = x_segment, *dy_line = dy_segment;
         for (int64_t line = 0; line < lines; ++line) {
-          TreeGradientSums inner = sums;
-          inner.add_run<kRest>(reinterpret_cast<const float*>(x_line), reinterpret_cast<const float*>(dy_line), cut,
-                               pivots, ahead);
+          TreeGradientSums<T> inner = sums;
+          add_run<kRest>(inner, reinterpret_cast<const T*>(x_line), reinterpret_cast<const T*>(dy_line), cut, pivots,
+                         ahead);
           sums = inner;
           x_line += x.line_step;
           dy_line += dy.line_step;
         }
         x_segment += x.segment_step;
         dy_segment += dy.segment_step;
+        sums.finish();
         lanes.put(lane, sums);
         lanes.off[lane] = off_[i];
+        if constexpr (!kSized) lanes.mean[lane] = mean_[i];
         lanes.rstd[lane] = rstd_[i];
         ++lane;
         if (lane == kFoldedSegments || done + lane == all) {
@@ -222,9 +279,10 @@ class ChannelBatches {
     double dy[kFoldedSegments], product[kFoldedSegments], size[kFoldedSegments], dy_xhat[kFoldedSegments];
     fold_eight(lanes.dy, dy);
     fold_eight(lanes.product, product);
-    fold_eight(lanes.size, size);
+    if constexpr (kSized) fold_eight(lanes.size, size);
     const auto totals = [&](int64_t lane) {
-      return TreeTotals::of(dy[lane], product[lane], size[lane], lanes.off[lane], lanes.rstd[lane]);
+      return TreeTotals::of<T>(dy[lane], product[lane], size[lane], lanes.off[lane], lanes.mean[lane],
+                               lanes.rstd[lane]);
     };
     int64_t failures = 0;
 #pragma omp simd reduction(| : failures)
@@ -236,7 +294,7 @@ class ChannelBatches {
     const auto put = [&](size_t n) {
       std::memcpy(sums_.dy + to, dy, n * sizeof(double));
       std::memcpy(sums_.dy_xhat + to, dy_xhat, n * sizeof(double));
-      std::memcpy(sums_.size + to, size, n * sizeof(double));
+      if constexpr (kSized) std::memcpy(sums_.size + to, size, n * sizeof(double));
     };
     if (count == kFoldedSegments) {
       put(kFoldedSegments);
@@ -250,32 +308,37 @@ class ChannelBatches {
 
   [[gnu::noinline]] void sum_carefully(int64_t index) const {
     const int64_t set = index / plan_.segments, segment = index % plan_.segments;
-    sums_.put(index, careful_sums(plan_, run_, set, segment, kept_statistic(plan_, args_, set), sums_[index]));
+    sums_.put(index, careful_sums<T>(plan_, run_, set, segment, kept_statistic(plan_, args_, set), sums_[index]));
   }
 
-  // What channel_means and GradientFactors::of do, for all sets of the batch.
-  [[gnu::noinline]] void prepare() {
-    double a[kGradientSets], b[kGradientSets], size[kGradientSets];
-    const double count = static_cast<double>(plan_.set_size()), centred = args_.centred ? 1 : 0;
-    if (args_.weight) {
-      weights_ = args_.weight + plan_.set_param.offset(first_);
-      weight_step_ = inner_stride(plan_.set_param);
-    }
-    const int64_t segments = plan_.segments;
+  // The sums of g and of g * xhat of the sets of the batch (and of |g|, about), as channel_means has them.
+  void weigh(double* a, double* b, double* size, double* a_lo, double* b_lo) const {
+    const int64_t segments = plan_.segments, sets = count_;
     const double *dy = sums_.dy + first_ * segments, *dy_xhat = sums_.dy_xhat + first_ * segments,
                  *of_dy = sums_.size + first_ * segments;
-    const int64_t sets = count_;
     if (segments == 1) {
       double weight[kGradientSets];
       for (int64_t i = 0; i < sets; ++i) weight[i] = static_cast<double>(*weight_of(i, 0));
 #pragma omp simd
       for (int64_t i = 0; i < sets; ++i) {
-        a[i] = weight[i] * dy[i];
-        b[i] = weight[i] * dy_xhat[i];
-        size[i] = std::fabs(weight[i]) * of_dy[i];
+        if constexpr (kSized) {
+          a[i] = weight[i] * dy[i];
+          b[i] = weight[i] * dy_xhat[i];
+          size[i] = std::fabs(weight[i]) * of_dy[i];
+        } else {
+          const WeightedSums g = weighted_sums(weight[i], dy[i], dy_xhat[i]);
+          a[i] = g.a, b[i] = g.b, a_lo[i] = g.a_lo, b_lo[i] = g.b_lo;
+        }
       }
-    } else {
-      for (int64_t i = 0; i < sets; ++i) {
+      return;
+    }
+    for (int64_t i = 0; i < sets; ++i) {
+      if constexpr (kMayOverflow<T>) {
+        const WeightedSums g = weighted_sums(args_.weight ? weight_of(i, 0) : nullptr, dy, dy_xhat, segments);
+        a[i] = g.a, b[i] = g.b, a_lo[i] = g.a_lo, b_lo[i] = g.b_lo;
+        dy += segments;
+        dy_xhat += segments;
+      } else {
         double sum_a = 0, sum_b = 0, sum_size = 0;
         for (int64_t segment = 0; segment < segments; ++segment) {
           const double weight = static_cast<double>(*weight_of(i, segment));
@@ -286,18 +349,29 @@ class ChannelBatches {
         a[i] = sum_a, b[i] = sum_b, size[i] = sum_size;
       }
     }
+  }
+
+  // What channel_means and GradientFactors::of do, for all sets of the batch.
+  [[gnu::noinline]] void prepare() {
+    double a[kGradientSets], b[kGradientSets], size[kGradientSets], a_lo[kGradientSets], b_lo[kGradientSets];
+    const double count = static_cast<double>(plan_.set_size()), centred = args_.centred ? 1 : 0;
+    if (args_.weight) {
+      weights_ = args_.weight + plan_.set_param.offset(first_);
+      weight_step_ = inner_stride(plan_.set_param);
+    }
+    weigh(a, b, size, a_lo, b_lo);
     const int64_t rounded = whole_lanes(count_);
 #pragma omp simd
     for (int64_t i = 0; i < rounded; ++i) {
       const GradientMeans means =
-          GradientMeans::of_sums<float>(centred * a[i], b[i], size[i], count, mean_[i], rstd_[i]);
-      const double b_rstd = means.b * rstd_[i];
-      factor_a_[i] = static_cast<float>(means.a + off_[i] * b_rstd);
-      factor_b_[i] = static_cast<float>(b_rstd);
-      factor_rstd_[i] = static_cast<float>(rstd_[i]);
+          GradientMeans::of_sums<T>(centred * a[i], b[i], kSized ? size[i] : 0, count, mean_[i], rstd_[i],
+                                    kSized ? 0 : centred * a_lo[i], kSized ? 0 : b_lo[i]);
+      factor_a_[i] = static_cast<T>(means.pivot_a + off_[i] * means.b_rstd);
+      factor_b_[i] = static_cast<T>(means.b_rstd);
+      factor_rstd_[i] = static_cast<T>(rstd_[i]);
       mean_g_[i] = means.a;
       mean_g_xhat_[i] = means.b;
-      plain_[i] = means.in_float ? 1 : 0;
+      plain_[i] = plain<T>(means, mean_[i], rstd_[i]) ? 1 : 0;
     }
   }
 
@@ -308,19 +382,18 @@ class ChannelBatches {
     const int64_t weight_step = args_.weight ? 1 : 0;
     for (int64_t i = 0; i < count; ++i) {
       if (plain_[i] == 0) continue;
-      const GradientFactors factors{pivot_[i], factor_rstd_[i], factor_a_[i], factor_b_[i]};
-      InputGradient<float, float, Same<float>> gradient(factors, Same<float>(1));
-      const float* weight = weight_of(i, 0);
+      const GradientFactors<T> factors{pivot_[i], factor_rstd_[i], factor_a_[i], factor_b_[i]};
+      PivotGradient<T, Same<T>> gradient(factors, Same<T>(1));
+      const T* weight = weight_of(i, 0);
       const char *x_segment = x.set(i), *dy_segment = dy.set(i);
       char* dx_segment = dx.set(i);
       for (int64_t segment = 0; segment < segments; ++segment) {
-        gradient.weight.value = Pack<float>(*weight);
+        gradient.weight.value = Pack<T>(*weight);
         const char *x_line = x_segment, *dy_line = dy_segment;
         char* dx_line = dx_segment;
         for (int64_t line = 0; line < lines.count; ++line) {
-          const float *from = reinterpret_cast<const float*>(x_line),
-                      *dy_from = reinterpret_cast<const float*>(dy_line);
-          write_run<kPastCache>(reinterpret_cast<float*>(dx_line), run,
+          const T *from = reinterpret_cast<const T*>(x_line), *dy_from = reinterpret_cast<const T*>(dy_line);
+          write_run<kPastCache>(reinterpret_cast<T*>(dx_line), run,
                                 [&](auto at) { return gradient(at, from, dy_from); });
           x_line += x.line_step;
           dy_line += dy.line_step;
@@ -345,16 +418,16 @@ class ChannelBatches {
   }
 
   const Plan& plan_;
-  const NormArgs<float>& args_;
+  const NormArgs<T>& args_;
   const int64_t run_, lines_;
-  SegmentTable<float>& sums_;
+  SegmentTable<T>& sums_;
   int64_t first_ = 0, count_ = 0;  // the batch
-  const float one_ = 1;
-  const float* weights_ = &one_;
+  const T one_ = 1;
+  const T* weights_ = &one_;
   int64_t weight_step_ = 0;
   double mean_[kGradientSets] = {}, mean_lo_[kGradientSets] = {}, rstd_[kGradientSets] = {}, off_[kGradientSets];
   double mean_g_[kGradientSets], mean_g_xhat_[kGradientSets];
-  float pivot_[kGradientSets], factor_rstd_[kGradientSets], factor_a_[kGradientSets], factor_b_[kGradientSets],
+  T pivot_[kGradientSets], factor_rstd_[kGradientSets], factor_a_[kGradientSets], factor_b_[kGradientSets],
       plain_[kGradientSets];
 };
 

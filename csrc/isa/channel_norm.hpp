@@ -13,8 +13,8 @@ bool channel_backward(const Plan& plan, const NormArgs<T>& args) {
   const bool split = split_sets(plan), want_params = args.dweight || args.dbias;
   SegmentTable<T> sums(plan.sets * segments);
   const Workspace<SegmentSums> partial(split ? plan.sets * units : 0);
-  const Workspace<std::conditional_t<kMayOverflow<T>, Sum, double>> totals(want_params ? 2 * plan.params : 0);
-  if (!sums || !partial || !totals) return false;
+  SetTotals<T> dbias(want_params ? plan.params : 0), dweight(want_params ? plan.params : 0);
+  if (!sums || !partial || !dbias || !dweight) return false;
 
   const auto statistic = [&](int64_t set) { return kept_statistic(plan, args, set); };
   const auto measure = [&](int64_t set, int64_t unit, const Statistic& s) {
@@ -39,10 +39,8 @@ bool channel_backward(const Plan& plan, const NormArgs<T>& args) {
                 [&](int64_t i) { gradient(i / units, i % units, i % units + 1, statistic(i / units)); });
   } else {
     for_set_groups(plan, args, [&](int64_t begin, int64_t end) {
-      if constexpr (!kMayOverflow<T>) {
-        if (ChannelBatches::suit(plan, run) && !args.constant_stats) {
-          return ChannelBatches(plan, args, run, sums).backward(begin, end);
-        }
+      if (ChannelBatches<T>::suit(plan, run) && !args.constant_stats) {
+        return ChannelBatches<T>(plan, args, run, sums).backward(begin, end);
       }
       for (int64_t set = begin; set < end; ++set) {
         const Statistic s = statistic(set);
@@ -60,8 +58,8 @@ bool channel_backward(const Plan& plan, const NormArgs<T>& args) {
   const int64_t row = param.rank > 0 && param.stride[param.rank - 1] == segments ? param.inner_size() : 1;
   if (want_params) {
     reduce_parameter_gradients(
-        plan, args, sums, plan.sets / row, row * segments, [&](int64_t i) { return param.offset(i * row); },
-        totals.data());
+        plan, args, sums, plan.sets / row, row * segments, [&](int64_t i) { return param.offset(i * row); }, dbias,
+        dweight);
   }
   return true;
 }

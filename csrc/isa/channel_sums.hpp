@@ -21,17 +21,19 @@ struct SegmentSums {
 };
 
 // Asks for what a first reading of x and dy will want soon, or for nothing.
+template <class T>
 struct ReadAhead {
   int64_t x_distance, dy_distance;
   ReadAhead(const Plan& plan, int64_t run)
-      : x_distance(reading_ahead<float>(plan, plan.x, run)), dy_distance(reading_ahead<float>(plan, plan.dy, run)) {}
-  FASTNORM_INLINE void operator()(const float* x, const float* dy) const {
+      : x_distance(reading_ahead<T>(plan, plan.x, run)), dy_distance(reading_ahead<T>(plan, plan.dy, run)) {}
+  FASTNORM_INLINE void operator()(const T* x, const T* dy) const {
     prefetch(x, x_distance);
     prefetch(dy, dy_distance);
   }
 };
 struct NoReadAhead {
-  FASTNORM_INLINE void operator()(const float*, const float*) const {}
+  template <class T>
+  FASTNORM_INLINE void operator()(const T*, const T*) const {}
 };
 
 // How a run is cut into trees: whole ones, then one of fewer packs, the last of which may be a part of one.
@@ -61,10 +63,17 @@ struct TreeCut {
   }
 };
 
-// Sums of float32 data in short trees: of dy, of dy * (x - pivot) and, for nothing but its size, of |dy|.
-struct TreeGradientSums {
-  ShortTreeSum dy_sum, product_sum;
+// Sums in short trees: of dy, of dy * (x - pivot) and, of float32 data and for nothing but its size, of |dy|.
+template <class T>
+struct TreeGradientSums;
+
+template <>
+struct TreeGradientSums<float> {
+  Pack<double> dy_sum = Pack<double>(0.0), product_sum = Pack<double>(0.0);
   Pack<float> size = Pack<float>(0.0f);
+
+  struct Room {};
+  explicit TreeGradientSums(Room&) {}
 
   struct Terms {
     Pack<float> dy, product, size;
@@ -72,69 +81,128 @@ struct TreeGradientSums {
       return {a.dy + b.dy, a.product + b.product, a.size + b.size};
     }
   };
+  FASTNORM_INLINE static Terms terms(const Pack<float>& dy, const Pack<float>& d) {
+    return {dy, dy * d, magnitude(dy)};
+  }
   FASTNORM_INLINE void add(const Terms& tree) {
-    dy_sum.add(tree.dy);
-    product_sum.add(tree.product);
+    dy_sum += widen(tree.dy);
+    product_sum += widen(tree.product);
     size += tree.size;
   }
-
-  // A run. What is missing in the last pack is zeros of dy: they add nothing.
-  template <int kRest, class Ahead>
-  FASTNORM_INLINE void add_run(const float* x, const float* dy, const TreeCut& cut, const Pack<float>& pivot,
-                               const Ahead& ahead) {
-    const auto terms = [&](auto at) {
-      ahead(x + at.start, dy + at.start);
-      const Pack<float> g = in_register(at.template load<float>(dy));
-      return Terms{g, g * (at.template load<float>(x) - pivot), magnitude(g)};
-    };
-    const auto whole = [&](int64_t i) { return terms(Whole{i}); };
-    int64_t i = 0;
-    for (int64_t tree = 0; tree < cut.trees; ++tree, i += TreeCut::kTree) {
-      add((whole(i) + whole(i + kPack)) + (whole(i + 2 * kPack) + whole(i + 3 * kPack)));
-    }
-    const auto last = [&] { return terms(Partial{i + (kRest - 1) * kPack, cut.last}); };
-    if constexpr (kRest == 1) add(last());
-    if constexpr (kRest == 2) add(whole(i) + last());
-    if constexpr (kRest == 3) add((whole(i) + whole(i + kPack)) + last());
-    if constexpr (kRest == 4) add((whole(i) + whole(i + kPack)) + (whole(i + 2 * kPack) + last()));
-  }
+  FASTNORM_INLINE void finish() {}
 };
+
+// Float64 has no digits to spare for long chains: a chain is of a few trees, and chains are added up in a tree again.
+template <>
+struct TreeGradientSums<double> {
+  static constexpr int64_t kTreesInChain = 8;
+  using Room = PairTree;
+  Pack<double> dy_sum = Pack<double>(0.0), product_sum = Pack<double>(0.0);
+  int64_t trees = 0;
+  PairTree* chains;
+
+  explicit TreeGradientSums(PairTree& room) : chains(&room) {}
+
+  struct Terms {
+    Pack<double> dy, product;
+    FASTNORM_INLINE friend Terms operator+(const Terms& a, const Terms& b) {
+      return {a.dy + b.dy, a.product + b.product};
+    }
+  };
+  FASTNORM_INLINE static Terms terms(const Pack<double>& dy, const Pack<double>& d) { return {dy, dy * d}; }
+  FASTNORM_INLINE void add(const Terms& tree) {
+    dy_sum += tree.dy;
+    product_sum += tree.product;
+    if (++trees % kTreesInChain != 0) return;
+    if (trees == kTreesInChain) chains->clear();
+    push(*chains, PackPair{dy_sum, product_sum});
+    dy_sum = product_sum = Pack<double>(0.0);
+  }
+  // To be called once, when all is added.
+  FASTNORM_INLINE void finish() {
+    if (trees < kTreesInChain) return;
+    const PackPair all = chains->total() + PackPair{dy_sum, product_sum};
+    dy_sum = all.first;
+    product_sum = all.second;
+  }
+
+ private:
+  [[gnu::noinline]] static void push(PairTree& chains, const PackPair& chain) { chains.push(chain); }
+};
+
+// A run. What is missing in the last pack is zeros of dy: they add nothing.
+template <int kRest, class T, class Ahead>
+FASTNORM_INLINE void add_run(TreeGradientSums<T>& sums, const T* x, const T* dy, const TreeCut& cut,
+                             const Pack<T>& pivot, const Ahead& ahead) {
+  const auto terms = [&](auto at) {
+    ahead(x + at.start, dy + at.start);
+    const Pack<T> g = in_register(at.template load<T>(dy));
+    return sums.terms(g, at.template load<T>(x) - pivot);
+  };
+  const auto whole = [&](int64_t i) { return terms(Whole{i}); };
+  int64_t i = 0;
+  for (int64_t tree = 0; tree < cut.trees; ++tree, i += TreeCut::kTree) {
+    sums.add((whole(i) + whole(i + kPack)) + (whole(i + 2 * kPack) + whole(i + 3 * kPack)));
+  }
+  const auto last = [&] { return terms(Partial{i + (kRest - 1) * kPack, cut.last}); };
+  if constexpr (kRest == 1) sums.add(last());
+  if constexpr (kRest == 2) sums.add(whole(i) + last());
+  if constexpr (kRest == 3) sums.add((whole(i) + whole(i + kPack)) + last());
+  if constexpr (kRest == 4) sums.add((whole(i) + whole(i + kPack)) + (whole(i + 2 * kPack) + last()));
+}
 
 constexpr double kTrustedSize = 0x1p120;
 
-// What a segment or a part of one comes to. `trusted`: nothing overflowed in float32, nor vanished beside so small a
-// sum. (Where x is constant the sum is 0, and has to be: what is not trusted is added up again in double.)
+// Statistics and sums of float64 sets with which products of a few numbers neither overflow nor underflow.
+FASTNORM_INLINE bool ordinary_set(double mean, double rstd) {
+  return static_cast<bool>((std::fabs(mean) < 0x1p900) & (rstd > 0x1p-100) & (rstd < 0x1p100));
+}
+constexpr double kLeastOrdinary = 0x1p-900, kMostOrdinary = 0x1p900;
+
+// What a segment or a part of one comes to. `trusted`: nothing overflowed on the way, nor vanished beside so small a
+// sum. (Where x is constant the sum is 0, and has to be: what is not trusted is added up again, with care.)
 struct TreeTotals {
   double dy, dy_xhat;
   bool trusted;
 
-  static TreeTotals of(double dy, double product, double size, double off, double rstd) {
+  template <class T>
+  FASTNORM_INLINE static TreeTotals of(double dy, double product, double size, double off, double mean, double rstd) {
     const double magnitude = std::fabs(product);
-    const bool finite = (size < kTrustedSize) & (magnitude < kTrustedSize), large = (magnitude > 0x1p-84) | (size == 0);
-    return {dy, (product + off * dy) * rstd, static_cast<bool>(finite & large)};
+    const TreeTotals totals{dy, (product + off * dy) * rstd, false};
+    if constexpr (kMayOverflow<T>) {
+      const bool fit = (std::fabs(dy) < kMostOrdinary) & (magnitude < kMostOrdinary) & (magnitude > kLeastOrdinary);
+      return {totals.dy, totals.dy_xhat, static_cast<bool>(fit & ordinary_set(mean, rstd))};
+    } else {
+      const bool finite = (size < kTrustedSize) & (magnitude < kTrustedSize),
+                 large = (magnitude > 0x1p-84) | (size == 0);
+      return {totals.dy, totals.dy_xhat, static_cast<bool>(finite & large)};
+    }
   }
 };
 
-// The sums of one unit of float32 data; false where they cannot be trusted.
+// The sums of one unit; false where they cannot be trusted.
+template <class T>
 FASTNORM_LOOPS inline bool tree_unit_sums(const Plan& plan, int64_t run, int64_t set, int64_t unit, const Statistic& s,
                                           SegmentSums& total) {
   const Operands<2, false> operands{{&plan.x, &plan.dy}, nullptr};
-  const ReadAhead ahead(plan, run);
-  const Pivot pivot = Pivot::of(s);
-  const Pack<float> pivots(pivot.value);
-  TreeGradientSums sums;
-  visit_unit<float>(plan, operands, run, set, unit, [&](const float* const* in, float*, int64_t, int64_t n) {
-    TreeGradientSums inner = sums;
+  const ReadAhead<T> ahead(plan, run);
+  const Pivot<T> pivot = Pivot<T>::of(s);
+  const Pack<T> pivots(pivot.value);
+  typename TreeGradientSums<T>::Room room;
+  TreeGradientSums<T> sums(room);
+  visit_unit<T>(plan, operands, run, set, unit, [&](const T* const* in, T*, int64_t, int64_t n) {
+    TreeGradientSums<T> inner = sums;
     const TreeCut cut(n);
-    cut.with_rest([&](auto rest) { inner.add_run<decltype(rest)::value>(in[0], in[1], cut, pivots, ahead); });
+    cut.with_rest([&](auto rest) { add_run<decltype(rest)::value>(inner, in[0], in[1], cut, pivots, ahead); });
     sums = inner;
   });
-  total.size = fold(widen(sums.size));
+  sums.finish();
+  if constexpr (!kMayOverflow<T>) total.size = fold(widen(sums.size));
   const TreeTotals totals =
-      TreeTotals::of(fold(sums.dy_sum.lanes), fold(sums.product_sum.lanes), total.size, pivot.off, s.rstd);
+      TreeTotals::of<T>(fold(sums.dy_sum), fold(sums.product_sum), total.size, pivot.off, s.mean, s.rstd);
   total.dy.hi = totals.dy;
   total.dy_xhat.hi = totals.dy_xhat;
-  return totals.trusted;
+  return totals.trusted && s.scale == 1;
 }
 
 // The sums of one unit, weighted or not. Float32 data is added in plain lanes of double; float64 data has no digits to
@@ -176,18 +244,21 @@ FASTNORM_LOOPS inline SegmentSums unit_sums(const Plan& plan, int64_t run, int64
   return total;
 }
 
-// The sums of one unit added up in double, where those of its trees cannot be trusted; but for the sum of dy, which
+// The sums of one unit added up with care, where those of its trees cannot be trusted; but for the sum of dy, which
 // must not change with what x is.
+template <class T>
 inline SegmentSums careful_sums(const Plan& plan, int64_t run, int64_t set, int64_t unit, const Statistic& s,
                                 const SegmentSums& of_trees) {
-  SegmentSums sums = unit_sums<float>(plan, run, set, unit, s, [](int64_t) { return None{}; });
-  if (of_trees.size < kTrustedSize) sums.dy = of_trees.dy;
+  SegmentSums sums = unit_sums<T>(plan, run, set, unit, s, [](int64_t) { return None{}; });
+  const bool finite = kMayOverflow<T> ? std::fabs(of_trees.dy.hi) < kMostOrdinary : of_trees.size < kTrustedSize;
+  if (finite) sums.dy = of_trees.dy;
   return sums;
 }
 
 // The means that the input gradient subtracts, and whether float32 can hold what is made of them.
 struct GradientMeans {
   double a = 0, b = 0;
+  double pivot_a = 0, b_rstd = 0;  // a and b * rstd as PivotGradient wants them: of float64 data, rounded once
   bool in_float = false;
 
   template <class T>
@@ -197,101 +268,116 @@ struct GradientMeans {
     means.in_float = !kMayOverflow<T> && plain_weights && means.in_float;
     return means;
   }
-  // Without a branch, for loops over sets; and without a division, for which float32 results do not ask.
+  // Without a branch, for loops over sets; and without a division, for which float32 results do not ask. `a_lo` and
+  // `b_lo`: what rounding has taken from a and b.
   template <class T>
-  static GradientMeans of_sums(double a, double b, double size, double count, double mean, double rstd) {
+  static GradientMeans of_sums(double a, double b, double size, double count, double mean, double rstd, double a_lo = 0,
+                               double b_lo = 0) {
     const double share = 1 / count;
     GradientMeans means;
     means.a = kMayOverflow<T> ? a / count : a * share;
     means.b = kMayOverflow<T> ? b / count : b * share;
+    if constexpr (kMayOverflow<T>) {
+      const TwoTerm product = two_product(b, rstd);
+      means.pivot_a = quotient({a, a_lo}, count, share);
+      means.b_rstd = quotient({product.hi, product.lo + b_lo * rstd}, count, share);
+    } else {
+      means.pivot_a = means.a;
+      means.b_rstd = means.b * rstd;
+    }
     const bool fits = moderate(rstd) & (std::fabs(mean) < kMostMean);
     const bool fit =
         zero_or_moderate(size * share) & (std::fabs(means.a) < kMostMean) & (std::fabs(means.b * rstd) < kMostMean);
     means.in_float = static_cast<bool>(fits & fit);
     return means;
   }
-};
-
-// The sums of every segment of a call; those of float32 data, in which each digit of a double is to spare, lie apart.
-template <class T>
-class SegmentTable {
- public:
-  explicit SegmentTable(int64_t count) : sums_(count) {}
-  explicit operator bool() const { return static_cast<bool>(sums_); }
-  const SegmentSums& operator[](int64_t i) const { return sums_[i]; }
-  void put(int64_t i, const SegmentSums& sums) { sums_[i] = sums; }
 
  private:
-  const Workspace<SegmentSums> sums_;
+  static double quotient(const TwoTerm& sum, double count, double share) {
+    const double rounded = sum.hi / count;
+    const TwoTerm back = two_product(rounded, count);
+    return rounded + (((sum.hi - back.hi) - back.lo) + sum.lo) * share;
+  }
 };
 
-template <>
-class SegmentTable<float> {
+// The sums of every segment of a call, each kind apart.
+template <class T>
+class SegmentTable {
+  static constexpr int64_t kKinds = kMayOverflow<T> ? 2 : 3;
+
  public:
   explicit SegmentTable(int64_t count)
-      : space_(3 * count), dy(space_.data()), dy_xhat(dy + count), size(dy + 2 * count) {}
+      : space_(kKinds * count),
+        dy(space_.data()),
+        dy_xhat(dy + count),
+        size(kMayOverflow<T> ? nullptr : dy + 2 * count) {}
   explicit operator bool() const { return static_cast<bool>(space_); }
   SegmentSums operator[](int64_t i) const {
     SegmentSums sums;
     sums.dy.hi = dy[i];
     sums.dy_xhat.hi = dy_xhat[i];
-    sums.size = size[i];
+    if constexpr (!kMayOverflow<T>) sums.size = size[i];
     return sums;
   }
   void put(int64_t i, const SegmentSums& sums) {
     dy[i] = sums.dy.value();
     dy_xhat[i] = sums.dy_xhat.value();
-    size[i] = sums.size;
+    if constexpr (!kMayOverflow<T>) size[i] = sums.size;
   }
 
  private:
   const Workspace<double> space_;
 
  public:
-  double *const dy, *const dy_xhat, *const size;
+  double *const dy, *const dy_xhat, *const size;  // size: float32 only
 };
 
-// A sum where every digit counts in float64, and any order will do for float32 data.
+// Sums over all sets that share a parameter. Those of float64 data come with what rounding has taken from them: there
+// may be thousands of terms.
 template <class T>
-inline void accumulate(Sum& sum, const Sum& term) {
-  if constexpr (kMayOverflow<T>) {
-    sum.add(term);
-  } else {
-    sum.hi += term.hi;
-  }
-}
+class SetTotals {
+ public:
+  explicit SetTotals(int64_t count) : space_(count * (kMayOverflow<T> ? 2 : 1)), count_(count) {}
+  explicit operator bool() const { return static_cast<bool>(space_); }
 
-// Parameter gradients from the sums of all segments, added up in order over those that share a parameter: `count` rows
-// of `width` sums, the first parameter of row i being param(i); `totals` are two times plan.params zeros.
-template <class Param>
-inline void reduce_parameter_gradients(const Plan& plan, const NormArgs<float>& args, const SegmentTable<float>& sums,
-                                       int64_t count, int64_t width, const Param& param, double* totals) {
-  double *const dy = totals, *const dy_xhat = totals + plan.params;
-  for (int64_t i = 0; i < count; ++i) {
-    double *to_dy = dy + param(i), *to_dy_xhat = dy_xhat + param(i);
+  // Adds `width` neighbouring terms to the totals from `first` on.
+  void add(int64_t first, const double* terms, int64_t width) {
+    double *const total = space_.data() + first, *const lost = total + count_;
 #pragma omp simd
     for (int64_t j = 0; j < width; ++j) {
-      to_dy[j] += sums.dy[i * width + j];
-      to_dy_xhat[j] += sums.dy_xhat[i * width + j];
+      if constexpr (kMayOverflow<T>) {
+        const TwoTerm sum = two_sum(total[j], terms[j]);
+        total[j] = sum.hi;
+        lost[j] += sum.lo;
+      } else {
+        total[j] += terms[j];
+      }
     }
   }
-  for (int64_t p = 0; p < plan.params; ++p) {
-    if (args.dweight) args.dweight[p] = static_cast<float>(dy_xhat[p]);
-    if (args.dbias) args.dbias[p] = static_cast<float>(dy[p]);
+  T value(int64_t i) const {
+    if constexpr (kMayOverflow<T>) return Sum{space_[i], space_[count_ + i]}.value();
+    return static_cast<T>(space_[i]);
   }
-}
-template <class Param>
-inline void reduce_parameter_gradients(const Plan& plan, const NormArgs<double>& args, const SegmentTable<double>& sums,
-                                       int64_t count, int64_t width, const Param& param, Sum* totals) {
-  Sum *const dy = totals, *const dy_xhat = totals + plan.params;
-  for (int64_t i = 0; i < count * width; ++i) {
-    const int64_t to = param(i / width) + i % width;
-    dy[to].add(sums[i].dy);
-    dy_xhat[to].add(sums[i].dy_xhat);
+
+ private:
+  const Workspace<double> space_;
+  const int64_t count_;
+};
+
+// Parameter gradients from the sums of all segments, added up in order over those that share a parameter: `count` rows
+// of `width` sums, the first parameter of row i being param(i).
+template <class T, class Param>
+inline void reduce_parameter_gradients(const Plan& plan, const NormArgs<T>& args, const SegmentTable<T>& sums,
+                                       int64_t count, int64_t width, const Param& param, SetTotals<T>& dy,
+                                       SetTotals<T>& dy_xhat) {
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t to = param(i);
+    dy.add(to, sums.dy + i * width, width);
+    dy_xhat.add(to, sums.dy_xhat + i * width, width);
   }
   for (int64_t p = 0; p < plan.params; ++p) {
-    if (args.dweight) args.dweight[p] = dy_xhat[p].value();
-    if (args.dbias) args.dbias[p] = dy[p].value();
+    if (args.dweight) args.dweight[p] = dy_xhat.value(p);
+    if (args.dbias) args.dbias[p] = dy.value(p);
   }
 }
 

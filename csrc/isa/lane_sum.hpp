@@ -77,8 +77,9 @@ class LaneTree {
     for (uint64_t taken = count_++; taken & 1; taken >>= 1) sums = levels_[level++] + sums;
     levels_[level] = sums;
   }
-  // Of at least one sum.
+  void clear() { count_ = 0; }
   FASTNORM_INLINE Lanes total() const {
+    if (count_ == 0) return Lanes{};
     int level = 0;
     while (!(count_ >> level & 1)) ++level;
     Lanes sums = levels_[level];

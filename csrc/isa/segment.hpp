@@ -161,44 +161,51 @@ struct InputGradient {
   }
 };
 
-// x - mean as float32 has it: (x - value) + off. No value is nearer to the mean than the float32 next to it, so that
-// neither part is larger than twice what they stand for.
+// x - mean in two parts, (x - value) + off. No value is nearer to the mean than the T next to it, so that neither part
+// is larger than twice what they stand for.
+template <class T>
 struct Pivot {
-  float value;
+  T value;
   double off;
 
   static Pivot of(const Statistic& s) {
-    const float value = static_cast<float>(s.mean);
+    const T value = static_cast<T>(s.mean);
     return {value, (static_cast<double>(value) - s.mean) - s.mean_lo};
   }
 };
 
-// What dx is made of in float32: b * rstd as one number saves a rounding, and what the pivot leaves of the mean is a
+// What dx is made of about a pivot: b * rstd as one number saves a rounding, and what the pivot leaves of the mean is a
 // part of a.
+template <class T>
 struct GradientFactors {
-  float pivot, rstd, a, b;
+  T pivot, rstd, a, b;
 
-  static GradientFactors of(const Pivot& pivot, double rstd, double mean_g, double mean_g_xhat) {
+  static GradientFactors of(const Pivot<T>& pivot, double rstd, double mean_g, double mean_g_xhat) {
     const double b = mean_g_xhat * rstd;
-    return {pivot.value, static_cast<float>(rstd), static_cast<float>(mean_g + pivot.off * b), static_cast<float>(b)};
+    return {pivot.value, static_cast<T>(rstd), static_cast<T>(mean_g + pivot.off * b), static_cast<T>(b)};
+  }
+};
+
+template <class T, class Weight>
+struct PivotGradient {
+  Pack<T> pivot, rstd, a, b;
+  Weight weight;
+
+  PivotGradient(const GradientFactors<T>& factors, Weight w)
+      : pivot(factors.pivot), rstd(factors.rstd), a(factors.a), b(factors.b), weight(w) {}
+  PivotGradient(const Statistic& s, double mean_g, double mean_g_xhat, Weight w)
+      : PivotGradient(GradientFactors<T>::of(Pivot<T>::of(s), s.rstd, mean_g, mean_g_xhat), w) {}
+
+  template <class At>
+  FASTNORM_INLINE Pack<T> operator()(At at, const T* x, const T* dy) const {
+    const Pack<T> g = times(at, at.template load<T>(dy), weight);
+    return rstd * ((g - a) - (at.template load<T>(x) - pivot) * b);
   }
 };
 
 template <class Weight>
-struct InputGradient<float, float, Weight> {
-  Pack<float> pivot, rstd, a, b;
-  Weight weight;
-
-  InputGradient(const GradientFactors& factors, Weight w)
-      : pivot(factors.pivot), rstd(factors.rstd), a(factors.a), b(factors.b), weight(w) {}
-  InputGradient(const Statistic& s, double mean_g, double mean_g_xhat, Weight w)
-      : InputGradient(GradientFactors::of(Pivot::of(s), s.rstd, mean_g, mean_g_xhat), w) {}
-
-  template <class At>
-  FASTNORM_INLINE Pack<float> operator()(At at, const float* x, const float* dy) const {
-    const Pack<float> g = times(at, at.template load<float>(dy), weight);
-    return rstd * ((g - a) - (at.template load<float>(x) - pivot) * b);
-  }
+struct InputGradient<float, float, Weight> : PivotGradient<float, Weight> {
+  using PivotGradient<float, Weight>::PivotGradient;
 };
 
 // Through given statistics nothing but the scale comes back (and an infinite x leaves no trace).
