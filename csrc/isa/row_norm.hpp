@@ -2,12 +2,13 @@
 // are sums over sets: each group of sets adds into rows of its own, and those are added in order, so that the cut
 // depends on the shape alone.
 //
-// Float32 rows go through row_tiles.hpp, some at a time: a first reading gives the sums, the second, from
-// cache, writes dx. All others, float64, and rows that float32 is not enough for, are summed up one by one in double.
+// Rows go through row_tiles.hpp (float32) or double_rows.hpp (float64), some at a time: a first reading gives the sums,
+// the second, from cache, writes dx. All others, very long ones and those whose statistics or gradients are beyond what
+// these compute with, are summed up one by one in double.
 #pragma once
 
 #include "isa/channel_norm.hpp"
-#include "isa/row_tiles.hpp"
+#include "isa/double_rows.hpp"
 
 namespace fastnorm {
 namespace {
@@ -31,17 +32,52 @@ inline void with_weight(const T* weight, int64_t first, const Call& call) {
   }
 }
 
-// Float32 rows up to this length are read in tiles: as many side by side as the nearest cache holds until their dx is
-// written (512 x 1024 by twos: 125 us instead of 121), and more before any dx is where they are short (4096 x 100: 128
-// us by fours, 119 by sixteens; 1024 x 400: 88 by fours, 91 by eights).
-constexpr int64_t kTiledElements = kBlock * kChunkBlocks;
-inline int rows_side_by_side(int64_t elements) { return elements <= 1280 ? kMostRows : 2; }
-inline int rows_together(int64_t elements) { return elements <= 200 ? TiledRows::kMost : rows_side_by_side(elements); }
+// How rows of a type are read some at a time.
+template <class T>
+struct RowKernels;
+
+// Float32 rows: as many side by side as the nearest cache holds until their dx is written (512 x 1024 by twos: 125 us
+// instead of 121), and more before any dx is where they are short (4096 x 100: 128 us by fours, 119 by sixteens; 1024 x
+// 400: 88 by fours, 91 by eights).
+template <>
+struct RowKernels<float> {
+  using Rows = TiledRows;
+  template <bool kCentred, bool kParams>
+  using Tiles = RowTiles<kCentred, kParams>;
+
+  static bool suit(int64_t elements) { return elements >= kPack && elements <= kBlock * kChunkBlocks; }
+  static int side_by_side(int64_t elements) { return elements <= 1280 ? kMostRows : 2; }
+  static int together(int64_t elements) { return elements <= 200 ? Rows::kMost : side_by_side(elements); }
+  static bool suits(float weight) { return tile_weight(weight); }
+  static Statistic statistic(const NormArgs<float>& args, int64_t stat) { return given_statistic(args, stat); }
+};
+
+// Float64 rows: up to a length whose copies, where a row is not in one piece, are no great need of memory.
+template <>
+struct RowKernels<double> {
+  using Rows = DoubleRows;
+  template <bool kCentred, bool kParams>
+  using Tiles = DoubleRowTiles<kCentred, kParams>;
+
+  static bool suit(int64_t elements) { return elements <= kLongestDoubleRow; }
+  static int side_by_side(int64_t) { return kMostRows; }
+  static int together(int64_t elements) { return elements <= 128 ? Rows::kMost : kMostRows; }
+  static bool suits(double) { return true; }
+  // As it was kept: of rows that `fit` nothing is scaled, and nothing of the mean left out.
+  static Statistic statistic(const NormArgs<double>& args, int64_t stat) {
+    return {args.mean ? args.mean[stat] : 0, args.mean_lo ? args.mean_lo[stat] : 0, args.rstd[stat], 1};
+  }
+};
 
 template <class T>
 class RowBackward {
+  using Kernels = RowKernels<T>;
+  using Rows = typename Kernels::Rows;
+  template <bool kCentred, bool kParams>
+  using Tiles = typename Kernels::template Tiles<kCentred, kParams>;
+
  public:
-  // `weight`: args.weight, or ones where that is not given and parameters' gradients are wanted (float32 alone).
+  // `weight`: args.weight, or ones where that is not given and parameters' gradients are wanted; zeros after it.
   RowBackward(const Plan& plan, const NormArgs<T>& args, const T* weight)
       : plan_(plan),
         args_(args),
@@ -50,16 +86,13 @@ class RowBackward {
         units_(units_per_set(plan)) {
     if (plan.params != plan.params_per_set) return;
     plain_weights_ = plain_weights(0);
-    if constexpr (!kMayOverflow<T>) {
-      if (plan.elements >= kPack && plan.elements <= kTiledElements && tile_weights()) {
-        group_ = rows_side_by_side(plan.elements);
-        together_ = rows_together(plan.elements);
-        in_place_ = run_ == plan.elements;
-        // The next rows, while the gradients of these are written.
-        if (in_place_ && reading_ahead<T>(plan, plan.x, run_) != 0) {
-          distance_ = group_ * plan.elements * static_cast<int64_t>(sizeof(T));
-        }
-      }
+    if (!Kernels::suit(plan.elements) || !tile_weights()) return;
+    group_ = Kernels::side_by_side(plan.elements);
+    together_ = Kernels::together(plan.elements);
+    in_place_ = run_ == plan.elements;
+    // The next rows, while the gradients of these are written.
+    if (in_place_ && reading_ahead<T>(plan, plan.x, run_) != 0) {
+      distance_ = group_ * plan.elements * static_cast<int64_t>(sizeof(T));
     }
   }
 
@@ -70,15 +103,13 @@ class RowBackward {
 
   // Sets [begin, end), which are of one group; `params` nullptr: no gradients of parameters wanted.
   void sets(int64_t begin, int64_t end, const ParameterSums* params, T* copies) const {
-    if constexpr (!kMayOverflow<T>) {
-      if (together_ > 0) {
-        if (args_.centred) {
-          params ? tiles<true, true>(begin, end, params, copies) : tiles<true, false>(begin, end, params, copies);
-        } else {
-          params ? tiles<false, true>(begin, end, params, copies) : tiles<false, false>(begin, end, params, copies);
-        }
-        return;
+    if (together_ > 0) {
+      if (args_.centred) {
+        params ? tiles<true, true>(begin, end, params, copies) : tiles<true, false>(begin, end, params, copies);
+      } else {
+        params ? tiles<false, true>(begin, end, params, copies) : tiles<false, false>(begin, end, params, copies);
       }
+      return;
     }
     for (int64_t set = begin; set < end; ++set) set_in_double(set, statistic(set), params);
   }
@@ -118,7 +149,7 @@ class RowBackward {
   // Are the weights from `param` on such that float32 does? (Those of a set alone: others must not change its bits.)
   bool plain_weights(int64_t param) const {
     bool plain = true;
-    for (int64_t p = 0; args_.weight && p < plan_.params_per_set; ++p) {
+    for (int64_t p = 0; !kMayOverflow<T> && args_.weight && p < plan_.params_per_set; ++p) {
       plain = plain && moderate(static_cast<double>(args_.weight[param + p]));
     }
     return plain;
@@ -158,16 +189,16 @@ class RowBackward {
 
   bool tile_weights() const {
     int wrong = 0;
-    for (int64_t p = 0; args_.weight && p < plan_.params; ++p) wrong |= !tile_weight(args_.weight[p]);
+    for (int64_t p = 0; args_.weight && p < plan_.params; ++p) wrong |= !Kernels::suits(args_.weight[p]);
     return wrong == 0;
   }
 
   template <bool kCentred, bool kParams>
   void tiles(int64_t begin, int64_t end, const ParameterSums* params, T* copies) const {
-    RowTiles<kCentred, kParams> tiles(plan_.elements, weight_, kParams ? *params : ParameterSums{}, distance_);
-    const int batch = in_place_ ? TiledRows::kMost : together_;
+    Tiles<kCentred, kParams> tiles(plan_.elements, weight_, kParams ? *params : ParameterSums{}, distance_);
+    const int batch = in_place_ ? Rows::kMost : together_;
     for (int64_t set = begin; set < end; set += batch) {
-      TiledRows rows;
+      Rows rows;
       const int count = static_cast<int>(end - set < batch ? end - set : batch);
       give_rows(rows, set, count, copies);
       const bool fit = rows.start(count);
@@ -181,7 +212,7 @@ class RowBackward {
   // Rows [first, first + count) of those from `set` on, by tiles where that will do: the sums of all groups, which a
   // group's results then need not wait for, and dx.
   template <bool kCentred, bool kParams>
-  void write_rows(RowTiles<kCentred, kParams>& tiles, TiledRows& rows, int64_t set, int first, int count, bool fit,
+  void write_rows(Tiles<kCentred, kParams>& tiles, Rows& rows, int64_t set, int first, int count, bool fit,
                   const ParameterSums* params, T* copies) const {
     const int end = first + count;
     for (int r = first; r < end; r += group_) {
@@ -198,10 +229,10 @@ class RowBackward {
       if (!plain && !(rows.fit(r) && (rows.in_float(r) || tiles.zeros(rows.dy[r])))) {
         set_in_double(set + r, statistic(set + r), nullptr);
       } else if (in_place_) {
-        tiles.write(rows, r, reinterpret_cast<float*>(place), args_.past_cache);
+        tiles.write(rows, r, reinterpret_cast<T*>(place), args_.past_cache);
       } else {
-        const Port<float> port{place, to.element, to.aligned};
-        float *const own = copies + 2 * together_ * plan_.elements, *const dx = port.open(0, plan_.elements, own);
+        const Port<T> port{place, to.element, to.aligned};
+        T *const own = copies + 2 * together_ * plan_.elements, *const dx = port.open(0, plan_.elements, own);
         tiles.write(rows, r, dx, args_.past_cache);
         port.commit(0, plan_.elements, own, dx);
       }
@@ -228,17 +259,30 @@ class RowBackward {
     one.finish();
   }
 
-  void give_rows(TiledRows& rows, int64_t set, int count, float* copies) const {
+  // Rows of which some need a scale.
+  template <bool kCentred, bool kParams>
+  [[gnu::noinline]] void sum_one_by_one(DoubleRowTiles<kCentred, kParams>& tiles, DoubleRows& rows, int first,
+                                        int count, int64_t set, const ParameterSums* params) const {
+    for (int r = 0; r < count; ++r) {
+      if (kParams && !rows.fit(first + r)) {
+        parameters(set + r, 0, statistic(set + r), params->without_bias());
+        rows.blank(first + r, weight_ + whole_packs(plan_.params));
+      }
+    }
+    tiles.sum(rows, first, count);
+  }
+
+  void give_rows(Rows& rows, int64_t set, int count, T* copies) const {
     const int64_t n = plan_.elements;
     Offsets x(plan_.x.set, set), dy(plan_.dy.set, set), stats(plan_.set_stat, set);
     for (int r = 0; r < count; ++r, copies += in_place_ ? 0 : 2 * n) {
       char *const from = plan_.x.data + x.next(), *const gradient = plan_.dy.data + dy.next();
-      const Statistic s = given_statistic(args_, stats.next());
+      const Statistic s = Kernels::statistic(args_, stats.next());
       if (in_place_) {
-        rows.set(r, reinterpret_cast<float*>(from), reinterpret_cast<float*>(gradient), s);
+        rows.set(r, reinterpret_cast<T*>(from), reinterpret_cast<T*>(gradient), s);
       } else {
-        const Port<float> port{from, plan_.x.element, plan_.x.aligned};
-        const Port<float> gradient_port{gradient, plan_.dy.element, plan_.dy.aligned};
+        const Port<T> port{from, plan_.x.element, plan_.x.aligned};
+        const Port<T> gradient_port{gradient, plan_.dy.element, plan_.dy.aligned};
         rows.set(r, port.read(0, n, copies), gradient_port.read(0, n, copies + n), s);
       }
     }
@@ -337,9 +381,9 @@ class GroupedGradients {
 template <class T>
 bool row_backward(const Plan& plan, const NormArgs<T>& args) {
   const int64_t units = units_per_set(plan), params = plan.params;
-  // Float32 tiles know two kinds of calls: those that have weights and want gradients, and those that do neither.
-  const bool want_params = args.dweight || args.dbias || (!kMayOverflow<T> && args.weight);
-  const Workspace<T> work(!kMayOverflow<T> && want_params ? whole_packs(params) + 2 * kPack : 0);
+  // Tiles know two kinds of calls: those that have weights and want gradients, and those that do neither.
+  const bool want_params = args.dweight || args.dbias || args.weight;
+  const Workspace<T> work(want_params ? (kMayOverflow<T> ? 2 : 1) * whole_packs(params) + 2 * kPack : 0);
   const int64_t per_group = sets_summed_together<T>(plan) * (params / plan.params_per_set);
   const int64_t groups = (plan.sets + per_group - 1) / per_group;
   const bool split = plan.threads > 1 && groups < 2 * plan.threads && units > 1;
@@ -348,11 +392,9 @@ bool row_backward(const Plan& plan, const NormArgs<T>& args) {
   if (!work || !gradients || !sums) return false;
 
   T* weight = nullptr;
-  if constexpr (!kMayOverflow<T>) {
-    if (want_params) {
-      weight = in_lines_of(work.data(), plan.dx.data);
-      for (int64_t p = 0; p < params; ++p) weight[p] = args.weight ? args.weight[p] : 1;
-    }
+  if (want_params) {
+    weight = in_lines_of(work.data(), plan.dx.data);
+    for (int64_t p = 0; p < params; ++p) weight[p] = args.weight ? args.weight[p] : 1;
   }
   const RowBackward<T> backward(plan, args, weight);
 
