@@ -16,7 +16,7 @@ namespace {
 // rows.
 struct HalfPack {
   static constexpr int kParts = Pack<double>::kParts / 2;
-  Pack<double>::Part part[kParts] = {};
+  Pack<double>::Part part[kParts];
 
   FASTNORM_INLINE HalfPack& operator+=(const HalfPack& other) {
     FASTNORM_UNROLL
