@@ -46,7 +46,9 @@ struct DoubleRows {
   const double *x[kMost], *dy[kMost];
   alignas(64) double mean[kMost], mean_lo[kMost], rstd[kMost];
   Pack<double> g_lanes[kMost], product_lanes[kMost];  // sums of g and of g * xhat, in lanes,
-  alignas(64) double g[kMost], product[kMost];        // and folded: then their means
+  alignas(64) double g[kMost], product[kMost];        // and folded
+  alignas(64) double a[kMost], b[kMost];  // dx = rstd * ((g - a) - (x - mean) * b); RMS norm: rstd * g - x * b
+  bool ordinary[kMost];
 
   void set(int r, const double* row_x, const double* row_dy, const Statistic& s) {
     x[r] = row_x, dy[r] = row_dy;
@@ -60,7 +62,7 @@ struct DoubleRows {
 
   // Do neither x - mean nor its product with rstd overflow or underflow?
   bool fit(int r) const { return (rstd[r] > 0x1p-500) & (rstd[r] < 0x1p500) & (std::fabs(mean[r]) < 0x1p500); }
-  bool in_float(int) const { return true; }
+  bool holds(int r) const { return ordinary[r]; }
 
   // When `count` rows are set. Do all of them fit?
   bool start(int count) {
@@ -71,18 +73,28 @@ struct DoubleRows {
     return beyond == 0;
   }
 
-  // When the sums of rows [first, first + count) are known, of n values each.
+  // When the sums of rows [first, first + count) are known, of n values each. Are all of them ordinary? What b is made
+  // of is rounded once: where g is 0, weights being, there is nothing else beside which its error is small.
   bool finish(int first, int count, bool centred, double n) {
+    const double share = 1 / n;
+    int beyond = 0;
     for (int r = first - first % kFolded; r < first + count; r += kFolded) {
       if (centred) fold_eight(g_lanes + r, g + r);
       fold_eight(product_lanes + r, product + r);
-#pragma omp simd
+#pragma omp simd reduction(| : beyond)
       for (int k = r; k < r + kFolded; ++k) {
-        g[k] = centred ? g[k] / n : 0;
-        product[k] /= n;
+        const double mean = product[k] / n;
+        const TwoTerm back = two_product(mean, n), once = two_product(mean, rstd[k]);
+        const double rest = once.lo + ((product[k] - back.hi) - back.lo) * share * rstd[k];
+        const TwoTerm twice = two_product(once.hi, rstd[k]);
+        a[k] = centred ? g[k] / n : 0;
+        b[k] = centred ? once.hi + rest : twice.hi + (twice.lo + rest * rstd[k]);
+        const double size = std::fabs(b[k]);
+        ordinary[k] = (product[k] == 0) | ((size > 0x1p-900) & (size < 0x1p900));
+        beyond |= (k >= first) & (k < first + count) & !ordinary[k] ? 1 : 0;
       }
     }
-    return true;
+    return beyond == 0;
   }
 };
 
@@ -115,8 +127,7 @@ class DoubleRowTiles {
   // dx of a row, as InputGradient has it. What is read next is asked for here.
   FASTNORM_LOOPS void write(const DoubleRows& rows, int r, double* dx, bool past_cache) const {
     const double *const x = rows.x[r], *const dy = rows.dy[r], *const weight = weight_;
-    const Pack<double> mean(rows.mean[r]), mean_lo(rows.mean_lo[r]), rstd(rows.rstd[r]), a(rows.g[r]),
-        b(rows.product[r]);
+    const Pack<double> mean(rows.mean[r]), mean_lo(rows.mean_lo[r]), rstd(rows.rstd[r]), a(rows.a[r]), b(rows.b[r]);
     const int64_t ahead = ahead_;
     write_row(dx, n_, past_cache, [&](auto at) {
       if (ahead != 0) {
@@ -125,8 +136,8 @@ class DoubleRowTiles {
       }
       Pack<double> g = at.template load<double>(dy), centred = at.template load<double>(x);
       if constexpr (kParams) g *= at.template load<double>(weight);
-      if constexpr (kCentred) centred = (centred - mean) - mean_lo, g -= a;
-      return rstd * (g - centred * rstd * b);
+      if constexpr (!kCentred) return rstd * g - centred * b;
+      return rstd * ((g - a) - ((centred - mean) - mean_lo) * b);
     });
   }
 

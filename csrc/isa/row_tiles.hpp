@@ -102,12 +102,12 @@ struct TiledRows {
   }
   Statistic statistic(int r) const { return {mean[r], mean_lo[r], rstd[r], 1}; }
 
-  // Does float32 do for the sums? What `in_float` allows for lies below these powers, with a unit of float32 to spare.
+  // Does float32 do for the sums? What `holds` allows for lies below these powers, with a unit of float32 to spare.
   bool fit(int r) const { return (rstd[r] > 0x1p-30) & (rstd[r] < 0x1p30) & (std::fabs(mean[r]) < 0x1p60); }
 
   // Did it, and does it for dx? There was no infinity, and nothing that underflow can have taken from products with
   // rstd and weights (2^-150 * 2^60 in xhat <= 2^8) is a unit of the mean of |g|.
-  bool in_float(int r) const { return (size[r] > 0x1p-45) & (size[r] < 0x1p45); }
+  bool holds(int r) const { return (size[r] > 0x1p-45) & (size[r] < 0x1p45); }
 
   // When `count` rows are set. Do all of them fit?
   bool start(int count) {
@@ -124,7 +124,7 @@ struct TiledRows {
   }
 
   // When the sums of rows [first, first + count) are known, of n values each: a and b, as GradientFactors has them. Are
-  // all in_float?
+  // all held?
   bool finish(int first, int count, bool centred, double n) {
     const double share = 1 / n;
     int beyond = 0;
@@ -143,7 +143,7 @@ struct TiledRows {
         a[k] = static_cast<float>(mean_g + off * factor);
         b[k] = static_cast<float>(centred ? factor : alone);
         size[k] = fine ? std::fabs(mean_g) + std::fabs(mean_g_xhat) : HUGE_VAL;
-        beyond |= (k >= first) & (k < first + count) & !in_float(k) ? 1 : 0;
+        beyond |= (k >= first) & (k < first + count) & !holds(k) ? 1 : 0;
       }
     }
     return beyond == 0;
