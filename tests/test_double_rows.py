@@ -13,7 +13,12 @@ import fastnorm as fn
 
 UNIT = 2.0**-53
 COLS = [2, 3, 7, 8, 9, 15, 16, 17, 30, 31, 33, 100, 127, 128, 129, 131, 143, 145, 256, 515, 1024, 1025, 2049]
-SHAPES = [*((21, n) for n in COLS), *((n, 19) for n in (1, 2, 3, 4, 5, 15, 16, 17, 1024, 1025, 1100)), (6, 8192), (6, 8193)]
+SHAPES = [
+    *((21, n) for n in COLS),
+    *((n, 19) for n in (1, 2, 3, 4, 5, 15, 16, 17, 1024, 1025, 1100)),
+    (6, 8192),
+    (6, 8193),
+]
 
 pytestmark = pytest.mark.skipif(np.finfo(np.longdouble).nmant < 63, reason="no longdouble to judge float64 by")
 
@@ -64,6 +69,14 @@ def _periodic_columns(rng: Any, shape: tuple[int, int]) -> tuple[Any, Any, Any]:
     return x[:, column], dy[:, column], weight[column]
 
 
+def _masked_outlier(rng: Any, shape: tuple[int, int]) -> tuple[Any, Any, Any]:
+    """One term makes the sums, and where the weight is 0 nothing but their product with x is left."""
+    x, dy, weight = _plain(rng, shape)
+    x[np.arange(shape[0]), rng.integers(0, shape[1] // 2, shape[0]) * 2 + 1] = 1e4
+    weight[::2] = 0
+    return x, np.abs(dy) + 0.5, weight
+
+
 def _mixed(rng: Any, shape: tuple[int, int]) -> tuple[Any, Any, Any]:
     """Ordinary rows beside rows that are constant, huge or tiny."""
     x, dy, weight = _plain(rng, shape)
@@ -79,6 +92,7 @@ CASES = {
     "offset of 1e8": _offset(1e8),
     "offset of 1e15": _offset(1e15),
     "x of 1e100": _scaled(1e100, 1.0),
+    "x of 1e140": _scaled(1e140, 1.0),
     "x of 1e-140": _scaled(1e-140, 1.0),
     "x of 1e-200": _scaled(1e-200, 1.0),
     "x of 3e307": _scaled(3e307, 1.0),
@@ -88,8 +102,12 @@ CASES = {
     "one row": _one_row,
     "three rows": _three_rows,
     "columns of a period": _periodic_columns,
+    "masked but for an outlier": _masked_outlier,
     "mixed": _mixed,
 }
+
+# RMS norm, one term all of a sum, and the factor 0 that it is judged beside: rstd counts three times (docs/accuracy.md).
+LIMITS = {"masked but for an outlier": 10}
 
 
 def _grads(x: Any, dy: Any, weight: Any, centred: bool, out: Any = None) -> Any:
@@ -138,7 +156,7 @@ def test_gradients(case: str, centred: bool) -> None:
             worst[name] = max(worst.get(name, (0.0, shape)), (float(error.max(initial=0)), shape))
     print(case, {name: (round(u, 2), shape) for name, (u, shape) in worst.items()})
     for name, (u, shape) in worst.items():
-        assert u <= 8, f"{name}, {shape}: {u} u of the sum of the terms' magnitudes"
+        assert u <= LIMITS.get(case, 8), f"{name}, {shape}: {u} u of the sum of the terms' magnitudes"
 
 
 @pytest.mark.parametrize("centred", [True, False], ids=["layer", "rms"])

@@ -229,6 +229,7 @@ class DoubleRowTiles {
   }
 
   static constexpr int kLevels = 8;
+  static_assert(kLongestDoubleRow <= kTile << (kLevels - 1), "every level has a place");
 
   const int64_t n_;
   const double* const weight_;

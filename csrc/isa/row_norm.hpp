@@ -25,7 +25,8 @@ struct SetGroups {
   template <class T>
   static SetGroups of(const Plan& plan) {
     constexpr int64_t kLeast = kMayOverflow<T> ? 16 : 64, kGroups = 64;
-    const int64_t share = (plan.sets + kGroups - 1) / kGroups, sharing = plan.params / plan.params_per_set;
+    const int64_t sharing = plan.params / plan.params_per_set, sets_of_one = kMayOverflow<T> ? sharing : 1;
+    const int64_t share = (plan.sets / sets_of_one + kGroups - 1) / kGroups;
     SetGroups sets{share <= kLeast ? kLeast : (share + kColumnRows - 1) / kColumnRows * kColumnRows, 0};
     if (kMayOverflow<T>) sets.group = units_per_set(plan) > 1 ? kLeast : (sets.group + kLeast - 1) / kLeast * kLeast;
     sets.group *= sharing;
