@@ -106,7 +106,7 @@ CASES = {
     "mixed": _mixed,
 }
 
-# RMS norm, one term all of a sum, and the factor 0 that it is judged beside: rstd counts three times (docs/accuracy.md).
+# RMS norm, one term all of a sum, and nothing beside it: rstd counts three times (docs/accuracy.md).
 LIMITS = {"masked but for an outlier": 10}
 
 

@@ -48,7 +48,7 @@ struct DoubleRows {
   Pack<double> g_lanes[kMost], product_lanes[kMost];  // sums of g and of g * xhat, in lanes,
   alignas(64) double g[kMost], product[kMost];        // and folded
   alignas(64) double a[kMost], b[kMost];  // dx = rstd * ((g - a) - (x - mean) * b); RMS norm: rstd * g - x * b
-  bool ordinary[kMost];
+  alignas(64) double size[kMost];         // of b; infinite where it is beyond the ordinary
 
   void set(int r, const double* row_x, const double* row_dy, const Statistic& s) {
     x[r] = row_x, dy[r] = row_dy;
@@ -62,7 +62,7 @@ struct DoubleRows {
 
   // Do neither x - mean nor its product with rstd overflow or underflow?
   bool fit(int r) const { return (rstd[r] > 0x1p-500) & (rstd[r] < 0x1p500) & (std::fabs(mean[r]) < 0x1p500); }
-  bool holds(int r) const { return ordinary[r]; }
+  bool holds(int r) const { return size[r] < 0x1p900; }
 
   // When `count` rows are set. Do all of them fit?
   bool start(int count) {
@@ -75,25 +75,29 @@ struct DoubleRows {
 
   // When the sums of rows [first, first + count) are known, of n values each. Are all of them ordinary? What b is made
   // of is rounded once: where g is 0, weights being, there is nothing else beside which its error is small.
-  bool finish(int first, int count, bool centred, double n) {
+  template <bool kCentred>
+  bool finish(int first, int count, double n) {
     const double share = 1 / n;
     int beyond = 0;
     for (int r = first - first % kFolded; r < first + count; r += kFolded) {
-      if (centred) fold_eight(g_lanes + r, g + r);
+      if (kCentred) fold_eight(g_lanes + r, g + r);
       fold_eight(product_lanes + r, product + r);
-#pragma omp simd reduction(| : beyond)
+#pragma omp simd
       for (int k = r; k < r + kFolded; ++k) {
-        const double mean = product[k] / n;
+        const double sum = product[k], mean = sum / n;
         const TwoTerm back = two_product(mean, n), once = two_product(mean, rstd[k]);
-        const double rest = once.lo + ((product[k] - back.hi) - back.lo) * share * rstd[k];
-        const TwoTerm twice = two_product(once.hi, rstd[k]);
-        a[k] = centred ? g[k] / n : 0;
-        b[k] = centred ? once.hi + rest : twice.hi + (twice.lo + rest * rstd[k]);
-        const double size = std::fabs(b[k]);
-        ordinary[k] = (product[k] == 0) | ((size > 0x1p-900) & (size < 0x1p900));
-        beyond |= (k >= first) & (k < first + count) & !ordinary[k] ? 1 : 0;
+        const double rest = once.lo + ((sum - back.hi) - back.lo) * share * rstd[k];
+        double factor = once.hi + rest;
+        if (!kCentred) {
+          const TwoTerm twice = two_product(once.hi, rstd[k]);
+          factor = twice.hi + (twice.lo + rest * rstd[k]);
+        }
+        a[k] = kCentred ? g[k] / n : 0;
+        b[k] = factor;
+        size[k] = (sum == 0) | (std::fabs(factor) > 0x1p-900) ? std::fabs(factor) : HUGE_VAL;
       }
     }
+    for (int k = first; k < first + count; ++k) beyond |= holds(k) ? 0 : 1;
     return beyond == 0;
   }
 };

@@ -76,7 +76,7 @@ struct RowKernels<double> {
 
   static bool suit(int64_t elements) { return elements <= kLongestDoubleRow; }
   static int side_by_side(int64_t) { return kMostRows; }
-  static int together(int64_t elements) { return elements <= 128 ? Rows::kMost : kMostRows; }
+  static int together(int64_t elements) { return elements <= 128 ? Rows::kMost : elements <= 256 ? 8 : kMostRows; }
   static bool suits(double) { return true; }
   // As it was kept: of rows that `fit` nothing is scaled, and nothing of the
   // mean left out.
@@ -245,7 +245,7 @@ class RowBackward {
       for (int k = r; !fit && k < r + size; ++k) all = all && rows.fit(k);
       all ? tiles.sum(rows, r, size) : sum_one_by_one(tiles, rows, r, size, set + r, params);
     }
-    const bool plain = rows.finish(first, count, kCentred, static_cast<double>(plan_.elements)) && fit;
+    const bool plain = rows.template finish<kCentred>(first, count, static_cast<double>(plan_.elements)) && fit;
     const Operand& to = plan_.dx;
     Offsets results(to.set, set + first);
     for (int r = first; r < end; ++r) {

@@ -125,7 +125,8 @@ struct TiledRows {
 
   // When the sums of rows [first, first + count) are known, of n values each: a and b, as GradientFactors has them. Are
   // all held?
-  bool finish(int first, int count, bool centred, double n) {
+  template <bool centred>
+  bool finish(int first, int count, double n) {
     const double share = 1 / n;
     int beyond = 0;
     for (int r = first - first % kFolded; r < first + count; r += kFolded) {
