@@ -1,25 +1,39 @@
-// Backward where the weights run along the set, one per value (layer norm, RMS norm). The gradients of the parameters
-// are sums over sets: each group of sets adds into rows of its own, and those are added in order, so that the cut
+// Backward where the weights run along the set, one per value (layer norm, RMS
+// norm). The gradients of the parameters are sums over sets: each group of sets
+// adds into rows of its own, and those are added in order, so that the cut
 // depends on the shape alone.
 //
-// Float32 rows go through row_tiles.hpp, some at a time: a first reading gives the sums, the second, from
-// cache, writes dx. All others, float64, and rows that float32 is not enough for, are summed up one by one in double.
+// Rows go through row_tiles.hpp (float32) or double_rows.hpp (float64), some at
+// a time: a first reading gives the sums, the second, from cache, writes dx.
+// All others, very long ones and those whose statistics or gradients are beyond
+// what these compute with, are summed up one by one in double.
 #pragma once
 
 #include "isa/channel_norm.hpp"
-#include "isa/row_tiles.hpp"
+#include "isa/double_rows.hpp"
 
 namespace fastnorm {
 namespace {
 
-// Sets in a group: float64 has no digits to spare for long chains of additions; the tiles of float32 rows are added in
-// double, and only have to leave something to do for every thread.
-template <class T>
-inline int64_t sets_summed_together(const Plan& plan) {
-  constexpr int64_t kLeast = 64, kGroups = 64;
-  if (kMayOverflow<T>) return 16;
-  return plan.sets <= kLeast * kGroups ? kLeast : whole_tiles((plan.sets + kGroups - 1) / kGroups);
-}
+// Sets in a group, which only has to leave something to do for every thread;
+// and in a part of a group, whose sums are plain additions: float64 has no
+// digits to spare for long chains of them, the tiles of float32 rows are added
+// in double.
+struct SetGroups {
+  int64_t group, part;
+
+  template <class T>
+  static SetGroups of(const Plan& plan) {
+    constexpr int64_t kLeast = kMayOverflow<T> ? 16 : 64, kGroups = 64;
+    const int64_t sharing = plan.params / plan.params_per_set, sets_of_one = kMayOverflow<T> ? sharing : 1;
+    const int64_t share = (plan.sets / sets_of_one + kGroups - 1) / kGroups;
+    SetGroups sets{share <= kLeast ? kLeast : (share + kColumnRows - 1) / kColumnRows * kColumnRows, 0};
+    if (kMayOverflow<T>) sets.group = units_per_set(plan) > 1 ? kLeast : (sets.group + kLeast - 1) / kLeast * kLeast;
+    sets.group *= sharing;
+    sets.part = kMayOverflow<T> ? kLeast * sharing : sets.group;
+    return sets;
+  }
+};
 
 // call(weight) with the weights from parameter `first` on.
 template <class T, class Call>
@@ -31,17 +45,56 @@ inline void with_weight(const T* weight, int64_t first, const Call& call) {
   }
 }
 
-// Float32 rows up to this length are read in tiles: as many side by side as the nearest cache holds until their dx is
-// written (512 x 1024 by twos: 125 us instead of 121), and more before any dx is where they are short (4096 x 100: 128
-// us by fours, 119 by sixteens; 1024 x 400: 88 by fours, 91 by eights).
-constexpr int64_t kTiledElements = kBlock * kChunkBlocks;
-inline int rows_side_by_side(int64_t elements) { return elements <= 1280 ? kMostRows : 2; }
-inline int rows_together(int64_t elements) { return elements <= 200 ? TiledRows::kMost : rows_side_by_side(elements); }
+// How rows of a type are read some at a time.
+template <class T>
+struct RowKernels;
+
+// Float32 rows: as many side by side as the nearest cache holds until their dx
+// is written (512 x 1024 by twos: 125 us instead of 121), and more before any
+// dx is where they are short (4096 x 100: 128 us by fours, 119 by sixteens;
+// 1024 x 400: 88 by fours, 91 by eights).
+template <>
+struct RowKernels<float> {
+  using Rows = TiledRows;
+  template <bool kCentred, bool kParams>
+  using Tiles = RowTiles<kCentred, kParams>;
+
+  static bool suit(int64_t elements) { return elements >= kPack && elements <= kBlock * kChunkBlocks; }
+  static int side_by_side(int64_t elements) { return elements <= 1280 ? kMostRows : 2; }
+  static int together(int64_t elements) { return elements <= 200 ? Rows::kMost : side_by_side(elements); }
+  static bool suits(float weight) { return tile_weight(weight); }
+  static Statistic statistic(const NormArgs<float>& args, int64_t stat) { return given_statistic(args, stat); }
+};
+
+// Float64 rows: up to a length whose copies, where a row is not in one piece,
+// are no great need of memory.
+template <>
+struct RowKernels<double> {
+  using Rows = DoubleRows;
+  template <bool kCentred, bool kParams>
+  using Tiles = DoubleRowTiles<kCentred, kParams>;
+
+  static bool suit(int64_t elements) { return elements <= kLongestDoubleRow; }
+  static int side_by_side(int64_t) { return kMostRows; }
+  static int together(int64_t elements) { return elements <= 128 ? Rows::kMost : elements <= 256 ? 8 : kMostRows; }
+  static bool suits(double) { return true; }
+  // As it was kept: of rows that `fit` nothing is scaled, and nothing of the
+  // mean left out.
+  static Statistic statistic(const NormArgs<double>& args, int64_t stat) {
+    return {args.mean ? args.mean[stat] : 0, args.mean_lo ? args.mean_lo[stat] : 0, args.rstd[stat], 1};
+  }
+};
 
 template <class T>
 class RowBackward {
+  using Kernels = RowKernels<T>;
+  using Rows = typename Kernels::Rows;
+  template <bool kCentred, bool kParams>
+  using Tiles = typename Kernels::template Tiles<kCentred, kParams>;
+
  public:
-  // `weight`: args.weight, or ones where that is not given and parameters' gradients are wanted (float32 alone).
+  // `weight`: args.weight, or ones where that is not given and parameters'
+  // gradients are wanted; zeros after it.
   RowBackward(const Plan& plan, const NormArgs<T>& args, const T* weight)
       : plan_(plan),
         args_(args),
@@ -50,35 +103,32 @@ class RowBackward {
         units_(units_per_set(plan)) {
     if (plan.params != plan.params_per_set) return;
     plain_weights_ = plain_weights(0);
-    if constexpr (!kMayOverflow<T>) {
-      if (plan.elements >= kPack && plan.elements <= kTiledElements && tile_weights()) {
-        group_ = rows_side_by_side(plan.elements);
-        together_ = rows_together(plan.elements);
-        in_place_ = run_ == plan.elements;
-        // The next rows, while the gradients of these are written.
-        if (in_place_ && reading_ahead<T>(plan, plan.x, run_) != 0) {
-          distance_ = group_ * plan.elements * static_cast<int64_t>(sizeof(T));
-        }
-      }
+    if (!Kernels::suit(plan.elements) || !tile_weights()) return;
+    group_ = Kernels::side_by_side(plan.elements);
+    together_ = Kernels::together(plan.elements);
+    in_place_ = run_ == plan.elements;
+    // The next rows, while the gradients of these are written.
+    if (in_place_ && reading_ahead<T>(plan, plan.x, run_) != 0) {
+      distance_ = group_ * plan.elements * static_cast<int64_t>(sizeof(T));
     }
   }
 
-  // Room that `sets` needs for rows that do not lie in one piece: the bits must not depend on where a row lies.
+  // Room that `sets` needs for rows that do not lie in one piece: the bits must
+  // not depend on where a row lies.
   int64_t copied() const { return together_ == 0 || in_place_ ? 0 : (2 * together_ + 1) * plan_.elements; }
 
   Statistic statistic(int64_t set) const { return kept_statistic(plan_, args_, set); }
 
-  // Sets [begin, end), which are of one group; `params` nullptr: no gradients of parameters wanted.
+  // Sets [begin, end), which are of one group; `params` nullptr: no gradients
+  // of parameters wanted.
   void sets(int64_t begin, int64_t end, const ParameterSums* params, T* copies) const {
-    if constexpr (!kMayOverflow<T>) {
-      if (together_ > 0) {
-        if (args_.centred) {
-          params ? tiles<true, true>(begin, end, params, copies) : tiles<true, false>(begin, end, params, copies);
-        } else {
-          params ? tiles<false, true>(begin, end, params, copies) : tiles<false, false>(begin, end, params, copies);
-        }
-        return;
+    if (together_ > 0) {
+      if (args_.centred) {
+        params ? tiles<true, true>(begin, end, params, copies) : tiles<true, false>(begin, end, params, copies);
+      } else {
+        params ? tiles<false, true>(begin, end, params, copies) : tiles<false, false>(begin, end, params, copies);
       }
+      return;
     }
     for (int64_t set = begin; set < end; ++set) set_in_double(set, statistic(set), params);
   }
@@ -96,7 +146,8 @@ class RowBackward {
     return total;
   }
 
-  // One unit's part of the parameters' gradients. A unit is a range of parameters: units of a set share none.
+  // One unit's part of the parameters' gradients. A unit is a range of
+  // parameters: units of a set share none.
   void parameters(int64_t set, int64_t unit, const Statistic& s, ParameterSums params) const {
     const int64_t param = plan_.set_param.offset(set);
     const Operands<2, false> operands{{&plan_.x, &plan_.dy}, nullptr};
@@ -115,10 +166,11 @@ class RowBackward {
   }
 
  private:
-  // Are the weights from `param` on such that float32 does? (Those of a set alone: others must not change its bits.)
+  // Are the weights from `param` on such that float32 does? (Those of a set
+  // alone: others must not change its bits.)
   bool plain_weights(int64_t param) const {
     bool plain = true;
-    for (int64_t p = 0; args_.weight && p < plan_.params_per_set; ++p) {
+    for (int64_t p = 0; !kMayOverflow<T> && args_.weight && p < plan_.params_per_set; ++p) {
       plain = plain && moderate(static_cast<double>(args_.weight[param + p]));
     }
     return plain;
@@ -129,7 +181,8 @@ class RowBackward {
         plan_.params == plan_.params_per_set ? plain_weights_ : plain_weights(plan_.set_param.offset(set));
     GradientMeans means = GradientMeans::of<T>(total.dy, total.dy_xhat, total.size, static_cast<double>(plan_.elements),
                                                args_.centred, plain_weights_here, s);
-    // Without a mean of g there are values of dx that are a product with x alone, which float32 may lose.
+    // Without a mean of g there are values of dx that are a product with x
+    // alone, which float32 may lose.
     means.in_float = means.in_float && args_.centred;
     return means;
   }
@@ -146,7 +199,8 @@ class RowBackward {
     along(InputGradient<T, double, Weight>(s, means.a, means.b, weight));
   }
 
-  // One set after the other, each value of it in double (or dx alone in float32, where means_of says so).
+  // One set after the other, each value of it in double (or dx alone in
+  // float32, where means_of says so).
   [[gnu::noinline]] void set_in_double(int64_t set, const Statistic& s, const ParameterSums* params) const {
     SegmentSums total;
     for (int64_t unit = 0; unit < units_; ++unit) total.add(sums(set, unit, s));
@@ -158,16 +212,16 @@ class RowBackward {
 
   bool tile_weights() const {
     int wrong = 0;
-    for (int64_t p = 0; args_.weight && p < plan_.params; ++p) wrong |= !tile_weight(args_.weight[p]);
+    for (int64_t p = 0; args_.weight && p < plan_.params; ++p) wrong |= !Kernels::suits(args_.weight[p]);
     return wrong == 0;
   }
 
   template <bool kCentred, bool kParams>
   void tiles(int64_t begin, int64_t end, const ParameterSums* params, T* copies) const {
-    RowTiles<kCentred, kParams> tiles(plan_.elements, weight_, kParams ? *params : ParameterSums{}, distance_);
-    const int batch = in_place_ ? TiledRows::kMost : together_;
+    Tiles<kCentred, kParams> tiles(plan_.elements, weight_, kParams ? *params : ParameterSums{}, distance_);
+    const int batch = in_place_ ? Rows::kMost : together_;
     for (int64_t set = begin; set < end; set += batch) {
-      TiledRows rows;
+      Rows rows;
       const int count = static_cast<int>(end - set < batch ? end - set : batch);
       give_rows(rows, set, count, copies);
       const bool fit = rows.start(count);
@@ -178,10 +232,11 @@ class RowBackward {
     tiles.finish();
   }
 
-  // Rows [first, first + count) of those from `set` on, by tiles where that will do: the sums of all groups, which a
-  // group's results then need not wait for, and dx.
+  // Rows [first, first + count) of those from `set` on, by tiles where that
+  // will do: the sums of all groups, which a group's results then need not wait
+  // for, and dx.
   template <bool kCentred, bool kParams>
-  void write_rows(RowTiles<kCentred, kParams>& tiles, TiledRows& rows, int64_t set, int first, int count, bool fit,
+  void write_rows(Tiles<kCentred, kParams>& tiles, Rows& rows, int64_t set, int first, int count, bool fit,
                   const ParameterSums* params, T* copies) const {
     const int end = first + count;
     for (int r = first; r < end; r += group_) {
@@ -190,18 +245,18 @@ class RowBackward {
       for (int k = r; !fit && k < r + size; ++k) all = all && rows.fit(k);
       all ? tiles.sum(rows, r, size) : sum_one_by_one(tiles, rows, r, size, set + r, params);
     }
-    const bool plain = rows.finish(first, count, kCentred, static_cast<double>(plan_.elements)) && fit;
+    const bool plain = rows.template finish<kCentred>(first, count, static_cast<double>(plan_.elements)) && fit;
     const Operand& to = plan_.dx;
     Offsets results(to.set, set + first);
     for (int r = first; r < end; ++r) {
       char* const place = to.data + results.next();
-      if (!plain && !(rows.fit(r) && (rows.in_float(r) || tiles.zeros(rows.dy[r])))) {
+      if (!plain && !(rows.fit(r) && (rows.holds(r) || tiles.zeros(rows.dy[r])))) {
         set_in_double(set + r, statistic(set + r), nullptr);
       } else if (in_place_) {
-        tiles.write(rows, r, reinterpret_cast<float*>(place), args_.past_cache);
+        tiles.write(rows, r, reinterpret_cast<T*>(place), args_.past_cache);
       } else {
-        const Port<float> port{place, to.element, to.aligned};
-        float *const own = copies + 2 * together_ * plan_.elements, *const dx = port.open(0, plan_.elements, own);
+        const Port<T> port{place, to.element, to.aligned};
+        T *const own = copies + 2 * together_ * plan_.elements, *const dx = port.open(0, plan_.elements, own);
         tiles.write(rows, r, dx, args_.past_cache);
         port.commit(0, plan_.elements, own, dx);
       }
@@ -228,17 +283,30 @@ class RowBackward {
     one.finish();
   }
 
-  void give_rows(TiledRows& rows, int64_t set, int count, float* copies) const {
+  // Rows of which some need a scale.
+  template <bool kCentred, bool kParams>
+  [[gnu::noinline]] void sum_one_by_one(DoubleRowTiles<kCentred, kParams>& tiles, DoubleRows& rows, int first,
+                                        int count, int64_t set, const ParameterSums* params) const {
+    for (int r = 0; r < count; ++r) {
+      if (kParams && !rows.fit(first + r)) {
+        parameters(set + r, 0, statistic(set + r), params->without_bias());
+        rows.blank(first + r, weight_ + whole_packs(plan_.params));
+      }
+    }
+    tiles.sum(rows, first, count);
+  }
+
+  void give_rows(Rows& rows, int64_t set, int count, T* copies) const {
     const int64_t n = plan_.elements;
     Offsets x(plan_.x.set, set), dy(plan_.dy.set, set), stats(plan_.set_stat, set);
     for (int r = 0; r < count; ++r, copies += in_place_ ? 0 : 2 * n) {
       char *const from = plan_.x.data + x.next(), *const gradient = plan_.dy.data + dy.next();
-      const Statistic s = given_statistic(args_, stats.next());
+      const Statistic s = Kernels::statistic(args_, stats.next());
       if (in_place_) {
-        rows.set(r, reinterpret_cast<float*>(from), reinterpret_cast<float*>(gradient), s);
+        rows.set(r, reinterpret_cast<T*>(from), reinterpret_cast<T*>(gradient), s);
       } else {
-        const Port<float> port{from, plan_.x.element, plan_.x.aligned};
-        const Port<float> gradient_port{gradient, plan_.dy.element, plan_.dy.aligned};
+        const Port<T> port{from, plan_.x.element, plan_.x.aligned};
+        const Port<T> gradient_port{gradient, plan_.dy.element, plan_.dy.aligned};
         rows.set(r, port.read(0, n, copies), gradient_port.read(0, n, copies + n), s);
       }
     }
@@ -248,54 +316,70 @@ class RowBackward {
   const NormArgs<T>& args_;
   const T* const weight_;
   const int64_t run_, units_;
-  int64_t distance_ = 0;  // bytes from a row to the one that is read in its place next; 0: not worth asking for
+  int64_t distance_ = 0;  // bytes from a row to the one that is read in its
+                          // place next; 0: not worth asking for
   bool in_place_ = false;
   int group_ = 0;     // rows that are read side by side, in tiles; 0: none are
   int together_ = 0;  // rows whose results are written when the sums of all are known
   bool plain_weights_ = true;
 };
 
-// The first whole line of cache from p on, where packs lie in as few lines as can be.
+// The first whole line of cache from p on, where packs lie in as few lines as
+// can be.
 template <class T>
 inline T* aligned(T* p) {
   return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(p) + kLineBytes - 1) / kLineBytes * kLineBytes);
 }
 
-// The first place from p on that lies in its line as `other` does, for what is read along with it.
+// The first place from p on that lies in its line as `other` does, for what is
+// read along with it.
 template <class T>
 inline T* in_lines_of(T* p, const void* other) {
   return aligned(p) + reinterpret_cast<uintptr_t>(other) % kLineBytes / sizeof(T);
 }
 
-// The gradients of the parameters, which every group of sets adds into rows of its own; those are added in order, with
-// what the additions lose kept. A single thread does that as it goes, with one pair of rows for all groups.
+// The gradients of the parameters, which every part of a group adds into rows
+// of its own; those are added in order, to the group's sums, if it has several,
+// and then to those of all, with what the additions lose kept. A single thread
+// does that as it goes, with one set of rows for all groups.
 class GroupedGradients {
  public:
-  GroupedGradients(int64_t groups, int64_t params, int threads)
+  // `halves`: 2, or 1 if no gradient of a bias is asked for.
+  GroupedGradients(int64_t groups, bool in_parts, int64_t params, int halves, int threads)
       : groups_(groups),
         width_(2 * whole_packs(params)),
+        used_(halves * whole_packs(params)),
+        group_width_((in_parts ? 3 : 1) * width_),
+        in_parts_(in_parts),
         in_turn_(threads <= 1),
-        work_((in_turn_ ? 1 : groups) * width_ + (groups > 1 ? 2 * width_ : 0) + kPack),
+        work_((in_turn_ ? 1 : groups) * group_width_ + (groups > 1 ? 2 * width_ : 0) + kPack),
         first_(aligned(work_.data())) {}
 
   explicit operator bool() const { return static_cast<bool>(work_); }
 
   ParameterSums of(int64_t group) const { return {part(group), part(group) + width_ / 2}; }
 
+  // Called by the thread that works on a group.
+  void finish_part(int64_t group) const {
+    if (!in_parts_) return;
+    add(part(group), group_sums(group), used_);
+    std::memset(part(group), 0, static_cast<size_t>(used_) * sizeof(double));
+  }
+
   // Called by a single thread when a group is complete.
   void finish(int64_t group) const {
     if (!in_turn_ || groups_ == 1) return;
-    add(group, 0, width_);
-    std::memset(part(group), 0, static_cast<size_t>(width_) * sizeof(double));
+    add_group(group, 0, used_);
+    std::memset(part(group), 0, static_cast<size_t>(group_width_) * sizeof(double));
   }
 
   template <class T>
   void store(const Plan& plan, T* dweight, T* dbias) const {
     constexpr int64_t kStrip = 1024;
     if (!in_turn_ && groups_ > 1) {
-      parallel_for(plan.threads, (width_ + kStrip - 1) / kStrip, [&](int64_t strip) {
-        const int64_t first = strip * kStrip, n = width_ - first < kStrip ? width_ - first : kStrip;
-        for (int64_t group = 0; group < groups_; ++group) add(group, first, n);
+      parallel_for(plan.threads, (used_ + kStrip - 1) / kStrip, [&](int64_t strip) {
+        const int64_t first = strip * kStrip, n = used_ - first < kStrip ? used_ - first : kStrip;
+        for (int64_t group = 0; group < groups_; ++group) add_group(group, first, n);
       });
     }
     store_half(0, plan.params, dweight);
@@ -303,23 +387,35 @@ class GroupedGradients {
   }
 
  private:
-  double* part(int64_t group) const { return first_ + (in_turn_ ? 0 : group * width_); }
-  double* totals() const { return first_ + (in_turn_ ? 1 : groups_) * width_; }
+  double* part(int64_t group) const { return first_ + (in_turn_ ? 0 : group * group_width_); }
+  double* group_sums(int64_t group) const { return part(group) + (in_parts_ ? width_ : 0); }
+  double* totals() const { return first_ + (in_turn_ ? 1 : groups_) * group_width_; }
 
   template <class T>
   void store_half(int64_t first, int64_t n, T* gradient) const {
     if (!gradient) return;
-    const double *sums = (groups_ > 1 ? totals() : part(0)) + first, *rests = sums + width_;
+    const bool compensated = groups_ > 1 || in_parts_;
+    const double *sums = (groups_ > 1 ? totals() : group_sums(0)) + first, *rests = sums + width_;
     for (int64_t i = 0; i < n; ++i) {
       // Of an infinite sum nothing is lost.
-      const double rest = groups_ > 1 && std::fabs(sums[i]) < HUGE_VAL ? rests[i] : 0;
+      const double rest = compensated && std::fabs(sums[i]) < HUGE_VAL ? rests[i] : 0;
       gradient[i] = static_cast<T>(sums[i] + rest);
     }
   }
 
-  void add(int64_t group, int64_t first, int64_t n) const {
-    double *sums = totals() + first, *rests = sums + width_;
-    const double* values = part(group) + first;
+  void add_group(int64_t group, int64_t first, int64_t n) const {
+    const double* values = group_sums(group) + first;
+    add(values, totals() + first, n);
+    if (!in_parts_) return;
+    double* rests = totals() + width_ + first;
+    for_packs(n, [&](auto at) {
+      at.store(rests, at.template load<double>(rests) + at.template load<double>(values + width_));
+    });
+  }
+
+  // The sums, and width_ behind them what they have lost.
+  FASTNORM_LOOPS void add(const double* values, double* sums, int64_t n) const {
+    double* rests = sums + width_;
     for_packs(n, [&](auto at) {
       const Pack<double> sum = at.template load<double>(sums), value = at.template load<double>(values);
       const Pack<double> total = sum + value, share = total - sum;
@@ -328,8 +424,8 @@ class GroupedGradients {
     });
   }
 
-  const int64_t groups_, width_;
-  const bool in_turn_;
+  const int64_t groups_, width_, used_, group_width_;
+  const bool in_parts_, in_turn_;
   const Workspace<double> work_;
   double* const first_;
 };
@@ -337,22 +433,22 @@ class GroupedGradients {
 template <class T>
 bool row_backward(const Plan& plan, const NormArgs<T>& args) {
   const int64_t units = units_per_set(plan), params = plan.params;
-  // Float32 tiles know two kinds of calls: those that have weights and want gradients, and those that do neither.
-  const bool want_params = args.dweight || args.dbias || (!kMayOverflow<T> && args.weight);
-  const Workspace<T> work(!kMayOverflow<T> && want_params ? whole_packs(params) + 2 * kPack : 0);
-  const int64_t per_group = sets_summed_together<T>(plan) * (params / plan.params_per_set);
-  const int64_t groups = (plan.sets + per_group - 1) / per_group;
+  // Tiles know two kinds of calls: those that have weights and want gradients,
+  // and those that do neither.
+  const bool want_params = args.dweight || args.dbias || args.weight;
+  const Workspace<T> work(want_params ? (kMayOverflow<T> ? 2 : 1) * whole_packs(params) + 2 * kPack : 0);
+  const SetGroups size = SetGroups::of<T>(plan);
+  const int64_t per_group = size.group, groups = (plan.sets + per_group - 1) / per_group;
   const bool split = plan.threads > 1 && groups < 2 * plan.threads && units > 1;
-  const GroupedGradients gradients(want_params ? groups : 1, want_params ? params : 0, plan.threads);
+  const GroupedGradients gradients(want_params ? groups : 1, size.part < per_group, want_params ? params : 0,
+                                   args.centred ? 2 : 1, plan.threads);
   const Workspace<SegmentSums> sums(split ? plan.sets * units : 0);
   if (!work || !gradients || !sums) return false;
 
   T* weight = nullptr;
-  if constexpr (!kMayOverflow<T>) {
-    if (want_params) {
-      weight = in_lines_of(work.data(), plan.dx.data);
-      for (int64_t p = 0; p < params; ++p) weight[p] = args.weight ? args.weight[p] : 1;
-    }
+  if (want_params) {
+    weight = in_lines_of(work.data(), plan.dx.data);
+    for (int64_t p = 0; p < params; ++p) weight[p] = args.weight ? args.weight[p] : 1;
   }
   const RowBackward<T> backward(plan, args, weight);
 
@@ -360,7 +456,8 @@ bool row_backward(const Plan& plan, const NormArgs<T>& args) {
   if (!copies) return false;
 
   if (split) {
-    // Few sets, long ones: first all sums, then every unit (a range of parameters) walks over the sets.
+    // Few sets, long ones: first all sums, then every unit (a range of
+    // parameters) walks over the sets.
     parallel_for(plan.threads, plan.sets * units, [&](int64_t i) {
       const int64_t set = i / units;
       sums[i] = backward.sums(set, i % units, backward.statistic(set));
@@ -382,12 +479,17 @@ bool row_backward(const Plan& plan, const NormArgs<T>& args) {
     for_results(plan, args, groups, [&](int64_t group) {
       const ParameterSums to = gradients.of(group);
       T* const own = copies.data() + (plan.threads > 1 ? group : 0) * backward.copied();
-      const int64_t end = (group + 1) * per_group, last = end < plan.sets ? end : plan.sets;
+      const int64_t begin = group * per_group, rest = plan.sets - begin, count = rest < per_group ? rest : per_group;
       const int64_t step = args.finished ? whole_tiles(args.sets_at_once) : per_group;
-      for (int64_t set = group * per_group; set < last; set += step) {
-        const int64_t stop = set + step < last ? set + step : last;
-        backward.sets(set, stop, want_params ? &to : nullptr, own);
-        if (args.finished) args.finished(args.context, set, stop);
+      for (int64_t set = 0, reported = 0; set < count;) {
+        const int64_t left = count - set, part = size.part - set % size.part, uncut = step - set % step;
+        const int64_t first = set, unbroken = part < uncut ? part : uncut;
+        set += left < unbroken ? left : unbroken;
+        backward.sets(begin + first, begin + set, want_params ? &to : nullptr, own);
+        if (want_params && (set % size.part == 0 || set == count)) gradients.finish_part(group);
+        if (!args.finished || (set % step != 0 && set < count)) continue;
+        args.finished(args.context, begin + reported, begin + set);
+        reported = set;
       }
       if (want_params) gradients.finish(group);
     });

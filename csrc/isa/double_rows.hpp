@@ -1,0 +1,245 @@
+// The sums of the backward over float64 rows, four rows side by side in one reading: row sums of g = dy * weight and of
+// g * xhat, column sums of dy and of dy * xhat (the gradients of bias and weight). Double has no digits to spare: along
+// a row terms are added in chains of at most eight packs, those in a tree; along a column over four rows, then into
+// the sums of their group.
+//
+// xhat is made first, so that no product is farther from the ordinary than in the formulas. Only for rows that `fit`;
+// the others take part as rows of zeros.
+#pragma once
+
+#include "isa/row_tiles.hpp"
+
+namespace fastnorm {
+namespace {
+
+// A pack in half as many registers: lane + 8, with which its fold begins. Sums of them leave room for those of four
+// rows.
+struct HalfPack {
+  static constexpr int kParts = Pack<double>::kParts / 2;
+  Pack<double>::Part part[kParts];
+
+  FASTNORM_INLINE HalfPack& operator+=(const HalfPack& other) {
+    FASTNORM_UNROLL
+    for (int k = 0; k < kParts; ++k) part[k] += other.part[k];
+    return *this;
+  }
+  FASTNORM_INLINE HalfPack& operator+=(const Pack<double>& pack) {
+    FASTNORM_UNROLL
+    for (int k = 0; k < kParts; ++k) part[k] += pack.part[k] + pack.part[k + kParts];
+    return *this;
+  }
+  // With zeros for the other half.
+  FASTNORM_INLINE Pack<double> whole() const {
+    Pack<double> pack(0.0);
+    FASTNORM_UNROLL
+    for (int k = 0; k < kParts; ++k) pack.part[k] = part[k];
+    return pack;
+  }
+};
+
+constexpr int64_t kLongestDoubleRow = 8192;
+
+// Rows that are summed up before any dx of them is written, a lane for each: what is read of them, and what that gives.
+struct DoubleRows {
+  static constexpr int kMost = kPack, kFolded = 8;
+
+  const double *x[kMost], *dy[kMost];
+  alignas(64) double mean[kMost], mean_lo[kMost], rstd[kMost];
+  Pack<double> g_lanes[kMost], product_lanes[kMost];  // sums of g and of g * xhat, in lanes,
+  alignas(64) double g[kMost], product[kMost];        // and folded
+  alignas(64) double a[kMost], b[kMost];  // dx = rstd * ((g - a) - (x - mean) * b); RMS norm: rstd * g - x * b
+  alignas(64) double size[kMost];         // of b; infinite where it is beyond the ordinary
+
+  void set(int r, const double* row_x, const double* row_dy, const Statistic& s) {
+    x[r] = row_x, dy[r] = row_dy;
+    mean[r] = s.mean, mean_lo[r] = s.mean_lo, rstd[r] = s.rstd;
+  }
+  // A row that does not fit takes part in sums as one whose xhat is 0.
+  void blank(int r, const double* zeros) {
+    x[r] = zeros;
+    mean[r] = mean_lo[r] = rstd[r] = 0;
+  }
+
+  // Do neither x - mean nor its product with rstd overflow or underflow?
+  bool fit(int r) const { return (rstd[r] > 0x1p-500) & (rstd[r] < 0x1p500) & (std::fabs(mean[r]) < 0x1p500); }
+  bool holds(int r) const { return size[r] < 0x1p900; }
+
+  // When `count` rows are set. Do all of them fit?
+  bool start(int count) {
+    for (int r = count; r < kMost; ++r) mean[r] = mean_lo[r] = 0, rstd[r] = 1;
+    int beyond = 0;
+#pragma omp simd reduction(| : beyond)
+    for (int r = 0; r < kMost; ++r) beyond |= fit(r) ? 0 : 1;
+    return beyond == 0;
+  }
+
+  // When the sums of rows [first, first + count) are known, of n values each. Are all of them ordinary? What b is made
+  // of is rounded once: where g is 0, weights being, there is nothing else beside which its error is small.
+  template <bool kCentred>
+  bool finish(int first, int count, double n) {
+    const double share = 1 / n;
+    int beyond = 0;
+    for (int r = first - first % kFolded; r < first + count; r += kFolded) {
+      if (kCentred) fold_eight(g_lanes + r, g + r);
+      fold_eight(product_lanes + r, product + r);
+#pragma omp simd
+      for (int k = r; k < r + kFolded; ++k) {
+        const double sum = product[k], mean = sum / n;
+        const TwoTerm back = two_product(mean, n), once = two_product(mean, rstd[k]);
+        const double rest = once.lo + ((sum - back.hi) - back.lo) * share * rstd[k];
+        double factor = once.hi + rest;
+        if (!kCentred) {
+          const TwoTerm twice = two_product(once.hi, rstd[k]);
+          factor = twice.hi + (twice.lo + rest * rstd[k]);
+        }
+        a[k] = kCentred ? g[k] / n : 0;
+        b[k] = factor;
+        size[k] = (sum == 0) | (std::fabs(factor) > 0x1p-900) ? std::fabs(factor) : HUGE_VAL;
+      }
+    }
+    for (int k = first; k < first + count; ++k) beyond |= holds(k) ? 0 : 1;
+    return beyond == 0;
+  }
+};
+
+// kCentred: layer norm. kParams: there are weights, and the gradients of the parameters are wanted.
+template <bool kCentred, bool kParams>
+class DoubleRowTiles {
+ public:
+  // `weight` and the sums have room for whole packs. `ahead`: bytes from a row to the one that is asked for while its
+  // dx is written.
+  DoubleRowTiles(int64_t n, const double* weight, ParameterSums params, int64_t ahead)
+      : n_(n), weight_(weight), params_(params), ahead_(ahead) {}
+
+  // The sums of rows [first, first + count), up to kMostRows.
+  void sum(DoubleRows& rows, int first, int count) const {
+    for (int r = first, size; r < first + count; r += size) {
+      size = group_size(first + count - r);
+      if (size == kMostRows) {
+        sum_group<kMostRows>(rows, r);
+      } else if (size == 2) {
+        sum_group<2>(rows, r);
+      } else {
+        sum_group<1>(rows, r);
+      }
+    }
+  }
+
+  void finish() const {}
+  bool zeros(const double*) const { return false; }
+
+  // dx of a row, as InputGradient has it. What is read next is asked for here.
+  FASTNORM_LOOPS void write(const DoubleRows& rows, int r, double* dx, bool past_cache) const {
+    const double *const x = rows.x[r], *const dy = rows.dy[r], *const weight = weight_;
+    const Pack<double> mean(rows.mean[r]), mean_lo(rows.mean_lo[r]), rstd(rows.rstd[r]), a(rows.a[r]), b(rows.b[r]);
+    const int64_t ahead = ahead_;
+    write_row(dx, n_, past_cache, [&](auto at) {
+      if (ahead != 0) {
+        prefetch(x + at.start, ahead);
+        prefetch(dy + at.start, ahead);
+      }
+      Pack<double> g = at.template load<double>(dy), centred = at.template load<double>(x);
+      if constexpr (kParams) g *= at.template load<double>(weight);
+      if constexpr (!kCentred) return rstd * g - centred * b;
+      return rstd * ((g - a) - ((centred - mean) - mean_lo) * b);
+    });
+  }
+
+ private:
+  static constexpr int64_t kTile = 8 * kPack;  // columns whose sums along a row are a chain
+
+  // The registers of a group of rows, and where its columns go.
+  template <int kRows>
+  struct Group {
+    const double *x[kRows], *dy[kRows], *weight;
+    Pack<double> mean[kRows], mean_lo[kRows], rstd[kRows];
+    double *dweight, *dbias;
+  };
+
+  // Sums along the rows.
+  template <int kRows>
+  struct Chains {
+    HalfPack g[kRows], product[kRows];
+    FASTNORM_INLINE Chains& operator+=(const Chains& other) {
+      for_constants<kRows>([&](auto r) {
+        if constexpr (kCentred) g[r] += other.g[r];
+        product[r] += other.product[r];
+      });
+      return *this;
+    }
+  };
+
+  static int group_size(int left) { return left >= kMostRows ? kMostRows : left >= 2 ? 2 : 1; }
+
+  template <int kRows>
+  FASTNORM_LOOPS [[gnu::noinline]] void sum_group(DoubleRows& rows, int first) const {
+    Group<kRows> group;
+    for_constants<kRows>([&](auto r) {
+      const int row = first + r;
+      group.x[r] = rows.x[row], group.dy[r] = rows.dy[row];
+      group.mean[r] = Pack<double>(rows.mean[row]), group.mean_lo[r] = Pack<double>(rows.mean_lo[row]);
+      group.rstd[r] = Pack<double>(rows.rstd[row]);
+    });
+    group.weight = weight_, group.dweight = params_.dweight, group.dbias = params_.dbias;
+    const int64_t n = n_, whole = n / kPack * kPack;
+    // Tiles are added in a tree: level k waits for the sum of as many more as it has, 2^k.
+    Chains<kRows> levels[kLevels], chains;
+    uint64_t tiles = 0;
+    for (int64_t i = 0;;) {
+      chains = Chains<kRows>{};
+      const int64_t stop = i + kTile < whole ? i + kTile : whole;
+#pragma GCC unroll 1
+      for (; i < stop; i += kPack) add_pack<kRows>(group, chains, Whole{i});
+      const bool last = i == whole;
+      if (last && whole < n) add_pack<kRows>(group, chains, Partial{whole, n - whole});
+      int level = 0;
+      uint64_t waiting = tiles++;  // a bit for each level
+      for (; last ? waiting != 0 : waiting & 1; waiting >>= 1, ++level) {
+        if (waiting & 1) chains += levels[level];
+      }
+      if (last) break;
+      levels[level] = chains;
+    }
+    for_constants<kRows>([&](auto r) {
+      if constexpr (kCentred) rows.g_lanes[first + r] = chains.g[r].whole();
+      rows.product_lanes[first + r] = chains.product[r].whole();
+    });
+  }
+
+  // A pack of all rows.
+  template <int kRows, class At>
+  FASTNORM_INLINE static void add_pack(const Group<kRows>& group, Chains<kRows>& chains, At at) {
+    const Whole whole{at.start};
+    Pack<double> weight, dweight, dbias;
+    if constexpr (kParams) weight = in_register(whole.template load<double>(group.weight));
+    for_constants<kRows>([&](auto r) {
+      Pack<double> xhat = at.template load<double>(group.x[r]);
+      if constexpr (kCentred) xhat = (xhat - group.mean[r]) - group.mean_lo[r];
+      xhat *= group.rstd[r];
+      Pack<double> g = in_register(at.template load<double>(group.dy[r]));
+      if constexpr (kParams) {
+        const Pack<double> term = g * xhat;
+        dweight = r == 0 ? term : dweight + term;
+        if constexpr (kCentred) dbias = r == 0 ? g : dbias + g;
+        g *= weight;
+      }
+      if constexpr (kCentred) chains.g[r] += g;
+      chains.product[r] += g * xhat;
+    });
+    if constexpr (kParams) {
+      whole.store(group.dweight, whole.template load<double>(group.dweight) + dweight);
+      if constexpr (kCentred) whole.store(group.dbias, whole.template load<double>(group.dbias) + dbias);
+    }
+  }
+
+  static constexpr int kLevels = 8;
+  static_assert(kLongestDoubleRow <= kTile << (kLevels - 1), "every level has a place");
+
+  const int64_t n_;
+  const double* const weight_;
+  const ParameterSums params_;
+  const int64_t ahead_;
+};
+
+}  // namespace
+}  // namespace fastnorm
