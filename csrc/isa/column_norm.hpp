@@ -114,10 +114,10 @@ FASTNORM_INLINE bool all_plain(const ColumnSpace<T>& space, int64_t place, int p
 }
 
 // A panel of results: in the type of the array where the sets' numbers allow it, value by value where they do not.
-template <bool kAhead, class T, class Out>
+template <bool kAhead, bool kTwoMeans, class T, class Out>
 FASTNORM_INLINE void normalise_panel(const Columns<T>& columns, int64_t outer, const ColumnSpace<T>& space,
                                      int64_t column, int64_t lines, int64_t n, const Panel<T>& x, const Panel<T>& y,
-                                     bool two_means, Out out) {
+                                     Out out) {
   for_pack_groups<T>(0, n, [&](auto at, auto packs) {
     constexpr int kPacks = decltype(packs)::value;
     Pack<T> mean[kPacks], mean_lo[kPacks], factor[kPacks], bias[kPacks];
@@ -125,14 +125,15 @@ FASTNORM_INLINE void normalise_panel(const Columns<T>& columns, int64_t outer, c
     for (int k = 0; k < kPacks; ++k) {
       const int64_t place = column + k * kPack;
       mean[k] = in_register(at.template load<T>(space.subtract + place));
-      mean_lo[k] = in_register(at.template load<T>(space.subtract_lo + place));
+      if constexpr (kTwoMeans) mean_lo[k] = in_register(at.template load<T>(space.subtract_lo + place));
       factor[k] = in_register(at.template load<T>(space.factor + place));
       bias[k] = in_register(at.template load<T>(space.bias + place));
     }
     const auto result = [&](const T* from, int k) FASTNORM_LOOPS {
       const Pack<T> v = at.template load<T>(from + k * kPack);
       if constexpr (kMayOverflow<T>) {
-        return (two_means ? less_mean(v, mean[k], mean_lo[k]) : v - mean[k]) * factor[k] + bias[k];
+        if constexpr (!kTwoMeans) return (v - mean[k]) * factor[k] + bias[k];
+        return less_mean(v, mean[k], mean_lo[k]) * factor[k] + bias[k];
       }
       return ((v - mean[k]) - mean_lo[k]) * factor[k] + bias[k];
     };
@@ -165,11 +166,9 @@ FASTNORM_INLINE void normalise_panel(const Columns<T>& columns, int64_t outer, c
   });
 }
 
-template <class T>
-inline void normalise_outer(const Columns<T>& columns, int64_t outer, const ColumnSpace<T>& space) {
+template <bool kTwoMeans, class T>
+inline void normalise_pieces(const Columns<T>& columns, int64_t outer, const ColumnSpace<T>& space) {
   const Plan& plan = columns.plan();
-  bool two_means = false;  // for float64: is there a column whose mean_lo counts?
-  for (int64_t c = 0; kMayOverflow<T> && c < columns.columns(); ++c) two_means = two_means || space.subtract_lo[c] != 0;
   columns.for_pieces_of(true, [&](int64_t chunk, int64_t column, int64_t width) FASTNORM_LOOPS {
     Tile<T> x_tile(plan.x, columns.lines(), outer, column), y_tile(plan.y, columns.lines(), outer, column);
     const int64_t late = lateness(columns.args().past_cache, y_tile, {&x_tile});
@@ -179,8 +178,8 @@ inline void normalise_outer(const Columns<T>& columns, int64_t outer, const Colu
           with_panel_store(columns.args().past_cache, to, [&](auto out) {
             with_ahead(columns.lines_ahead() != 0, [&](auto asks) {
               for_bands<T, 2>(count, n, columns.lines_ahead(), [&](int64_t band, int64_t lines) {
-                normalise_panel<decltype(asks)::value>(columns, outer, space, column + shift, lines, n,
-                                                       x.moved(shift).from(band), to.from(band), two_means, out);
+                normalise_panel<decltype(asks)::value, kTwoMeans>(columns, outer, space, column + shift, lines, n,
+                                                                  x.moved(shift).from(band), to.from(band), out);
               });
             });
           });
@@ -189,17 +188,26 @@ inline void normalise_outer(const Columns<T>& columns, int64_t outer, const Colu
   });
 }
 
+template <class T>
+inline void normalise_outer(const Columns<T>& columns, int64_t outer, const ColumnSpace<T>& space) {
+  if constexpr (kMayOverflow<T>) {
+    double any = 0;  // is there a column whose mean_lo counts?
+#pragma omp simd reduction(+ : any)
+    for (int64_t c = 0; c < columns.columns(); ++c) any += space.subtract_lo[c] != 0 ? 1.0 : 0.0;
+    if (any == 0) return normalise_pieces<false>(columns, outer, space);
+  }
+  normalise_pieces<true>(columns, outer, space);
+}
+
 // Moments for their own sake are measured the long way: they are asked for to full precision.
 template <class T>
 bool column_moments(const Plan& plan, const NormArgs<T>& args) {
   const Columns<T> columns(plan, args);
   return for_outer_spaces(columns, [&](const ColumnSpace<T>& space, int64_t, int64_t outer) {
-    sample_pivots(columns, outer, space);
     for (int64_t set = 0; set < columns.sets_in_outer(); ++set) space.done[set] = 0;
-    exact_moments(columns, outer, space, [&](int64_t set, Moments& moments) {
-      finish_column_set(columns, outer, space, set, moments);
-      args.var[columns.stat(outer, set)] *= moments.count;
-    });
+    exact_moments(columns, outer, space);
+    const double count = static_cast<double>(columns.rows() * plan.columns_per_set);
+    for (int64_t set = 0; set < columns.sets_in_outer(); ++set) args.var[columns.stat(outer, set)] *= count;
   });
 }
 
