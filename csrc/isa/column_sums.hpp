@@ -231,13 +231,14 @@ class Columns {
   bool across_sets_;
 };
 
-// The sum of term(at, line) over eight lines, as a tree.
-template <class At, class Term>
-FASTNORM_INLINE PackPair eight_lines(At at, int64_t line, const Term& term) {
-  const auto pair = [&](int64_t i) { return term(at, line + i) + term(at, line + i + 1); };
-  PackPair half = pair(0) + pair(2);
-  half += pair(4) + pair(6);
-  return half;
+// The sum of term(at, line) over kLines lines, a power of two, as a tree, one branch after the other.
+template <int kLines, class At, class Term>
+FASTNORM_INLINE PackPair tree_of_lines(At at, int64_t line, const Term& term) {
+  PackPair sum = term(at, line);
+  if constexpr (kLines >= 2) sum += term(at, line + 1);
+  if constexpr (kLines >= 4) sum += tree_of_lines<2>(at, line + 2, term);
+  if constexpr (kLines >= 8) sum += tree_of_lines<4>(at, line + 4, term);
+  return sum;
 }
 
 // Those left of fewer than eight.
@@ -265,12 +266,12 @@ FASTNORM_INLINE void add_in_trees(const ColumnSums& to, int64_t count, int64_t w
     int64_t line = kSlab;
     if (kMayOverflow<T> && line <= count) {
       static_assert(kMaxPanelRows <= 8 * kSlab, "a chain of eight additions");
-      PackPair trees = eight_lines(at, 0, term);
-      for (; line + kSlab <= count; line += kSlab) trees += eight_lines(at, line, term);
+      PackPair trees = tree_of_lines<kSlab>(at, 0, term);
+      for (; line + kSlab <= count; line += kSlab) trees += tree_of_lines<kSlab>(at, line, term);
       if (line < count) trees += last_lines(at, line, count, term);
       add(trees);
     } else {
-      for (line = 0; line + kSlab <= count; line += kSlab) add(eight_lines(at, line, term));
+      for (line = 0; line + kSlab <= count; line += kSlab) add(tree_of_lines<kSlab>(at, line, term));
       if (line < count) add(last_lines(at, line, count, term));
     }
     first.store(at, to.first, to.first_lo);
