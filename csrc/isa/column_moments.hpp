@@ -334,43 +334,53 @@ inline void finish_sets(const Columns<double>& columns, int64_t outer, const Col
   double *const rstd = space.centre[3], *const near = space.dy, *const plain = space.dy_xhat;
   finish_lanes({space.pivot, first.sum, first.lost, second.sum, second.lost}, {mean, mean_lo, var, rstd, near, plain},
                sets, count, args.eps);
-  double taken = 0, odd = 0;
-#pragma omp simd reduction(+ : taken, odd)
+  const double sure = again ? 1 : 0;
+  double taken = 0;
+#pragma omp simd reduction(+ : taken)
   for (int64_t set = 0; set < sets; ++set) {
     // Squares that vanish say nothing of how near 0 is to the mean, of which a constant set wants every digit.
-    const bool seen = (var[set] > 0x1p-900) | ((first.sum[set] == 0) & (second.sum[set] == 0));
-    const bool fresh = space.done[set] == 0, last = again | ((near[set] != 0) & seen);
-    const bool take = fresh & last & (plain[set] != 0);
-    const bool negligible = std::fabs(mean_lo[set]) * rstd[set] < 0x1p-56;
-    space.mean[set] = take ? mean[set] : space.mean[set];
-    space.mean_lo[set] = take ? (negligible ? 0 : mean_lo[set]) : space.mean_lo[set];
-    space.rstd[set] = take ? rstd[set] : space.rstd[set];
-    space.scale[set] = take ? 1 : space.scale[set];
-    space.done[set] = take ? 1 : space.done[set];
-    space.pivot[set] = fresh & !last ? mean[set] : space.pivot[set];
-    near[set] = take ? 1.0 : 0.0;
-    plain[set] = fresh & last & !take ? 0.0 : 1.0;
-    taken += near[set];
-    odd += 1 - plain[set];
+    const double zeros = std::fabs(first.sum[set]) + second.sum[set];
+    const double seen = (var[set] > 0x1p-900) | (zeros == 0) ? 1.0 : 0.0;
+    // Where the pivot was further from 0 than the mean is, the first part could be nearer to it.
+    const double both = mean[set] + mean_lo[set], part = both - mean[set];
+    mean_lo[set] = (mean[set] - (both - part)) + (mean_lo[set] - part);
+    mean[set] = both;
+    near[set] = near[set] * seen * (1 - sure) + sure;
+    plain[set] *= near[set] * (1 - space.done[set]);
+    taken += plain[set];
   }
   const int64_t base = columns.stat(outer, 0), step = columns.plan().column_stat;
-  const auto hand_out = [&](double* to, const double* from) {
-    if (to == nullptr) return;
-    for (int64_t set = 0; set < sets; ++set) {
-      if (near[set] != 0) to[base + set * step] = from[set];
-    }
+  const auto take = [&](int64_t set) {
+    space.mean[set] = mean[set];
+    space.mean_lo[set] = std::fabs(mean_lo[set]) * rstd[set] < 0x1p-56 ? 0 : mean_lo[set];  // drop_negligible
+    space.rstd[set] = rstd[set];
+    space.scale[set] = space.done[set] = 1;
   };
-  if (taken > 0) {
-    hand_out(args.mean, mean);
-    hand_out(args.mean_lo, mean_lo);
-    hand_out(args.var, var);
-    hand_out(args.rstd, rstd);
+  const auto hand_out = [&](double* to, const double* from, int64_t begin, int64_t end) {
+    for (int64_t set = begin; to != nullptr && set < end; ++set) to[base + set * step] = from[set];
+  };
+  const auto hand_out_all = [&](int64_t begin, int64_t end) {
+    hand_out(args.mean, mean, begin, end);
+    hand_out(args.mean_lo, mean_lo, begin, end);
+    hand_out(args.var, var, begin, end);
+    hand_out(args.rstd, rstd, begin, end);
+  };
+  if (taken == static_cast<double>(sets)) {
+#pragma omp simd
+    for (int64_t set = 0; set < sets; ++set) take(set);
+    return hand_out_all(0, sets);
   }
-  for (int64_t set = 0; odd > 0 && set < sets; ++set) {
-    if (plain[set] != 0) continue;
-    Moments moments =
-        moments_about(space.pivot[set], count, {first.sum[set], first.lost[set]}, {second.sum[set], second.lost[set]});
-    finish_column_set(columns, outer, space, set, moments);
+  for (int64_t set = 0; set < sets; ++set) {
+    if (plain[set] != 0) {
+      take(set);
+      hand_out_all(set, set + 1);
+    } else if (space.done[set] == 0 && near[set] == 0) {
+      space.pivot[set] = mean[set];
+    } else if (space.done[set] == 0) {
+      Moments moments = moments_about(space.pivot[set], count, {first.sum[set], first.lost[set]},
+                                      {second.sum[set], second.lost[set]});
+      finish_column_set(columns, outer, space, set, moments);
+    }
   }
 }
 

@@ -114,7 +114,7 @@ FASTNORM_INLINE bool all_plain(const ColumnSpace<T>& space, int64_t place, int p
 }
 
 // A panel of results: in the type of the array where the sets' numbers allow it, value by value where they do not.
-template <bool kAhead, bool kTwoMeans, class T, class Out>
+template <bool kAhead, class T, class Out>
 FASTNORM_INLINE void normalise_panel(const Columns<T>& columns, int64_t outer, const ColumnSpace<T>& space,
                                      int64_t column, int64_t lines, int64_t n, const Panel<T>& x, const Panel<T>& y,
                                      Out out) {
@@ -125,17 +125,19 @@ FASTNORM_INLINE void normalise_panel(const Columns<T>& columns, int64_t outer, c
     for (int k = 0; k < kPacks; ++k) {
       const int64_t place = column + k * kPack;
       mean[k] = in_register(at.template load<T>(space.subtract + place));
-      if constexpr (kTwoMeans) mean_lo[k] = in_register(at.template load<T>(space.subtract_lo + place));
+      mean_lo[k] = in_register(at.template load<T>(space.subtract_lo + place));
       factor[k] = in_register(at.template load<T>(space.factor + place));
       bias[k] = in_register(at.template load<T>(space.bias + place));
     }
-    const auto result = [&](const T* from, int k) FASTNORM_LOOPS {
+    const auto result = [&](const T* from, int k, auto two_means) FASTNORM_LOOPS {
       const Pack<T> v = at.template load<T>(from + k * kPack);
-      if constexpr (kMayOverflow<T>) {
-        if constexpr (!kTwoMeans) return (v - mean[k]) * factor[k] + bias[k];
+      if constexpr (!decltype(two_means)::value) {
+        return (v - mean[k]) * factor[k] + bias[k];
+      } else if constexpr (kMayOverflow<T>) {
         return less_mean(v, mean[k], mean_lo[k]) * factor[k] + bias[k];
+      } else {
+        return ((v - mean[k]) - mean_lo[k]) * factor[k] + bias[k];
       }
-      return ((v - mean[k]) - mean_lo[k]) * factor[k] + bias[k];
     };
     // Copies, for the compiler to keep them in registers.
     const T* from = x.data;
@@ -143,31 +145,39 @@ FASTNORM_INLINE void normalise_panel(const Columns<T>& columns, int64_t outer, c
     const int64_t x_step = x.stride, y_step = y.stride, count = lines;
     const int64_t distance = columns.lines_ahead() * x_step * static_cast<int64_t>(sizeof(T));
     if (all_plain(space, column + at.start, kPacks)) {
-      for (int64_t line = 0; line < count; ++line, from += x_step, to += y_step) {
-        FASTNORM_UNROLL
-        for (int k = 0; k < kPacks; ++k) {
-          if constexpr (kAhead) prefetch(from + at.start + k * kPack, distance);
-          out.store(at, to + k * kPack, result(from, k));
+      const auto all_lines = [&](auto two_means) FASTNORM_LOOPS {
+        for (int64_t line = 0; line < count; ++line, from += x_step, to += y_step) {
+          FASTNORM_UNROLL
+          for (int k = 0; k < kPacks; ++k) {
+            if constexpr (kAhead) prefetch(from + at.start + k * kPack, distance);
+            out.store(at, to + k * kPack, result(from, k, two_means));
+          }
         }
+      };
+      if constexpr (kMayOverflow<T>) {
+        Pack<T> any(0.0);  // a column whose mean_lo counts
+        for (int k = 0; k < kPacks; ++k) any += magnitude(mean_lo[k]);
+        if (fold(any) == 0) return all_lines(std::false_type{});
       }
-      return;
+      return all_lines(std::true_type{});
     }
     for (int64_t line = 0; line < count; ++line, from += x_step, to += y_step) {
       for (int k = 0; k < kPacks; ++k) {
         const int64_t group = k * kPack;
-        const Pack<T> mended = mend(at, result(from, k), space.plain + column + group, n - group, [&](int64_t lane) {
-          const int64_t c = (column + group + at.start + lane) % columns.columns();
-          return normalised(columns, outer, space.statistic(c / columns.plan().columns_per_set), c,
-                            from[group + at.start + lane]);
-        });
+        const Pack<T> mended =
+            mend(at, result(from, k, std::true_type{}), space.plain + column + group, n - group, [&](int64_t lane) {
+              const int64_t c = (column + group + at.start + lane) % columns.columns();
+              return normalised(columns, outer, space.statistic(c / columns.plan().columns_per_set), c,
+                                from[group + at.start + lane]);
+            });
         out.store(at, to + group, mended);
       }
     }
   });
 }
 
-template <bool kTwoMeans, class T>
-inline void normalise_pieces(const Columns<T>& columns, int64_t outer, const ColumnSpace<T>& space) {
+template <class T>
+inline void normalise_outer(const Columns<T>& columns, int64_t outer, const ColumnSpace<T>& space) {
   const Plan& plan = columns.plan();
   columns.for_pieces_of(true, [&](int64_t chunk, int64_t column, int64_t width) FASTNORM_LOOPS {
     Tile<T> x_tile(plan.x, columns.lines(), outer, column), y_tile(plan.y, columns.lines(), outer, column);
@@ -178,25 +188,14 @@ inline void normalise_pieces(const Columns<T>& columns, int64_t outer, const Col
           with_panel_store(columns.args().past_cache, to, [&](auto out) {
             with_ahead(columns.lines_ahead() != 0, [&](auto asks) {
               for_bands<T, 2>(count, n, columns.lines_ahead(), [&](int64_t band, int64_t lines) {
-                normalise_panel<decltype(asks)::value, kTwoMeans>(columns, outer, space, column + shift, lines, n,
-                                                                  x.moved(shift).from(band), to.from(band), out);
+                normalise_panel<decltype(asks)::value>(columns, outer, space, column + shift, lines, n,
+                                                       x.moved(shift).from(band), to.from(band), out);
               });
             });
           });
           y_tile.commit(y, first, count, n);
         });
   });
-}
-
-template <class T>
-inline void normalise_outer(const Columns<T>& columns, int64_t outer, const ColumnSpace<T>& space) {
-  if constexpr (kMayOverflow<T>) {
-    double any = 0;  // is there a column whose mean_lo counts?
-#pragma omp simd reduction(+ : any)
-    for (int64_t c = 0; c < columns.columns(); ++c) any += space.subtract_lo[c] != 0 ? 1.0 : 0.0;
-    if (any == 0) return normalise_pieces<false>(columns, outer, space);
-  }
-  normalise_pieces<true>(columns, outer, space);
 }
 
 // Moments for their own sake are measured the long way: they are asked for to full precision.
