@@ -36,9 +36,18 @@ inline Moments single_moments(const Plan& plan, const NormArgs<T>& args, int64_t
   return moments;
 }
 
-// Fewer rows of float64 are not worth a sample of them (four to six per cent of 1024), but are read twice should their
-// mean be far from 0.
-constexpr int64_t kSampledRows = 1024;
+// How many rows a pivot is taken from. The mean of 16 float64 values is near enough to that of their set but in one of
+// 200 sets, which is then read again with those it shares packs with; of 32, always.
+template <class T>
+inline int64_t sampled_rows(const Columns<T>& columns) {
+  int64_t rows = 8;
+  if constexpr (kMayOverflow<T>) {
+    rows = columns.rows() < 1024 ? 16 : 32;
+    while (rows > 4 && rows / 2 * columns.plan().columns_per_set >= 32) rows /= 2;
+  }
+  while (rows > columns.rows()) rows /= 2;
+  return rows;
+}
 
 // The first `columns` values of an array, repeated for all places of a line and for those where the next one begins.
 template <class V>
@@ -174,8 +183,7 @@ inline const double* spread_sets(const double* of_sets, int64_t sets, int64_t wi
 template <class T>
 inline void sample_pivots(const Columns<T>& columns, int64_t outer, const ColumnSpace<T>& space) {
   const Plan& plan = columns.plan();
-  int64_t rows = kMayOverflow<T> ? 32 : 8;
-  while (rows > columns.rows()) rows /= 2;
+  const int64_t rows = sampled_rows(columns);
   const int64_t width = plan.columns_per_set, sets = columns.sets_in_outer();
   const int64_t apart = columns.rows() / rows;
   const Lines unfolded(0, columns.columns());
@@ -385,11 +393,11 @@ inline void finish_sets(const Columns<double>& columns, int64_t outer, const Col
 }
 
 // Statistics of the sets that are not done yet, in double, kept in the space and for the caller: from sums about a
-// pivot, and where that was not near the mean, from sums about the mean. Float64 sets of few rows are not sampled: sums
-// about 0, from which all differences are exact, are as good about a mean within 0.7 standard deviations of it.
+// pivot, and where that was not near the mean, from sums about the mean. Few rows of float64 are not sampled: their
+// sums about 0, from which all differences are exact, are as good about a mean within 0.7 standard deviations of it.
 template <class T>
 inline void exact_moments(const Columns<T>& columns, int64_t outer, const ColumnSpace<T>& space) {
-  const bool about_zero = kMayOverflow<T> && columns.rows() < kSampledRows;
+  const bool about_zero = kMayOverflow<T> && columns.rows() < 4 * sampled_rows(columns);
   if (!space.find_undone(columns)) return;
   if (about_zero) {
     for (int64_t set = 0; set < columns.sets_in_outer(); ++set) space.pivot[set] = 0;
