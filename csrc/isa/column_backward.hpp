@@ -289,18 +289,29 @@ inline void prepare_gradient(const Columns<T>& columns, int64_t outer, const Col
 
 // One value in double, whatever its set.
 template <class T>
-inline T input_gradient(const NormArgs<T>& args, const Statistic& s, double g, double a, double b, T x) {
-  double scaled = s.rstd * g;  // through given statistics nothing else comes back
-  if (!args.constant_stats) {
-    const double xhat = ((static_cast<double>(x) * s.scale - s.mean) - s.mean_lo) * s.rstd;
-    scaled = s.rstd * ((g - a) - xhat * b);
-  }
-  return static_cast<T>(scaled * s.scale);
+inline T input_gradient(const Statistic& s, double g, double a, double b, T x) {
+  const double xhat = ((static_cast<double>(x) * s.scale - s.mean) - s.mean_lo) * s.rstd;
+  return static_cast<T>(s.rstd * ((g - a) - xhat * b) * s.scale);
 }
 
-// dx of a panel: in float32 or float64 where the sets' numbers allow it, value by value where they do not. kOfDyAlone:
-// through given statistics nothing but dy * factor comes back, whatever x holds.
-template <bool kAhead, bool kOfDyAlone, class T, class Out>
+// dx of a panel through given statistics, where nothing but dy * weight * rstd comes back, whatever x holds.
+template <class T, class Out>
+FASTNORM_INLINE void given_gradient_panel(const ColumnSpace<T>& space, int64_t column, int64_t lines, int64_t n,
+                                          const Panel<T>& dy, const Panel<T>& dx, Out out) {
+  for_packs(n, [&](auto at) FASTNORM_LOOPS {
+    const Pack<double> weight = at.template load<double>(space.weight + column);
+    const Pack<double> rstd = at.template load<double>(space.centre[0] + column);
+    const Pack<double> scale = at.template load<double>(space.centre[1] + column);
+    const T* gradients = dy.data;
+    T* to = dx.data;
+    for (int64_t line = 0; line < lines; ++line, gradients += dy.stride, to += dx.stride) {
+      out.store(at, to, rstd * (at.template load<double>(gradients) * weight) * scale);
+    }
+  });
+}
+
+// dx of a panel: in float32 or float64 where the sets' numbers allow it, value by value where they do not.
+template <bool kAhead, class T, class Out>
 FASTNORM_INLINE void gradient_panel(const Columns<T>& columns, const ColumnSpace<T>& space, int64_t column,
                                     int64_t lines, int64_t n, const Panel<T>& x, const Panel<T>& dy, const Panel<T>& dx,
                                     Out out) {
@@ -318,7 +329,6 @@ FASTNORM_INLINE void gradient_panel(const Columns<T>& columns, const ColumnSpace
       b[k] = in_register(at.template load<T>(space.b + place));
     }
     const auto result = [&](const T* values, const T* gradients, int k) FASTNORM_LOOPS {
-      if constexpr (kOfDyAlone) return at.template load<T>(gradients + k * kPack) * factor[k];
       const Pack<T> centred = at.template load<T>(values + k * kPack) - mean[k];
       const Pack<T> rest = at.template load<T>(gradients + k * kPack) * factor[k] - a[k];
       return rest - centred * b[k];
@@ -333,7 +343,7 @@ FASTNORM_INLINE void gradient_panel(const Columns<T>& columns, const ColumnSpace
         FASTNORM_UNROLL
         for (int k = 0; k < kPacks; ++k) {
           if constexpr (kAhead) {
-            if constexpr (!kOfDyAlone) prefetch(values + at.start + k * kPack, x_ahead);
+            prefetch(values + at.start + k * kPack, x_ahead);
             prefetch(gradients + at.start + k * kPack, dy_ahead);
           }
           out.store(at, to + k * kPack, result(values, gradients, k));
@@ -349,9 +359,8 @@ FASTNORM_INLINE void gradient_panel(const Columns<T>& columns, const ColumnSpace
             mend(at, result(values, gradients, k), space.plain + column + group, n - group, [&](int64_t lane) {
               const int64_t i = group + at.start + lane, c = (column + i) % columns.columns(),
                             set = c / columns.plan().columns_per_set;
-              return input_gradient(columns.args(), space.statistic(set),
-                                    static_cast<double>(gradients[i]) * space.weight[c], space.mean_g[set],
-                                    space.mean_g_xhat[set], values[i]);
+              return input_gradient(space.statistic(set), static_cast<double>(gradients[i]) * space.weight[c],
+                                    space.mean_g[set], space.mean_g_xhat[set], values[i]);
             });
         out.store(at, to + group, mended);
       }
@@ -360,7 +369,7 @@ FASTNORM_INLINE void gradient_panel(const Columns<T>& columns, const ColumnSpace
   });
 }
 
-template <bool kOfDyAlone, class T>
+template <class T>
 inline void gradient_outer(const Columns<T>& columns, int64_t outer, const ColumnSpace<T>& space) {
   const Plan& plan = columns.plan();
   columns.for_pieces_of(true, [&](int64_t chunk, int64_t column, int64_t width) FASTNORM_LOOPS {
@@ -368,21 +377,42 @@ inline void gradient_outer(const Columns<T>& columns, int64_t outer, const Colum
     Tile<T> x_tile(plan.x, lines, outer, column), dy_tile(plan.dy, lines, outer, column),
         dx_tile(plan.dx, lines, outer, column);
     const int64_t late = lateness(columns.args().past_cache, dx_tile, {&x_tile, &dy_tile});
-    columns.for_panels(
-        chunk, column, width, late, [&](int64_t first, int64_t count, int64_t shift, int64_t n) FASTNORM_LOOPS {
-          const Panel<T> x = x_tile.read(first, count, n), dy = dy_tile.read(first, count, n),
-                         dx = dx_tile.open(first, count, n), to = dx.moved(shift);
-          with_panel_store(columns.args().past_cache, to, [&](auto out) {
-            with_ahead(columns.lines_ahead() != 0, [&](auto asks) {
-              for_bands<T, 2>(count, n, columns.lines_ahead(), [&](int64_t band, int64_t band_lines) {
-                gradient_panel<decltype(asks)::value, kOfDyAlone>(columns, space, column + shift, band_lines, n,
-                                                                  x.moved(shift).from(band), dy.moved(shift).from(band),
-                                                                  to.from(band), out);
-              });
-            });
-          });
-          dx_tile.commit(dx, first, count, n);
-        });
+    columns.for_panels(chunk, column, width, late,
+                       [&](int64_t first, int64_t count, int64_t shift, int64_t n) FASTNORM_LOOPS {
+                         const Panel<T> x = x_tile.read(first, count, n), dy = dy_tile.read(first, count, n),
+                                        dx = dx_tile.open(first, count, n), to = dx.moved(shift);
+                         with_panel_store(columns.args().past_cache, to, [&](auto out) {
+                           with_ahead(columns.lines_ahead() != 0, [&](auto asks) {
+                             for_bands<T, 2>(count, n, columns.lines_ahead(), [&](int64_t band, int64_t band_lines) {
+                               gradient_panel<decltype(asks)::value>(columns, space, column + shift, band_lines, n,
+                                                                     x.moved(shift).from(band),
+                                                                     dy.moved(shift).from(band), to.from(band), out);
+                             });
+                           });
+                         });
+                         dx_tile.commit(dx, first, count, n);
+                       });
+  });
+}
+
+template <class T>
+inline void given_gradient_outer(const Columns<T>& columns, int64_t outer, const ColumnSpace<T>& space) {
+  const Plan& plan = columns.plan();
+  const int64_t width = plan.columns_per_set;
+  take_weights(columns, outer, space.weight);
+  for (int64_t c = 0; c < columns.columns(); ++c) {
+    space.centre[0][c] = space.rstd[c / width];
+    space.centre[1][c] = space.scale[c / width];
+  }
+  for (double* array : {space.weight, space.centre[0], space.centre[1]}) repeat(columns.lines(), array);
+  columns.for_pieces_of(true, [&](int64_t chunk, int64_t column, int64_t width) FASTNORM_LOOPS {
+    Tile<T> dy_tile(plan.dy, columns.lines(), outer, column), dx_tile(plan.dx, columns.lines(), outer, column);
+    columns.for_panels(chunk, column, width, 0, [&](int64_t first, int64_t count, int64_t, int64_t n) FASTNORM_LOOPS {
+      const Panel<T> dy = dy_tile.read(first, count, n), dx = dx_tile.open(first, count, n);
+      with_panel_store(columns.args().past_cache, dx,
+                       [&](auto out) { given_gradient_panel(space, column, count, n, dy, dx, out); });
+      dx_tile.commit(dx, first, count, n);
+    });
   });
 }
 
@@ -462,12 +492,9 @@ bool column_backward(const Plan& plan, const NormArgs<T>& args) {
     take_statistics(columns, outer, space, true);
     gradient_outer_sums(columns, outer, space);
     if (want_params) totals.add(owns ? outer : group, space.dy, space.dy_xhat, width);
+    if (args.constant_stats) return given_gradient_outer(columns, outer, space);
     prepare_gradient(columns, outer, space);
-    if (args.constant_stats) {
-      gradient_outer<true>(columns, outer, space);
-    } else {
-      gradient_outer<false>(columns, outer, space);
-    }
+    gradient_outer(columns, outer, space);
   };
   if (!for_outer_spaces(columns, outer_gradient)) return false;
   if (want_params) {

@@ -1,6 +1,6 @@
-// Moments of sets that are columns, about a pivot per set, the mean of a few of its rows: float32 data in short trees
-// of float32, checked by what they give; what those cannot do, and float64, in double; sets whose sample is not like
-// the others once more, about their mean.
+// Moments of sets that are columns, about a pivot per set, the mean of a few of its rows (0 where there are but a few):
+// float32 data in short trees of float32, checked by what they give; what those cannot do, and float64, in double; sets
+// whose pivot was not near their mean once more, about that.
 #pragma once
 
 #include "isa/column_sums.hpp"

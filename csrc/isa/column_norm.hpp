@@ -57,7 +57,10 @@ inline void prepare_normalise(const Columns<T>& columns, int64_t outer, const Co
     space.plain[c] = plain_statistic<T>(mean[c], rstd[c], scale[c]) & plain ? T(1) : T(0);
   }
   const int64_t param = columns.param(outer, 0), step = columns.plan().column_param;
-  for (int64_t c = 0; c < n; ++c) space.bias[c] = args.bias ? args.bias[param + c * step] : T(0);
+  if (args.bias && step == 1) std::memcpy(space.bias, args.bias + param, static_cast<size_t>(n) * sizeof(T));
+  for (int64_t c = 0; (!args.bias || step != 1) && c < n; ++c) {
+    space.bias[c] = args.bias ? args.bias[param + c * step] : T(0);
+  }
   for (T* array : {space.subtract, space.subtract_lo, space.factor, space.bias}) repeat(columns.lines(), array);
   space.find_careful(columns.lines());
 }
@@ -143,7 +146,7 @@ FASTNORM_INLINE void normalise_panel(const Columns<T>& columns, int64_t outer, c
     const T* from = x.data;
     T* to = y.data;
     const int64_t x_step = x.stride, y_step = y.stride, count = lines;
-    const int64_t distance = columns.lines_ahead() * x_step * static_cast<int64_t>(sizeof(T));
+    [[maybe_unused]] const int64_t distance = columns.lines_ahead() * x_step * static_cast<int64_t>(sizeof(T));
     if (all_plain(space, column + at.start, kPacks)) {
       const auto all_lines = [&](auto two_means) FASTNORM_LOOPS {
         for (int64_t line = 0; line < count; ++line, from += x_step, to += y_step) {
