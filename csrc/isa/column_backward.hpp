@@ -35,6 +35,19 @@ struct GradientTerms {
   }
 };
 
+// done = 1 for the sets whose columns are all good; true if that is all of them.
+template <class T>
+inline bool find_good_sets(const ColumnSpace<T>& space, const double* good, int64_t sets, int64_t width) {
+  const double* const good_columns = add_up_sets(good, sets, width, space.first);
+  double good_ones = 0;
+#pragma omp simd reduction(+ : good_ones)
+  for (int64_t set = 0; set < sets; ++set) {
+    space.done[set] = good_columns[set] == static_cast<double>(width) ? 1.0 : 0.0;
+    good_ones += space.done[set];
+  }
+  return good_ones == static_cast<double>(sets);
+}
+
 // Sums of dy and of dy * xhat per column by short trees, the latter about the float32 next to the mean: no value of x
 // is nearer to the mean than that is, so what the sums lose is a few units of the sum of their terms' magnitudes
 // wherever the mean is. done = 1 for sets far enough from float32's limits; true if that was everywhere.
@@ -79,25 +92,74 @@ inline bool short_tree_gradient_sums(const Columns<float>& columns, int64_t oute
     good[c] = fine ? 1.0 : 0.0;
   }
   const double* const sizes = add_up_sets(space.weight, sets, width, space.size);
-  const double* const good_columns = add_up_sets(good, sets, width, space.first);
-  double good_ones = 0;
-#pragma omp simd reduction(+ : good_ones)
-  for (int64_t set = 0; set < sets; ++set) {
-    space.size[set] = sizes[set];
-    space.done[set] = good_columns[set] == static_cast<double>(width) ? 1.0 : 0.0;
-    good_ones += space.done[set];
-  }
-  return good_ones == static_cast<double>(sets);
+  for (int64_t set = 0; set < sets; ++set) space.size[set] = sizes[set];
+  return find_good_sets(space, good, sets, width);
 }
 
-// The same in double, for the sets that are not done (space.weight being what |dy| adds up to); what float64 sums have
-// lost stays where they were added up.
+// Sums of dy and of dy * term(x) in trees of double, per column of sets that are not done: terms(of) gives the term of
+// some neighbouring columns, of(array) being their numbers.
+template <class T, class Terms>
+inline void sum_gradients(const Columns<T>& columns, int64_t outer, const ColumnSpace<T>& space, const Terms& terms) {
+  const Plan& plan = columns.plan();
+  const int64_t ahead = columns.lines_ahead();
+  const Operand* const operands[2] = {&plan.x, &plan.dy};
+  columns.template sum<2>(
+      outer, operands, space.sums,
+      [&](const ColumnSums& to, int64_t column, int64_t lines, int64_t n, const Panel<T>& x, const Panel<T>& dy) {
+        const int64_t x_distance = ahead * x.stride * static_cast<int64_t>(sizeof(T));
+        const int64_t dy_distance = ahead * dy.stride * static_cast<int64_t>(sizeof(T));
+        with_ahead(ahead != 0, [&](auto asks) {
+          add_in_trees<T>(to, lines, n, space.careful + column / kPack, [&](auto place) {
+            const auto of = [&](const double* array) { return place.template load<double>(array + column); };
+            return [=, term = terms(of)](auto at, int64_t line) {
+              const T *values = x.data + line * x.stride, *gradients = dy.data + line * dy.stride;
+              if constexpr (decltype(asks)::value) {
+                prefetch(values + at.start, x_distance);
+                prefetch(gradients + at.start, dy_distance);
+              }
+              const Pack<double> g = at.template load<double>(gradients);
+              return PackPair{g, g * term(at.template load<double>(values))};
+            };
+          });
+        });
+      });
+}
+
+// Sums of dy and of dy * (x - mean) of float64 data, the mean being rounded: what the rest of it and rstd make of them
+// comes afterwards. done = 1 for sets whose products had none of float64's limits near them; true if that was
+// everywhere.
+inline bool plain_gradient_sums(const Columns<double>& columns, int64_t outer, const ColumnSpace<double>& space) {
+  const int64_t width = columns.plan().columns_per_set, sets = columns.sets_in_outer(), n = columns.columns();
+  const double* const mean = spread_sets(space.mean, sets, width, space.of_column[0]);
+  const double* const mean_lo = spread_sets(space.mean_lo, sets, width, space.of_column[1]);
+  const double* const rstd = spread_sets(space.rstd, sets, width, space.of_column[2]);
+  const double* const scale = spread_sets(space.scale, sets, width, space.of_column[3]);
+  double* const pivots = space.centre[0];
+  std::memcpy(pivots, mean, static_cast<size_t>(n) * sizeof(double));
+  repeat(columns.lines(), pivots);
+  for (int64_t set = 0; set < sets; ++set) space.done[set] = 0;
+  space.find_undone(columns);
+  sum_gradients(columns, outer, space,
+                [=](const auto& of) { return [m = of(pivots)](const Pack<double>& v) { return v - m; }; });
+  const ColumnSums sums = columns.sums_at(space.sums, 0);
+  double* const good = space.weight;
+#pragma omp simd
+  for (int64_t c = 0; c < n; ++c) {
+    const double dy = sums.first[c] + sums.first_lo[c], product = sums.second[c] + sums.second_lo[c];
+    const double size = std::fabs(product);
+    const bool sound = ((size > 0x1p-800) & (size < 0x1p1000)) | ((size == 0) & (dy == 0));
+    good[c] = sound & (rstd[c] > 0x1p-60) & (rstd[c] < 0x1p60) & (scale[c] == 1) ? 1.0 : 0.0;
+    space.dy[c] = std::fabs(sums.first[c]) < HUGE_VAL ? dy : sums.first[c];  // what infinity has lost is NaN
+    space.dy_xhat[c] = (product - mean_lo[c] * dy) * rstd[c];
+  }
+  return find_good_sets(space, good, sets, width);
+}
+
+// Sums of dy and of dy * xhat for the sets that are not done, in double (for float32, space.weight being what |dy|
+// adds up to).
 template <class T>
 inline void exact_gradient_sums(const Columns<T>& columns, int64_t outer, const ColumnSpace<T>& space) {
-  const Plan& plan = columns.plan();
-  const int64_t width = plan.columns_per_set, sets = columns.sets_in_outer(), ahead = columns.lines_ahead();
-  const Operand* const operands[2] = {&plan.x, &plan.dy};
-  const ColumnSums sums = columns.sums_at(space.sums, 0);
+  const int64_t width = columns.plan().columns_per_set, sets = columns.sets_in_outer();
   space.find_undone(columns);
   double *mean = space.centre[0], *rstd = space.centre[1], *mean_lo = space.centre[2], *scale = space.centre[3];
   for (int64_t set = 0; set < sets; ++set) {
@@ -109,32 +171,22 @@ inline void exact_gradient_sums(const Columns<T>& columns, int64_t outer, const 
     }
   }
   for (double* array : space.centre) repeat(columns.lines(), array);
-  columns.template sum<2>(
-      outer, operands, space.sums,
-      [=](const ColumnSums& to, int64_t column, int64_t lines, int64_t n, const Panel<T>& x, const Panel<T>& dy) {
-        const int64_t x_distance = ahead * x.stride * static_cast<int64_t>(sizeof(T));
-        const int64_t dy_distance = ahead * dy.stride * static_cast<int64_t>(sizeof(T));
-        add_in_trees<T>(to, lines, n, space.careful + column / kPack, [&](auto place) {
-          const auto of = [&](const double* array) { return place.template load<double>(array + column); };
-          return [=, m = of(mean), lo = of(mean_lo), k = of(scale), r = of(rstd)](auto at, int64_t line) {
-            const T *values = x.data + line * x.stride, *gradients = dy.data + line * dy.stride;
-            prefetch(values + at.start, x_distance);
-            prefetch(gradients + at.start, dy_distance);
-            Pack<double> v = at.template load<double>(values);
-            if constexpr (kMayOverflow<T>) v = v * k;
-            v = v - m;
-            if constexpr (kMayOverflow<T>) v = v - lo;
-            const Pack<double> g = at.template load<double>(gradients);
-            return PackPair{g, g * (v * r)};
-          };
-        });
-      });
+  sum_gradients(columns, outer, space, [=](const auto& of) {
+    return [m = of(mean), lo = of(mean_lo), k = of(scale), r = of(rstd)](Pack<double> v) {
+      if constexpr (kMayOverflow<T>) v = v * k;
+      v = v - m;
+      if constexpr (kMayOverflow<T>) v = v - lo;
+      return v * r;
+    };
+  });
+  const ColumnSums sums = columns.sums_at(space.sums, 0);
   for (int64_t set = 0; set < sets; ++set) {
     if (space.done[set] != 0) continue;
     for (int64_t c = set * width; c < (set + 1) * width; ++c) {
-      // Float32 trees of dy alone can but overflow: no x, not one with a NaN, may change the gradient of the bias.
-      if (kMayOverflow<T> || !(space.weight[c] < 0x1p120)) space.dy[c] = sums.first[c];
-      space.dy_xhat[c] = sums.second[c];
+      // Trees of dy alone in float32 can but overflow, in float64 not even that: no x, not one with a NaN, may change
+      // the gradient of the bias.
+      if (!kMayOverflow<T> && !(space.weight[c] < 0x1p120)) space.dy[c] = sums.first[c];
+      space.dy_xhat[c] = column_sum<T>(sums.second, sums.second_lo, c).value();
     }
   }
 }
@@ -143,7 +195,7 @@ inline void exact_gradient_sums(const Columns<T>& columns, int64_t outer, const 
 template <class T>
 inline void gradient_outer_sums(const Columns<T>& columns, int64_t outer, const ColumnSpace<T>& space) {
   if constexpr (kMayOverflow<T>) {
-    for (int64_t set = 0; set < columns.sets_in_outer(); ++set) space.done[set] = 0;
+    if (plain_gradient_sums(columns, outer, space)) return;
   } else {
     if (short_tree_gradient_sums(columns, outer, space)) return;
   }
@@ -176,18 +228,25 @@ inline void gradient_means(const Columns<float>& columns, const ColumnSpace<floa
   }
 }
 inline void gradient_means(const Columns<double>& columns, const ColumnSpace<double>& space) {
-  const int64_t width = columns.plan().columns_per_set;
+  const int64_t width = columns.plan().columns_per_set, sets = columns.sets_in_outer(), n = columns.columns();
   const double count = static_cast<double>(columns.rows() * width);
-  const ColumnSums sums = columns.sums_at(space.sums, 0);
-  for (int64_t set = 0; set < columns.sets_in_outer(); ++set) {
-    Sum a, b;
-    for (int64_t c = set * width; c < (set + 1) * width; ++c) {
-      a.add(space.weight[c] * column_sum<double>(space.dy, sums.first_lo, c).value());
-      b.add(space.weight[c] * column_sum<double>(space.dy_xhat, sums.second_lo, c).value());
-    }
-    space.mean_g[set] = a.value() / count;
-    space.mean_g_xhat[set] = b.value() / count;
-    space.done[set] = space.scale[set] == 1 ? 1 : 0;
+  double *const dy = space.of_column[0], *const dy_xhat = space.of_column[1], *const lost = space.of_column[2];
+#pragma omp simd
+  for (int64_t c = 0; c < n; ++c) {
+    dy[c] = space.weight[c] * space.dy[c];
+    dy_xhat[c] = space.weight[c] * space.dy_xhat[c];
+    lost[c] = 0;
+  }
+  const SetSums a = add_up_exactly(dy, lost, sets, width, &space.centre[0]);
+  const SetSums b = add_up_exactly(dy_xhat, lost, sets, width, &space.centre[2]);
+#pragma omp simd
+  for (int64_t set = 0; set < sets; ++set) {
+    // What an infinite sum has lost is NaN, and means nothing.
+    const double a_lost = std::fabs(a.sum[set]) < HUGE_VAL ? a.lost[set] : 0;
+    const double b_lost = std::fabs(b.sum[set]) < HUGE_VAL ? b.lost[set] : 0;
+    space.mean_g[set] = (a.sum[set] + a_lost) / count;
+    space.mean_g_xhat[set] = (b.sum[set] + b_lost) / count;
+    space.done[set] = space.scale[set] == 1 ? 1.0 : 0.0;
   }
 }
 
@@ -203,46 +262,52 @@ inline void prepare_gradient(const Columns<T>& columns, int64_t outer, const Col
   const double* const done = spread_sets(space.done, sets, width, space.of_column[3]);
   const double* const mean_g = spread_sets(space.mean_g, sets, width, space.centre[0]);
   const double* const mean_g_xhat = spread_sets(space.mean_g_xhat, sets, width, space.centre[1]);
-  const double plain = columns.args().constant_stats ? 0 : 1;
   const double any = columns.rows() * width > 1 ? 1 : 0;  // dx of a set of one value is 0, whatever is rounded
 #pragma omp simd
   for (int64_t c = 0; c < n; ++c) {
     const T subtract = static_cast<T>(mean[c]);
     const double rest = (mean[c] - static_cast<double>(subtract)) + mean_lo[c];
     space.subtract[c] = subtract;
+    const double factor = space.weight[c] * rstd[c], b = mean_g_xhat[c] * rstd[c];
+    const double a = rstd[c] * (mean_g[c] - rest * b), product = std::fabs(b * rstd[c]);
+    bool fine;
     if constexpr (kMayOverflow<T>) {
-      space.subtract_lo[c] = rest;
-      space.factor[c] = space.weight[c];
-      space.a[c] = mean_g[c];
-      space.b[c] = mean_g_xhat[c];
-      space.root[c] = rstd[c];
-      space.plain[c] = plain * done[c];
+      const double size = std::fabs(factor);
+      fine = (((size > 0x1p-300) & (size < 0x1p300)) | (factor == 0)) & (std::fabs(a) < 0x1p900) & (product < 0x1p900) &
+             ((product > 0x1p-900) | (mean_g_xhat[c] == 0));
     } else {
-      const double factor = space.weight[c] * rstd[c], b = mean_g_xhat[c] * rstd[c];
-      const double product = std::fabs(b * rstd[c]);
-      const bool fine = zero_or_moderate(factor) & (product < 0x1p100) & ((product > 0x1p-100) | (product == 0));
-      space.factor[c] = static_cast<T>(any * factor);
-      space.a[c] = static_cast<T>(any * (rstd[c] * (mean_g[c] - rest * b)));
-      space.b[c] = static_cast<T>(any * (b * rstd[c]));
-      space.plain[c] = fine ? static_cast<T>(plain * done[c]) : T(0);
+      fine = zero_or_moderate(factor) & (product < 0x1p100) & ((product > 0x1p-100) | (product == 0));
     }
+    space.factor[c] = static_cast<T>(any * factor);
+    space.a[c] = static_cast<T>(any * a);
+    space.b[c] = static_cast<T>(any * (b * rstd[c]));
+    space.plain[c] = fine ? static_cast<T>(done[c]) : T(0);
   }
   for (T* array : {space.subtract, space.factor, space.a, space.b}) repeat(columns.lines(), array);
-  if constexpr (kMayOverflow<T>) {
-    for (T* array : {space.subtract_lo, space.root}) repeat(columns.lines(), array);
-  }
   space.find_careful(columns.lines());
 }
 
 // One value in double, whatever its set.
 template <class T>
-inline T input_gradient(const NormArgs<T>& args, const Statistic& s, double g, double a, double b, T x) {
-  double scaled = s.rstd * g;  // through given statistics nothing else comes back
-  if (!args.constant_stats) {
-    const double xhat = ((static_cast<double>(x) * s.scale - s.mean) - s.mean_lo) * s.rstd;
-    scaled = s.rstd * ((g - a) - xhat * b);
-  }
-  return static_cast<T>(scaled * s.scale);
+inline T input_gradient(const Statistic& s, double g, double a, double b, T x) {
+  const double xhat = ((static_cast<double>(x) * s.scale - s.mean) - s.mean_lo) * s.rstd;
+  return static_cast<T>(s.rstd * ((g - a) - xhat * b) * s.scale);
+}
+
+// dx of a panel through given statistics, where nothing but dy * weight * rstd comes back, whatever x holds.
+template <class T, class Out>
+FASTNORM_INLINE void given_gradient_panel(const ColumnSpace<T>& space, int64_t column, int64_t lines, int64_t n,
+                                          const Panel<T>& dy, const Panel<T>& dx, Out out) {
+  for_packs(n, [&](auto at) FASTNORM_LOOPS {
+    const Pack<double> weight = at.template load<double>(space.weight + column);
+    const Pack<double> rstd = at.template load<double>(space.centre[0] + column);
+    const Pack<double> scale = at.template load<double>(space.centre[1] + column);
+    const T* gradients = dy.data;
+    T* to = dx.data;
+    for (int64_t line = 0; line < lines; ++line, gradients += dy.stride, to += dx.stride) {
+      out.store(at, to, rstd * (at.template load<double>(gradients) * weight) * scale);
+    }
+  });
 }
 
 // dx of a panel: in float32 or float64 where the sets' numbers allow it, value by value where they do not.
@@ -254,7 +319,7 @@ FASTNORM_INLINE void gradient_panel(const Columns<T>& columns, const ColumnSpace
   const int64_t dy_distance = columns.lines_ahead() * dy.stride * static_cast<int64_t>(sizeof(T));
   for_pack_groups<T>(0, n, [&](auto at, auto packs) {
     constexpr int kPacks = decltype(packs)::value;
-    Pack<T> mean[kPacks], mean_lo[kPacks], factor[kPacks], a[kPacks], b[kPacks], rstd[kPacks];
+    Pack<T> mean[kPacks], factor[kPacks], a[kPacks], b[kPacks];
     FASTNORM_UNROLL
     for (int k = 0; k < kPacks; ++k) {
       const int64_t place = column + k * kPack;
@@ -262,17 +327,10 @@ FASTNORM_INLINE void gradient_panel(const Columns<T>& columns, const ColumnSpace
       factor[k] = in_register(at.template load<T>(space.factor + place));
       a[k] = in_register(at.template load<T>(space.a + place));
       b[k] = in_register(at.template load<T>(space.b + place));
-      if constexpr (kMayOverflow<T>) {
-        mean_lo[k] = at.template load<T>(space.subtract_lo + place);
-        rstd[k] = at.template load<T>(space.root + place);
-      }
     }
     const auto result = [&](const T* values, const T* gradients, int k) FASTNORM_LOOPS {
       const Pack<T> centred = at.template load<T>(values + k * kPack) - mean[k];
       const Pack<T> rest = at.template load<T>(gradients + k * kPack) * factor[k] - a[k];
-      if constexpr (kMayOverflow<T>) {
-        return rstd[k] * (rest - (centred - mean_lo[k]) * rstd[k] * b[k]);  // rstd folded with b could overflow
-      }
       return rest - centred * b[k];
     };
     // Copies, for the compiler to keep them in registers.
@@ -301,9 +359,8 @@ FASTNORM_INLINE void gradient_panel(const Columns<T>& columns, const ColumnSpace
             mend(at, result(values, gradients, k), space.plain + column + group, n - group, [&](int64_t lane) {
               const int64_t i = group + at.start + lane, c = (column + i) % columns.columns(),
                             set = c / columns.plan().columns_per_set;
-              return input_gradient(columns.args(), space.statistic(set),
-                                    static_cast<double>(gradients[i]) * space.weight[c], space.mean_g[set],
-                                    space.mean_g_xhat[set], values[i]);
+              return input_gradient(space.statistic(set), static_cast<double>(gradients[i]) * space.weight[c],
+                                    space.mean_g[set], space.mean_g_xhat[set], values[i]);
             });
         out.store(at, to + group, mended);
       }
@@ -338,6 +395,27 @@ inline void gradient_outer(const Columns<T>& columns, int64_t outer, const Colum
   });
 }
 
+template <class T>
+inline void given_gradient_outer(const Columns<T>& columns, int64_t outer, const ColumnSpace<T>& space) {
+  const Plan& plan = columns.plan();
+  const int64_t width = plan.columns_per_set;
+  take_weights(columns, outer, space.weight);
+  for (int64_t c = 0; c < columns.columns(); ++c) {
+    space.centre[0][c] = space.rstd[c / width];
+    space.centre[1][c] = space.scale[c / width];
+  }
+  for (double* array : {space.weight, space.centre[0], space.centre[1]}) repeat(columns.lines(), array);
+  columns.for_pieces_of(true, [&](int64_t chunk, int64_t column, int64_t width) FASTNORM_LOOPS {
+    Tile<T> dy_tile(plan.dy, columns.lines(), outer, column), dx_tile(plan.dx, columns.lines(), outer, column);
+    columns.for_panels(chunk, column, width, 0, [&](int64_t first, int64_t count, int64_t, int64_t n) FASTNORM_LOOPS {
+      const Panel<T> dy = dy_tile.read(first, count, n), dx = dx_tile.open(first, count, n);
+      with_panel_store(columns.args().past_cache, dx,
+                       [&](auto out) { given_gradient_panel(space, column, count, n, dy, dx, out); });
+      dx_tile.commit(dx, first, count, n);
+    });
+  });
+}
+
 // Sums of dy and dy * xhat per parameter, from rows of `width` of them that may share parameters.
 template <class T>
 class ParameterTotals {
@@ -348,7 +426,19 @@ class ParameterTotals {
   }
   explicit operator bool() const { return static_cast<bool>(space_); }
 
-  void add(int64_t row, const ColumnSums& sums, int64_t n) const { add_sums<T>(at(row * width_), sums, n); }
+  void add(int64_t row, const double* dy, const double* dy_xhat, int64_t n) const {
+    const ColumnSums sums = at(row * width_);
+#pragma omp simd
+    for (int64_t c = 0; c < n; ++c) {
+      if constexpr (kMayOverflow<T>) {
+        add_exactly(sums.first, sums.first_lo, c, dy[c]);
+        add_exactly(sums.second, sums.second_lo, c, dy_xhat[c]);
+      } else {
+        sums.first[c] += dy[c];
+        sums.second[c] += dy_xhat[c];
+      }
+    }
+  }
 
   // The gradients: row i's first parameter is param(i), the others `step` apart.
   template <class Param>
@@ -401,10 +491,8 @@ bool column_backward(const Plan& plan, const NormArgs<T>& args) {
   const auto outer_gradient = [&](const ColumnSpace<T>& space, int64_t group, int64_t outer) {
     take_statistics(columns, outer, space, true);
     gradient_outer_sums(columns, outer, space);
-    if (want_params) {
-      const ColumnSums lost = columns.sums_at(space.sums, 0);
-      totals.add(owns ? outer : group, {space.dy, space.dy_xhat, lost.first_lo, lost.second_lo, lost.size}, width);
-    }
+    if (want_params) totals.add(owns ? outer : group, space.dy, space.dy_xhat, width);
+    if (args.constant_stats) return given_gradient_outer(columns, outer, space);
     prepare_gradient(columns, outer, space);
     gradient_outer(columns, outer, space);
   };

@@ -1,9 +1,10 @@
-// Moments of sets that are columns, about a pivot per set, the mean of a few of its rows: float32 data in short trees
-// of float32, checked by what they give; what those cannot do, and float64, in double; sets whose sample is not like
-// the others once more, about their mean.
+// Moments of sets that are columns, about a pivot per set, the mean of a few of its rows (0 where there are but a few):
+// float32 data in short trees of float32, checked by what they give; what those cannot do, and float64, in double; sets
+// whose pivot was not near their mean once more, about that.
 #pragma once
 
 #include "isa/column_sums.hpp"
+#include "isa/lane_statistics.hpp"
 
 namespace fastnorm {
 namespace {
@@ -35,10 +36,17 @@ inline Moments single_moments(const Plan& plan, const NormArgs<T>& args, int64_t
   return moments;
 }
 
-// Are moments about this pivot as good as about the mean? Float32 data leaves room in double, float64 data does not.
+// How many rows a pivot is taken from. The mean of 16 float64 values is near enough to that of their set but in one of
+// 200 sets, which is then read again with those it shares packs with; of 32, always.
 template <class T>
-inline bool near_mean(double m2, double squares) {
-  return m2 * (kMayOverflow<T> ? 1.5 : 0x1p12) >= squares;
+inline int64_t sampled_rows(const Columns<T>& columns) {
+  int64_t rows = 8;
+  if constexpr (kMayOverflow<T>) {
+    rows = columns.rows() < 1024 ? 16 : 32;
+    while (rows > 4 && rows / 2 * columns.plan().columns_per_set >= 32) rows /= 2;
+  }
+  while (rows > columns.rows()) rows /= 2;
+  return rows;
 }
 
 // The first `columns` values of an array, repeated for all places of a line and for those where the next one begins.
@@ -65,15 +73,13 @@ struct ColumnSpace {
   double *weight, *dy, *dy_xhat;                // per column
   double* centre[4];                            // mean, rstd, and for float64 mean_lo and scale, per place
   T *subtract, *subtract_lo, *factor, *bias;    // y = ((x - subtract) - subtract_lo) * factor + bias, per place
-  // dx = root * ((dy * factor - a) - ((x - subtract) - subtract_lo) * root * b)
-  // and in float32, fewer arrays being more than half of the time: (dy * factor - a) - (x - subtract) * b
-  T *root, *a, *b;
+  T *a, *b;         // dx = (dy * factor - a) - (x - subtract) * b: more arrays would be more than half of the time
   T* plain;         // 0 where a place wants double, or a scale
   double* careful;  // per pack of places: some of them are not plain
 
   static int64_t size_of(const Columns<T>& columns) {
     const int64_t per_line = columns.space_per_line();
-    return columns.sums_space() + 19 * per_line + 12 * padded(columns.sets_in_outer()) + padded(per_line / kPack + 2);
+    return columns.sums_space() + 18 * per_line + 12 * padded(columns.sets_in_outer()) + padded(per_line / kPack + 2);
   }
   ColumnSpace(double* space, const Columns<T>& columns) {
     const auto take = [&](int64_t count) {
@@ -91,7 +97,7 @@ struct ColumnSpace {
                            &centre[0], &centre[1], &centre[2], &centre[3]}) {
       *array = columns.template line_at<double>(take(per_line));
     }
-    for (T** array : {&subtract, &subtract_lo, &factor, &bias, &root, &a, &b, &plain}) {
+    for (T** array : {&subtract, &subtract_lo, &factor, &bias, &a, &b, &plain}) {
       *array = columns.template line_at<T>(take(per_line));
     }
     careful = take(per_line / kPack + 2);
@@ -141,6 +147,28 @@ inline const double* add_up_sets(const double* columns, int64_t sets, int64_t wi
   return to;
 }
 
+// The same of sums and what they have lost, in two arrays at `to`, by additions that keep what they lose.
+struct SetSums {
+  const double *sum, *lost;
+};
+inline SetSums add_up_exactly(const double* hi, const double* lo, int64_t sets, int64_t width, double* const* to) {
+  if (width == 1) return {hi, lo};
+  double *const sum = to[0], *const lost = to[1];
+#pragma omp simd
+  for (int64_t set = 0; set < sets; ++set) {
+    sum[set] = hi[set * width];
+    lost[set] = lo[set * width];
+  }
+  for (int64_t c = 1; c < width; ++c) {
+#pragma omp simd
+    for (int64_t set = 0; set < sets; ++set) {
+      add_exactly(sum, lost, set, hi[set * width + c]);
+      lost[set] += lo[set * width + c];
+    }
+  }
+  return {sum, lost};
+}
+
 // Numbers per column from numbers per set.
 inline const double* spread_sets(const double* of_sets, int64_t sets, int64_t width, double* to) {
   if (width == 1) return of_sets;
@@ -155,10 +183,7 @@ inline const double* spread_sets(const double* of_sets, int64_t sets, int64_t wi
 template <class T>
 inline void sample_pivots(const Columns<T>& columns, int64_t outer, const ColumnSpace<T>& space) {
   const Plan& plan = columns.plan();
-  // Few float64 rows all of them: their pivot then is the mean, and the sum of deviations has nothing to lose.
-  int64_t rows = kMayOverflow<T> ? 64 : 8;
-  if (kMayOverflow<T> && rows > columns.rows()) rows = columns.rows();
-  while (rows > columns.rows()) rows /= 2;
+  const int64_t rows = sampled_rows(columns);
   const int64_t width = plan.columns_per_set, sets = columns.sets_in_outer();
   const int64_t apart = columns.rows() / rows;
   const Lines unfolded(0, columns.columns());
@@ -224,56 +249,49 @@ inline bool plain_moments(const Columns<float>& columns, int64_t outer, const Co
   return good_ones == static_cast<double>(sets);
 }
 
-// Moments of the sets that are not done yet, in double: finish(set, moments).
-template <class T, class Finish>
-inline void exact_moments(const Columns<T>& columns, int64_t outer, const ColumnSpace<T>& space, const Finish& finish) {
-  const Plan& plan = columns.plan();
-  const int64_t width = plan.columns_per_set, sets = columns.sets_in_outer();
-  const double count = static_cast<double>(columns.rows() * width);
-  const Operand* const operands[1] = {&plan.x};
-  const int64_t ahead = columns.lines_ahead();
-  for (const bool again : {false, true}) {
-    if (!space.find_undone(columns)) return;
-    double* const pivots = space.centre[0];
-    for (int64_t c = 0; c < columns.columns(); ++c) pivots[c] = space.pivot[c / width];
-    repeat(columns.lines(), pivots);
-    columns.template sum<1>(outer, operands, space.sums,
-                            [&](const ColumnSums& to, int64_t column, int64_t lines, int64_t n, const Panel<T>& x) {
-                              const int64_t distance = ahead * x.stride * static_cast<int64_t>(sizeof(T));
-                              const auto add = [&](auto deviations_from) {
-                                add_in_trees<T>(to, lines, n, space.careful + column / kPack, [&](auto place) {
-                                  return
-                                      [=, about = place.template load<double>(pivots + column)](auto at, int64_t line) {
-                                        const T* from = x.data + line * x.stride;
-                                        prefetch(from + at.start, distance);
-                                        return deviations_from(at.template load<double>(from), about);
-                                      };
-                                });
-                              };
-                              add([](const Pack<double>& values, const Pack<double>& about)
-                                      FASTNORM_LOOPS { return deviations(values, about); });
-                              if (few_terms<T>(columns.rows() * width)) {
-                                add([](const Pack<double>& values, const Pack<double>& about)
-                                        FASTNORM_LOOPS { return lost_deviations(values, about); });
-                              }
-                            });
-    const ColumnSums sums = columns.sums_at(space.sums, 0);
+// Sums of x - pivot and of its square, in double, per column of sets that are not done; of a few float64 terms also
+// what rounding took from each of them. kAboutZero: the pivots are 0.
+template <bool kAboutZero, class T>
+inline void sum_deviations(const Columns<T>& columns, int64_t outer, const ColumnSpace<T>& space) {
+  const Operand* const operands[1] = {&columns.plan().x};
+  const int64_t width = columns.plan().columns_per_set, sets = columns.sets_in_outer(), ahead = columns.lines_ahead();
+  double* const pivots = space.centre[0];
+  if constexpr (!kAboutZero) {
     for (int64_t set = 0; set < sets; ++set) {
-      if (space.done[set] != 0) continue;
-      Sum first, second;
-      for (int64_t c = set * width; c < (set + 1) * width; ++c) {
-        first.add(column_sum<T>(sums.first, sums.first_lo, c));
-        second.add(column_sum<T>(sums.second, sums.second_lo, c));
-      }
-      Moments moments = moments_about(space.pivot[set], count, first, second);
-      if (again || near_mean<T>(moments.m2.value(), second.value())) {
-        space.done[set] = 1;
-        finish(set, moments);
-      } else {
-        space.pivot[set] = moments.mean;
-      }
+      for (int64_t c = set * width; c < (set + 1) * width; ++c) pivots[c] = space.pivot[set];
     }
+    repeat(columns.lines(), pivots);
   }
+  const bool few = few_terms<T>(columns.rows() * width);
+  columns.template sum<1>(outer, operands, space.sums,
+                          [&](const ColumnSums& to, int64_t column, int64_t lines, int64_t n, const Panel<T>& x) {
+                            const int64_t distance = ahead * x.stride * static_cast<int64_t>(sizeof(T));
+                            const auto add = [&](auto asks, auto deviations_from) {
+                              add_in_trees<T>(to, lines, n, space.careful + column / kPack, [&](auto place) {
+                                Pack<double> about(0.0);
+                                if constexpr (!kAboutZero) about = place.template load<double>(pivots + column);
+                                return [=](auto at, int64_t line) {
+                                  const T* from = x.data + line * x.stride;
+                                  if constexpr (decltype(asks)::value) prefetch(from + at.start, distance);
+                                  return deviations_from(at.template load<double>(from), about);
+                                };
+                              });
+                            };
+                            with_ahead(ahead != 0, [&](auto asks) {
+                              add(asks, [](const Pack<double>& values, const Pack<double>& about) FASTNORM_LOOPS {
+                                if constexpr (kAboutZero) return PackPair{values, values * values};
+                                return deviations(values, about);
+                              });
+                            });
+                            if (few) {
+                              add(std::false_type{},
+                                  [](const Pack<double>& values, const Pack<double>& about) FASTNORM_LOOPS {
+                                    if constexpr (kAboutZero)
+                                      return PackPair{0.0, lost_in_product(values, values, values * values)};
+                                    return lost_deviations(values, about);
+                                  });
+                            }
+                          });
 }
 
 // The statistic of a set from its moments, kept in the space and for the caller.
@@ -288,7 +306,110 @@ inline void finish_column_set(const Columns<T>& columns, int64_t outer, const Co
     s = statistic_of<T>(moments, eps, 1);
   }
   space.keep(set, s);
+  space.done[set] = 1;
   store_statistic(columns.args(), columns.stat(outer, set), moments, s);
+}
+
+// Statistics of the sets that are not done from sums about their pivots; `again`: these are their means. Sets whose
+// pivot was far from their mean get that as their next one.
+inline void finish_sets(const Columns<float>& columns, int64_t outer, const ColumnSpace<float>& space, bool again) {
+  const int64_t width = columns.plan().columns_per_set, sets = columns.sets_in_outer();
+  const double count = static_cast<double>(columns.rows() * width);
+  const ColumnSums sums = columns.sums_at(space.sums, 0);
+  for (int64_t set = 0; set < sets; ++set) {
+    if (space.done[set] != 0) continue;
+    Sum first, second;
+    for (int64_t c = set * width; c < (set + 1) * width; ++c) {
+      first.add(sums.first[c]);
+      second.add(sums.second[c]);
+    }
+    Moments moments = moments_about(space.pivot[set], count, first, second);
+    if (again || moments.m2.value() * 0x1p12 >= second.value()) {  // float32 data leaves room in double
+      finish_column_set(columns, outer, space, set, moments);
+    } else {
+      space.pivot[set] = moments.mean;
+    }
+  }
+}
+inline void finish_sets(const Columns<double>& columns, int64_t outer, const ColumnSpace<double>& space, bool again) {
+  const NormArgs<double>& args = columns.args();
+  const int64_t width = columns.plan().columns_per_set, sets = columns.sets_in_outer();
+  const double count = static_cast<double>(columns.rows() * width);
+  const ColumnSums sums = columns.sums_at(space.sums, 0);
+  const SetSums first = add_up_exactly(sums.first, sums.first_lo, sets, width, &space.of_column[0]);
+  const SetSums second = add_up_exactly(sums.second, sums.second_lo, sets, width, &space.of_column[2]);
+  double *const mean = space.centre[0], *const mean_lo = space.centre[1], *const var = space.centre[2];
+  double *const rstd = space.centre[3], *const near = space.dy, *const plain = space.dy_xhat;
+  finish_lanes({space.pivot, first.sum, first.lost, second.sum, second.lost}, {mean, mean_lo, var, rstd, near, plain},
+               sets, count, args.eps);
+  const double sure = again ? 1 : 0;
+  double taken = 0;
+#pragma omp simd reduction(+ : taken)
+  for (int64_t set = 0; set < sets; ++set) {
+    // Squares that vanish say nothing of how near 0 is to the mean, of which a constant set wants every digit.
+    const double zeros = std::fabs(first.sum[set]) + second.sum[set];
+    const double seen = (var[set] > 0x1p-900) | (zeros == 0) ? 1.0 : 0.0;
+    // Where the pivot was further from 0 than the mean is, the first part could be nearer to it.
+    const double both = mean[set] + mean_lo[set], part = both - mean[set];
+    mean_lo[set] = (mean[set] - (both - part)) + (mean_lo[set] - part);
+    mean[set] = both;
+    near[set] = near[set] * seen * (1 - sure) + sure;
+    plain[set] *= near[set] * (1 - space.done[set]);
+    taken += plain[set];
+  }
+  const int64_t base = columns.stat(outer, 0), step = columns.plan().column_stat;
+  const auto take = [&](int64_t set) {
+    space.mean[set] = mean[set];
+    space.mean_lo[set] = std::fabs(mean_lo[set]) * rstd[set] < 0x1p-56 ? 0 : mean_lo[set];  // drop_negligible
+    space.rstd[set] = rstd[set];
+    space.scale[set] = space.done[set] = 1;
+  };
+  const auto hand_out = [&](double* to, const double* from, int64_t begin, int64_t end) {
+    for (int64_t set = begin; to != nullptr && set < end; ++set) to[base + set * step] = from[set];
+  };
+  const auto hand_out_all = [&](int64_t begin, int64_t end) {
+    hand_out(args.mean, mean, begin, end);
+    hand_out(args.mean_lo, mean_lo, begin, end);
+    hand_out(args.var, var, begin, end);
+    hand_out(args.rstd, rstd, begin, end);
+  };
+  if (taken == static_cast<double>(sets)) {
+#pragma omp simd
+    for (int64_t set = 0; set < sets; ++set) take(set);
+    return hand_out_all(0, sets);
+  }
+  for (int64_t set = 0; set < sets; ++set) {
+    if (plain[set] != 0) {
+      take(set);
+      hand_out_all(set, set + 1);
+    } else if (space.done[set] == 0 && near[set] == 0) {
+      space.pivot[set] = mean[set];
+    } else if (space.done[set] == 0) {
+      Moments moments = moments_about(space.pivot[set], count, {first.sum[set], first.lost[set]},
+                                      {second.sum[set], second.lost[set]});
+      finish_column_set(columns, outer, space, set, moments);
+    }
+  }
+}
+
+// Statistics of the sets that are not done yet, in double, kept in the space and for the caller: from sums about a
+// pivot, and where that was not near the mean, from sums about the mean. Few rows of float64 are not sampled: their
+// sums about 0, from which all differences are exact, are as good about a mean within 0.7 standard deviations of it.
+template <class T>
+inline void exact_moments(const Columns<T>& columns, int64_t outer, const ColumnSpace<T>& space) {
+  const bool about_zero = kMayOverflow<T> && columns.rows() < 4 * sampled_rows(columns);
+  if (!space.find_undone(columns)) return;
+  if (about_zero) {
+    for (int64_t set = 0; set < columns.sets_in_outer(); ++set) space.pivot[set] = 0;
+    sum_deviations<true>(columns, outer, space);
+  } else {
+    sample_pivots(columns, outer, space);
+    sum_deviations<false>(columns, outer, space);
+  }
+  finish_sets(columns, outer, space, false);
+  if (!space.find_undone(columns)) return;
+  sum_deviations<false>(columns, outer, space);
+  finish_sets(columns, outer, space, true);
 }
 
 // Statistics of all sets of one outer index, kept in the space and for the caller.
@@ -311,9 +432,7 @@ inline void measure_outer(const Columns<T>& columns, int64_t outer, const Column
     hand_out(args.rstd, space.rstd);
     if (all) return;
   }
-  sample_pivots(columns, outer, space);
-  exact_moments(columns, outer, space,
-                [&](int64_t set, Moments& moments) { finish_column_set(columns, outer, space, set, moments); });
+  exact_moments(columns, outer, space);
 }
 
 // The statistics a forward left for its backward, or the caller gave; measured again where float64 could not hold them.
@@ -321,8 +440,23 @@ template <class T>
 inline void take_statistics(const Columns<T>& columns, int64_t outer, const ColumnSpace<T>& space, bool kept) {
   const NormArgs<T>& args = columns.args();
   const int64_t sets = columns.sets_in_outer(), base = columns.stat(outer, 0), step = columns.plan().column_stat;
+  const auto take = [&](double* to, const double* from, double otherwise) {
+    for (int64_t set = 0; set < sets; ++set) to[set] = from ? from[base + set * step] : otherwise;
+  };
+  take(space.mean, args.mean, 0);
+  take(space.mean_lo, args.mean_lo, 0);
+  take(space.rstd, args.rstd, 0);
+  double odd = 0;
+#pragma omp simd reduction(+ : odd)
+  for (int64_t set = 0; set < sets; ++set) {
+    const double mean = space.mean[set], rstd = space.rstd[set];
+    const bool plain = (std::fabs(mean) <= 0x1p1000) & (((rstd >= 0x1p-1000) & (rstd < HUGE_VAL)) | (rstd == 0));
+    odd += plain ? 0.0 : 1.0;
+    space.mean_lo[set] = std::fabs(space.mean_lo[set]) * rstd < 0x1p-56 ? 0 : space.mean_lo[set];  // drop_negligible
+    space.scale[set] = 1;
+  }
   if constexpr (kMayOverflow<T>) {
-    for (int64_t set = 0; set < sets; ++set) {
+    for (int64_t set = 0; odd > 0 && set < sets; ++set) {
       const int64_t stat = base + set * step;
       Statistic s;
       if (kept && !args.constant_stats && lost<T>(args.rstd[stat])) {
@@ -331,19 +465,6 @@ inline void take_statistics(const Columns<T>& columns, int64_t outer, const Colu
         s = given_statistic(args, stat);
       }
       space.keep(set, s);
-    }
-  } else {
-    const auto take = [&](double* to, const double* from, double otherwise) {
-      for (int64_t set = 0; set < sets; ++set) to[set] = from ? from[base + set * step] : otherwise;
-    };
-    take(space.mean, args.mean, 0);
-    take(space.mean_lo, args.mean_lo, 0);
-    take(space.rstd, args.rstd, 0);
-    for (int64_t set = 0; set < sets; ++set) {
-      Statistic s = space.statistic(set);
-      drop_negligible(s);
-      space.mean_lo[set] = s.mean_lo;
-      space.scale[set] = 1;
     }
   }
 }

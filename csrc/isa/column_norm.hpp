@@ -57,7 +57,10 @@ inline void prepare_normalise(const Columns<T>& columns, int64_t outer, const Co
     space.plain[c] = plain_statistic<T>(mean[c], rstd[c], scale[c]) & plain ? T(1) : T(0);
   }
   const int64_t param = columns.param(outer, 0), step = columns.plan().column_param;
-  for (int64_t c = 0; c < n; ++c) space.bias[c] = args.bias ? args.bias[param + c * step] : T(0);
+  if (args.bias && step == 1) std::memcpy(space.bias, args.bias + param, static_cast<size_t>(n) * sizeof(T));
+  for (int64_t c = 0; (!args.bias || step != 1) && c < n; ++c) {
+    space.bias[c] = args.bias ? args.bias[param + c * step] : T(0);
+  }
   for (T* array : {space.subtract, space.subtract_lo, space.factor, space.bias}) repeat(columns.lines(), array);
   space.find_careful(columns.lines());
 }
@@ -117,7 +120,7 @@ FASTNORM_INLINE bool all_plain(const ColumnSpace<T>& space, int64_t place, int p
 template <bool kAhead, class T, class Out>
 FASTNORM_INLINE void normalise_panel(const Columns<T>& columns, int64_t outer, const ColumnSpace<T>& space,
                                      int64_t column, int64_t lines, int64_t n, const Panel<T>& x, const Panel<T>& y,
-                                     bool two_means, Out out) {
+                                     Out out) {
   for_pack_groups<T>(0, n, [&](auto at, auto packs) {
     constexpr int kPacks = decltype(packs)::value;
     Pack<T> mean[kPacks], mean_lo[kPacks], factor[kPacks], bias[kPacks];
@@ -129,36 +132,47 @@ FASTNORM_INLINE void normalise_panel(const Columns<T>& columns, int64_t outer, c
       factor[k] = in_register(at.template load<T>(space.factor + place));
       bias[k] = in_register(at.template load<T>(space.bias + place));
     }
-    const auto result = [&](const T* from, int k) FASTNORM_LOOPS {
+    const auto result = [&](const T* from, int k, auto two_means) FASTNORM_LOOPS {
       const Pack<T> v = at.template load<T>(from + k * kPack);
-      if constexpr (kMayOverflow<T>) {
-        return (two_means ? less_mean(v, mean[k], mean_lo[k]) : v - mean[k]) * factor[k] + bias[k];
+      if constexpr (!decltype(two_means)::value) {
+        return (v - mean[k]) * factor[k] + bias[k];
+      } else if constexpr (kMayOverflow<T>) {
+        return less_mean(v, mean[k], mean_lo[k]) * factor[k] + bias[k];
+      } else {
+        return ((v - mean[k]) - mean_lo[k]) * factor[k] + bias[k];
       }
-      return ((v - mean[k]) - mean_lo[k]) * factor[k] + bias[k];
     };
     // Copies, for the compiler to keep them in registers.
     const T* from = x.data;
     T* to = y.data;
     const int64_t x_step = x.stride, y_step = y.stride, count = lines;
-    const int64_t distance = columns.lines_ahead() * x_step * static_cast<int64_t>(sizeof(T));
+    [[maybe_unused]] const int64_t distance = columns.lines_ahead() * x_step * static_cast<int64_t>(sizeof(T));
     if (all_plain(space, column + at.start, kPacks)) {
-      for (int64_t line = 0; line < count; ++line, from += x_step, to += y_step) {
-        FASTNORM_UNROLL
-        for (int k = 0; k < kPacks; ++k) {
-          if constexpr (kAhead) prefetch(from + at.start + k * kPack, distance);
-          out.store(at, to + k * kPack, result(from, k));
+      const auto all_lines = [&](auto two_means) FASTNORM_LOOPS {
+        for (int64_t line = 0; line < count; ++line, from += x_step, to += y_step) {
+          FASTNORM_UNROLL
+          for (int k = 0; k < kPacks; ++k) {
+            if constexpr (kAhead) prefetch(from + at.start + k * kPack, distance);
+            out.store(at, to + k * kPack, result(from, k, two_means));
+          }
         }
+      };
+      if constexpr (kMayOverflow<T>) {
+        Pack<T> any(0.0);  // a column whose mean_lo counts
+        for (int k = 0; k < kPacks; ++k) any += magnitude(mean_lo[k]);
+        if (fold(any) == 0) return all_lines(std::false_type{});
       }
-      return;
+      return all_lines(std::true_type{});
     }
     for (int64_t line = 0; line < count; ++line, from += x_step, to += y_step) {
       for (int k = 0; k < kPacks; ++k) {
         const int64_t group = k * kPack;
-        const Pack<T> mended = mend(at, result(from, k), space.plain + column + group, n - group, [&](int64_t lane) {
-          const int64_t c = (column + group + at.start + lane) % columns.columns();
-          return normalised(columns, outer, space.statistic(c / columns.plan().columns_per_set), c,
-                            from[group + at.start + lane]);
-        });
+        const Pack<T> mended =
+            mend(at, result(from, k, std::true_type{}), space.plain + column + group, n - group, [&](int64_t lane) {
+              const int64_t c = (column + group + at.start + lane) % columns.columns();
+              return normalised(columns, outer, space.statistic(c / columns.plan().columns_per_set), c,
+                                from[group + at.start + lane]);
+            });
         out.store(at, to + group, mended);
       }
     }
@@ -168,8 +182,6 @@ FASTNORM_INLINE void normalise_panel(const Columns<T>& columns, int64_t outer, c
 template <class T>
 inline void normalise_outer(const Columns<T>& columns, int64_t outer, const ColumnSpace<T>& space) {
   const Plan& plan = columns.plan();
-  bool two_means = false;  // for float64: is there a column whose mean_lo counts?
-  for (int64_t c = 0; kMayOverflow<T> && c < columns.columns(); ++c) two_means = two_means || space.subtract_lo[c] != 0;
   columns.for_pieces_of(true, [&](int64_t chunk, int64_t column, int64_t width) FASTNORM_LOOPS {
     Tile<T> x_tile(plan.x, columns.lines(), outer, column), y_tile(plan.y, columns.lines(), outer, column);
     const int64_t late = lateness(columns.args().past_cache, y_tile, {&x_tile});
@@ -180,7 +192,7 @@ inline void normalise_outer(const Columns<T>& columns, int64_t outer, const Colu
             with_ahead(columns.lines_ahead() != 0, [&](auto asks) {
               for_bands<T, 2>(count, n, columns.lines_ahead(), [&](int64_t band, int64_t lines) {
                 normalise_panel<decltype(asks)::value>(columns, outer, space, column + shift, lines, n,
-                                                       x.moved(shift).from(band), to.from(band), two_means, out);
+                                                       x.moved(shift).from(band), to.from(band), out);
               });
             });
           });
@@ -194,12 +206,10 @@ template <class T>
 bool column_moments(const Plan& plan, const NormArgs<T>& args) {
   const Columns<T> columns(plan, args);
   return for_outer_spaces(columns, [&](const ColumnSpace<T>& space, int64_t, int64_t outer) {
-    sample_pivots(columns, outer, space);
     for (int64_t set = 0; set < columns.sets_in_outer(); ++set) space.done[set] = 0;
-    exact_moments(columns, outer, space, [&](int64_t set, Moments& moments) {
-      finish_column_set(columns, outer, space, set, moments);
-      args.var[columns.stat(outer, set)] *= moments.count;
-    });
+    exact_moments(columns, outer, space);
+    const double count = static_cast<double>(columns.rows() * plan.columns_per_set);
+    for (int64_t set = 0; set < columns.sets_in_outer(); ++set) args.var[columns.stat(outer, set)] *= count;
   });
 }
 

@@ -182,11 +182,14 @@ class Columns {
   void sum(int64_t outer, const Operand* const (&operands)[kOperands], double* space, const Add& add) const {
     for_pieces_of(false, [&](int64_t chunk, int64_t column, int64_t width) FASTNORM_LOOPS {
       const ColumnSums to = sums_at(space, chunk) + column;
-      for (int64_t c = 0; c < width; ++c) {
-        to.first[c] = to.second[c] = 0;
-        if constexpr (kMayOverflow<T>) to.first_lo[c] = to.second_lo[c] = 0;
-        if constexpr (!kMayOverflow<T>) to.size[c] = 0;
-      }
+      for_packs(width, [&](auto at) {  // in packs: `rep stos`, which is what compilers make of loops, starts slowly
+        for (double* sums : {to.first, to.second}) at.store(sums, Pack<double>(0.0));
+        if constexpr (kMayOverflow<T>) {
+          for (double* sums : {to.first_lo, to.second_lo}) at.store(sums, Pack<double>(0.0));
+        } else {
+          at.store(to.size, Pack<float>(0.0F));
+        }
+      });
       Tile<T> first(*operands[0], lines_, outer, column), second(*operands[kOperands - 1], lines_, outer, column);
       for_panels(chunk, column, width, 0, [&](int64_t line, int64_t count, int64_t, int64_t n) {
         const Panel<T> x = first.read(line, count, n);
@@ -228,28 +231,48 @@ class Columns {
   bool across_sets_;
 };
 
+// The sum of term(at, line) over kLines lines, a power of two, as a tree, one branch after the other.
+template <int kLines, class At, class Term>
+FASTNORM_INLINE PackPair tree_of_lines(At at, int64_t line, const Term& term) {
+  PackPair sum = term(at, line);
+  if constexpr (kLines >= 2) sum += term(at, line + 1);
+  if constexpr (kLines >= 4) sum += tree_of_lines<2>(at, line + 2, term);
+  if constexpr (kLines >= 8) sum += tree_of_lines<4>(at, line + 4, term);
+  return sum;
+}
+
+// Those left of fewer than eight.
+template <class At, class Term>
+FASTNORM_INLINE PackPair last_lines(At at, int64_t line, int64_t count, const Term& term) {
+  PackPair rest = term(at, line);
+  while (++line < count) rest += term(at, line);
+  return rest;
+}
+
 // Adds up the values of a panel in trees of eight lines: terms(at) gives, for the columns there, term(at, line). Packs
-// of columns that are not `wanted` are left out.
+// of columns that are not `wanted` are left out. What the additions between the trees of a panel of float64, eight at
+// most, lose is not kept, which would cost more than they do.
 template <class T, class Terms>
 FASTNORM_INLINE void add_in_trees(const ColumnSums& to, int64_t count, int64_t width, const double* wanted,
                                   const Terms& terms) {
-  for_packs(width, [&](auto at) {
+  for_packs(width, [&](auto at) FASTNORM_LOOPS {
     if (wanted[at.start / kPack] == 0) return;
     PackSum<T> first(at, to.first, to.first_lo), second(at, to.second, to.second_lo);
     const auto term = terms(at);
-    int64_t line = 0;
-    for (; line + kSlab <= count; line += kSlab) {
-      const auto pair = [&](int64_t i) { return term(at, line + i) + term(at, line + i + 1); };
-      PackPair half = pair(0) + pair(2);
-      half += pair(4) + pair(6);
-      first.add(half.first);
-      second.add(half.second);
-    }
-    if (line < count) {
-      PackPair rest = term(at, line);
-      while (++line < count) rest += term(at, line);
-      first.add(rest.first);
-      second.add(rest.second);
+    const auto add = [&](const PackPair& sums) {
+      first.add(sums.first);
+      second.add(sums.second);
+    };
+    int64_t line = kSlab;
+    if (kMayOverflow<T> && line <= count) {
+      static_assert(kMaxPanelRows <= 8 * kSlab, "a chain of eight additions");
+      PackPair trees = tree_of_lines<kSlab>(at, 0, term);
+      for (; line + kSlab <= count; line += kSlab) trees += tree_of_lines<kSlab>(at, line, term);
+      if (line < count) trees += last_lines(at, line, count, term);
+      add(trees);
+    } else {
+      for (line = 0; line + kSlab <= count; line += kSlab) add(tree_of_lines<kSlab>(at, line, term));
+      if (line < count) add(last_lines(at, line, count, term));
     }
     first.store(at, to.first, to.first_lo);
     second.store(at, to.second, to.second_lo);
