@@ -120,13 +120,13 @@ inline void normalise_one_by_one(const Plan& plan, const NormArgs<float>& args, 
   }
 }
 
-// Goes through the sets [begin, end) in batches: measure(first), then finish(batch) and normalise(batch, next), which
-// measures `next` too.
+// Goes through the sets [begin, end) in batches of about `elements` values: measure(first), then finish(batch) and
+// normalise(batch, next), which measures `next` too.
 template <class Batch, class Measure, class Finish, class Normalise>
-inline void for_batches(const Plan& plan, int64_t begin, int64_t end, const Measure& measure, const Finish& finish,
-                        const Normalise& normalise) {
+inline void for_batches(const Plan& plan, int64_t elements, int64_t begin, int64_t end, const Measure& measure,
+                        const Finish& finish, const Normalise& normalise) {
   // A multiple of the lanes, if it takes no more than half as many sets again as fit.
-  const int64_t fitting = kBatchElements / plan.set_size();
+  const int64_t fitting = elements / plan.set_size();
   const int64_t whole = (fitting + kStatisticLanes / 2 - 1) / kStatisticLanes * kStatisticLanes;
   const int64_t size = fitting >= kMostSets ? kMostSets : whole > 0 ? whole : fitting > 0 ? fitting : 1;
   Batch batches[2];

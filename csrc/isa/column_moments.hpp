@@ -341,7 +341,7 @@ inline void finish_sets(const Columns<double>& columns, int64_t outer, const Col
   double *const mean = space.centre[0], *const mean_lo = space.centre[1], *const var = space.centre[2];
   double *const rstd = space.centre[3], *const near = space.dy, *const plain = space.dy_xhat;
   finish_lanes({space.pivot, first.sum, first.lost, second.sum, second.lost}, {mean, mean_lo, var, rstd, near, plain},
-               sets, count, args.eps);
+               sets, count, args.eps, kMostSquares);
   const double sure = again ? 1 : 0;
   double taken = 0;
 #pragma omp simd reduction(+ : taken)

@@ -8,6 +8,10 @@
 namespace fastnorm {
 namespace {
 
+// Values of the sets of a batch: two batches have to fit the nearest caches, or one that is read twice the nearest
+// (batch norm 14 x 14: 168 us with the larger number, 142 with this).
+constexpr int64_t kTwoBatchesElements = 4096, kOneBatchElements = 3072;
+
 // Some sets, their sums, and what normalises them.
 struct DoubleBatch {
   int64_t first = 0, count = 0;
@@ -37,16 +41,18 @@ struct DoubleBatch {
 template <class Weight, class Bias>
 struct DoubleFormula {
   Pack<double> mean, mean_lo, factor;
-  bool exact;  // is there no mean_lo?
+  int64_t mean_lo_bits;  // compilers would compare the number itself again for every pack
   Weight weight;
   Bias bias;
 
   DoubleFormula(const Statistic& s, double rstd, Weight w, Bias b)
-      : mean(s.mean), mean_lo(s.mean_lo), factor(rstd), exact(s.mean_lo == 0), weight(w), bias(b) {}
+      : mean(s.mean), mean_lo(s.mean_lo), factor(rstd), weight(w), bias(b) {
+    std::memcpy(&mean_lo_bits, &s.mean_lo, sizeof mean_lo_bits);
+  }
 
   template <class At>
   FASTNORM_INLINE Pack<double> operator()(At at, const double* x) const {
-    const Pack<double> v = at.template load<double>(x), d = exact ? v - mean : less_mean(v, mean, mean_lo);
+    const Pack<double> v = at.template load<double>(x), d = mean_lo_bits == 0 ? v - mean : less_mean(v, mean, mean_lo);
     return plus(at, times(at, d * factor, weight), bias);
   }
 };
@@ -100,8 +106,8 @@ class DoubleBatches {
   template <bool kCentred>
   void forward(int64_t begin, int64_t end) const {
     for_batches<DoubleBatch>(
-        plan_, begin, end, [&](DoubleBatch& batch) { measure<kCentred>(batch); },
-        [&](DoubleBatch& batch) { finish(batch); },
+        plan_, one_run_ ? kTwoBatchesElements : kOneBatchElements, begin, end,
+        [&](DoubleBatch& batch) { measure<kCentred>(batch); }, [&](DoubleBatch& batch) { finish(batch); },
         [&](const DoubleBatch& now, DoubleBatch& next) {
           if (now.plain) return with_parameters<kCentred>(now, next);
           for (int64_t lane = 0; lane < now.count; ++lane) {
@@ -186,11 +192,12 @@ class DoubleBatches {
   }
 
   void finish_lanes(DoubleBatch& batch, int64_t first, int64_t lanes) const {
+    const double count = static_cast<double>(plan_.set_size());
     fastnorm::finish_lanes({batch.pivot + first, batch.sum + first, batch.lost_sum + first, batch.squares + first,
                             batch.lost_squares + first},
                            {batch.mean + first, batch.mean_lo + first, batch.var + first, batch.rstd + first,
                             batch.near + first, batch.fine + first},
-                           lanes, static_cast<double>(plan_.set_size()), args_.eps);
+                           lanes, count, args_.eps, most_squares_of_set(count));
   }
 
   // The second reading of those of eight sets that want one.
@@ -295,16 +302,15 @@ class DoubleBatches {
   [[gnu::noinline]] FASTNORM_LOOPS void normalise_segments(const DoubleBatch& now, DoubleBatch& next,
                                                            const WeightOf& weight_of, const BiasOf& bias_of) const {
     for (int64_t lane = 0; lane < now.count; ++lane) {
-      const bool measures = lane < next.count;
-      if (measures && one_run_) {
+      if (one_run_ && lane < next.count) {
         Coming<kCentred> coming(run_of(next.first + lane), plan_.set_size(), distance_);
         normalise_set(now, lane, weight_of, bias_of, [&] { coming.add_leaf(); });
         next.put(lane, coming.total());
       } else {
-        if (measures) measure<kCentred>(next, lane);
         normalise_set(now, lane, weight_of, bias_of, [] {});
       }
     }
+    if (!one_run_) measure<kCentred>(next);
   }
 
   // between() comes before every kLeaf values.

@@ -57,7 +57,7 @@ class GroupBatches {
   void forward(int64_t begin, int64_t end) const {
     const int64_t packs = (plan_.set_size() + kPack - 1) / kPack;
     for_batches<Batch>(
-        plan_, begin, end, [&](Batch& batch) { measure(batch); },
+        plan_, kBatchElements, begin, end, [&](Batch& batch) { measure(batch); },
         [&](Batch& batch) { finish_batch(plan_, args_, packs, batch); },
         [&](const Batch& now, Batch& next) {
           if (!now.in_float) {

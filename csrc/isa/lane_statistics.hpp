@@ -13,13 +13,13 @@ struct LaneSums {  // of d and d * d, d = x - pivot, each as a sum and what roun
 };
 struct LaneStatistics {
   double *mean, *mean_lo, *var, *rstd;
-  // near: 1 where near_mean holds. plain: 1 where no
+  // near: 1 where squares are at most `most` times m2 (near_mean). plain: 1 where no
   // number needed a scale, or can have lost digits for want of one; only there, and where near, is the rest of use.
   double *near, *plain;
 };
 
 [[gnu::noinline]] inline void finish_lanes(const LaneSums& sums, const LaneStatistics& to, int64_t lanes, double count,
-                                           double eps) {
+                                           double eps, double most) {
   const double *const pivot = sums.pivot, *const sum_of = sums.sum, *const lost_sum = sums.lost_sum;
   const double *const squares = sums.squares, *const lost_squares = sums.lost_squares;
   double *const mean_to = to.mean, *const mean_lo = to.mean_lo, *const variance = to.var, *const rstd_to = to.rstd;
@@ -27,12 +27,13 @@ struct LaneStatistics {
   const double share = 1 / count, large_eps = eps >= 0x1p-900 ? 1 : 0;
 #pragma omp simd
   for (int64_t i = 0; i < lanes; ++i) {
-    const double sum = sum_of[i] + lost_sum[i], correction = sum / count;
+    const TwoTerm sum = two_sum(sum_of[i], lost_sum[i]);
+    const double correction = sum.hi / count;
     const TwoTerm whole = two_product(correction, count);
-    const double correction_lo = ((sum - whole.hi) - whole.lo) * share;
+    const double correction_lo = (((sum.hi - whole.hi) - whole.lo) + sum.lo) * share;
     const TwoTerm mean = two_sum(pivot[i], correction);
-    const TwoTerm product = two_product(sum, correction), rest = two_sum(squares[i], -product.hi);
-    const double rest_lo = rest.lo + (lost_squares[i] - (product.lo + sum * correction_lo));
+    const TwoTerm product = two_product(sum.hi, correction), rest = two_sum(squares[i], -product.hi);
+    const double rest_lo = rest.lo + (lost_squares[i] - (product.lo + (sum.hi * correction_lo + sum.lo * correction)));
     const double m2 = rest.hi <= 0 ? 0 : rest.hi, m2_lo = rest.hi <= 0 ? 0 : rest_lo;
     const double total = m2 + m2_lo, quotient = total / count;
     const TwoTerm var = two_sum(quotient, eps);
@@ -47,8 +48,9 @@ struct LaneStatistics {
     mean_lo[i] = mean.lo + correction_lo;
     variance[i] = quotient;
     rstd_to[i] = rstd + 0.5 * rstd * residual;
-    near[i] = total * kNearMean >= squares[i] ? 1.0 : 0.0;
     // Products of ones and zeros: compilers do not vectorise what is made of truth values.
+    const double told = squares[i] >= kLeastSquares ? 1.0 : sum.hi == 0 ? 1.0 : 0.0;
+    near[i] = (total * most >= squares[i] ? 1.0 : 0.0) * told;
     const double large_enough = total >= 0x1p-900 * count ? 1.0 : large_eps;
     const double bounded = (total < 0x1p1000 ? 1.0 : 0.0) * (std::fabs(mean.hi) < 0x1p1000 ? 1.0 : 0.0);
     const double in_range = (var.hi > 0x1p-900 ? 1.0 : 0.0) * (var.hi < 0x1p900 ? 1.0 : 0.0);

@@ -77,26 +77,20 @@ struct Moments {
 // differences to twice the precision lose nothing where the data lie closer to each other than to the pivot, and leave
 // 0 where they are all the same.
 inline Moments moments_about(double pivot, double count, const Sum& sums, const Sum& squares) {
-  const double sum = sums.value(), correction = sum / count, share = 1 / count;
+  const TwoTerm sum = two_sum(sums.hi, sums.lo);
+  const double correction = sum.hi / count, share = 1 / count;
   const TwoTerm whole = two_product(correction, count);
-  const double correction_lo = ((sum - whole.hi) - whole.lo) * share;
+  const double correction_lo = (((sum.hi - whole.hi) - whole.lo) + sum.lo) * share;
   const TwoTerm mean = two_sum(pivot, correction);
-  const TwoTerm product = two_product(sum, correction), m2 = two_sum(squares.hi, -product.hi);
+  const TwoTerm product = two_product(sum.hi, correction), m2 = two_sum(squares.hi, -product.hi);
   Moments moments;
   moments.count = count;
   moments.mean = mean.hi;
   moments.mean_lo = mean.lo + correction_lo;
   if (m2.hi <= 0) return moments;  // NaN goes on
   moments.m2.hi = m2.hi;
-  moments.m2.lo = m2.lo + (squares.lo - (product.lo + sum * correction_lo));
+  moments.m2.lo = m2.lo + (squares.lo - (product.lo + (sum.hi * correction_lo + sum.lo * correction)));
   return moments;
-}
-
-// Is a pivot so near the mean that sums about it are as good as about the mean itself? What rounding takes from the
-// squares counts squares / m2 times in rstd, and the mean is off by as much of the distance as its sum is.
-constexpr double kNearMean = 1.5;
-inline bool near_mean(const Moments& moments, const Sum& squares) {
-  return moments.m2.value() * kNearMean >= squares.hi;
 }
 
 // Values of x at a place, in double, times `scale` (a power of two; 1 unless the plain values overflow or underflow).
@@ -118,9 +112,22 @@ FASTNORM_INLINE PackPair lost_deviations(const Pack<double>& values, const Pack<
 }
 
 // Roundings of many terms cancel each other; those of a few float64 terms have to be kept.
+constexpr int64_t kFewTerms = 64;
 template <class T>
 inline bool few_terms(int64_t count) {
-  return kMayOverflow<T> && count <= 64;
+  return kMayOverflow<T> && count <= kFewTerms;
+}
+
+// Is a pivot so near the mean that sums about it are as good as about the mean itself? What rounding takes from the
+// squares counts squares / m2 times in rstd, and the mean is off by as much of the distance as its sum is. So it
+// depends on the sums: those that keep what their last additions lose bear more (sets in runs), few terms of such most.
+constexpr double kMostSquares = 1.5;
+FASTNORM_INLINE double most_squares_of_set(double count) { return count <= kFewTerms ? 3 : 2; }
+// Squares that vanish say nothing of that, and a constant set wants every digit of its mean.
+constexpr double kLeastSquares = 0x1p-960;
+inline bool near_mean(const Moments& moments, const Sum& sum, const Sum& squares) {
+  const bool told = squares.hi >= kLeastSquares || sum.hi == 0;
+  return told && moments.m2.value() * most_squares_of_set(moments.count) >= squares.hi;
 }
 
 // Moments of n contiguous values times `scale`.
@@ -235,8 +242,9 @@ inline bool needs_scale(const Moments& moments, double eps) {
 }
 
 // The low part of the mean costs time; it is left out where it is worth less than an eighth of a unit.
+constexpr double kNegligible = 0x1p-56;
 inline void drop_negligible(Statistic& s) {
-  if (std::fabs(s.mean_lo) * s.rstd < 0x1p-56) s.mean_lo = 0;
+  if (std::fabs(s.mean_lo) * s.rstd < kNegligible) s.mean_lo = 0;
 }
 
 // Statistics of a set from its moments, which were taken of x * scale.

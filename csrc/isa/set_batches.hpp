@@ -47,7 +47,7 @@ class SetBatches {
     with_formula([&](const auto& formula_of) {
       constexpr bool centred = std::decay_t<decltype(formula_of)>::kCentred;
       for_batches<Batch>(
-          plan_, begin, end, [&](Batch& batch) { measure<centred>(batch); },
+          plan_, kBatchElements, begin, end, [&](Batch& batch) { measure<centred>(batch); },
           [&](Batch& batch) { finish_batch(plan_, args_, additions_, batch); },
           [&](const Batch& now, Batch& next) { normalise<centred>(now, next, formula_of); });
     });

@@ -159,11 +159,11 @@ FASTNORM_LOOPS inline void chunk_deviations(const Plan& plan, int64_t set, int64
   }
   chunk_deviations<true>(plan, set, chunk, AboutZero{}, sum, squares);
   Moments moments = moments_about(0, count, sum, squares);
-  if (near_mean(moments, squares)) return moments;
+  if (near_mean(moments, sum, squares)) return moments;
   const double pivot = moments.mean;
   chunk_deviations<true>(plan, set, chunk, About(pivot), sum, squares);
   moments = moments_about(pivot, count, sum, squares);
-  return near_mean(moments, squares) ? moments : chunk_moments<double>(plan, set, chunk, true, 1);
+  return near_mean(moments, sum, squares) ? moments : chunk_moments<double>(plan, set, chunk, true, 1);
 }
 
 inline Moments measure_chunks(const Plan& plan, int64_t set, bool centred) {

@@ -1,0 +1,121 @@
+"""The forward of float64 sets, judged by longdouble: most are measured in one reading, about zero, and the others about
+their mean, or block by block. What decides is the data's distance from zero, so that is what these tests go through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fastnorm as fn
+
+UNIT = 2.0**-53
+EPS = 1e-5
+# About every boundary of a pack, of a leaf, of what counts as few terms, of a block and of a chunk.
+SIZES = (2, 3, 8, 15, 16, 17, 30, 49, 64, 65, 100, 128, 129, 255, 515, 1024, 1025, 2048, 5000, 65537)
+
+pytestmark = pytest.mark.skipif(np.finfo(np.longdouble).nmant < 63, reason="no longdouble to judge float64 by")
+
+
+def _two_valued(rng: Any, shape: tuple[int, int]) -> Any:
+    low, high = rng.standard_normal((2, shape[0], 1))
+    return np.where(rng.random(shape) < 0.5, low, high)
+
+
+KINDS: dict[str, Callable[[Any, tuple[int, int]], Any]] = {
+    **{
+        f"mean {by:g}": lambda rng, shape, by=by: rng.standard_normal(shape) + by
+        for by in (0, 0.3, 0.5, 0.7, 1, 1.4, 3, 1e3, 1e9, 1e15)
+    },
+    "uniform": lambda rng, shape: rng.random(shape),
+    "relu": lambda rng, shape: np.maximum(rng.standard_normal(shape), 0),
+    "lognormal": lambda rng, shape: np.exp(rng.standard_normal(shape)),
+    "trend": lambda rng, shape: rng.standard_normal(shape) * 0.01 + np.linspace(-1, 1, shape[1]),
+    "outliers": lambda rng, shape: np.where(rng.random(shape) < 0.02, 100, 1) * rng.standard_normal(shape),
+    "two values": _two_valued,
+    "three values": lambda rng, shape: rng.choice([-1 / 3, 0.1, 0.7], shape),
+    "tiny": lambda rng, shape: (rng.standard_normal(shape) + 1) * 1e-290,
+    "huge": lambda rng, shape: (rng.standard_normal(shape) + 1) * 1e290,
+}
+
+
+def _exact(x: Any, eps: float) -> Any:
+    """xhat along the last axis. Distances from the first value lose nothing of an offset, nor overflow."""
+    wide = x.astype(np.longdouble)
+    wide = wide - wide[..., :1]
+    wide = wide - wide.mean(-1, keepdims=True)
+    wide = wide - wide.mean(-1, keepdims=True)
+    return wide / np.sqrt(np.mean(wide * wide, -1, keepdims=True) + np.longdouble(eps))
+
+
+def _worst(y: Any, exact: Any) -> float:
+    return float(np.max(np.abs(y.astype(np.longdouble) - exact) / np.maximum(1, np.abs(exact)))) / UNIT
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_within_four_units(kind: str) -> None:
+    rng = np.random.default_rng(7)
+    eps = 0.0 if kind in ("tiny", "huge") else EPS
+    worst = {}
+    for size in SIZES:
+        x = KINDS[kind](rng, (max(2, min(2000, 100_000 // size)), size))
+        x = x[np.ptp(x, axis=1) > 0]  # a constant set under eps = 0 has no exact result
+        worst[size] = _worst(fn.layer_norm(x, eps=eps), _exact(x, eps))
+    print(f"{kind}: {max(worst.values()):.2f} u at {max(worst, key=worst.__getitem__)} values")
+    assert max(worst.values()) <= 4, worst
+
+
+@pytest.mark.parametrize("size", [30, 64, 100, 515, 1024, 2048])
+def test_a_set_has_the_same_bits_in_any_company(size: int) -> None:
+    """Near zero, far from it, with a scale, NaN, constant: side by side and alone, strided, in place, on threads."""
+    rng = np.random.default_rng(8)
+    offsets = rng.choice([0, 0.5, 0.7, 1.4, 3, 1e6, 1e12], 67)
+    x = rng.standard_normal((67, size)) + offsets[:, None]
+    x[11], x[12], x[13, 3], x[14] = 0, 1 / 3, np.nan, x[14] * 1e300
+    weight, bias = rng.standard_normal((2, size))
+    with np.errstate(all="ignore"):
+        y = fn.layer_norm(x, weight, bias)
+        for row in range(67):
+            np.testing.assert_array_equal(fn.layer_norm(x[row : row + 1], weight, bias)[0], y[row], err_msg=str(row))
+        far_apart = np.empty((67, 2 * size))[:, ::2]
+        np.testing.assert_array_equal(fn.layer_norm(x, weight, bias, out=far_apart), y)
+        in_place = x.copy()
+        np.testing.assert_array_equal(fn.layer_norm(in_place, weight, bias, out=in_place), y)
+        for threads in (1, 2, 7):
+            with fn.num_threads(threads):
+                np.testing.assert_array_equal(fn.layer_norm(x, weight, bias), y)
+    np.testing.assert_array_equal(y[11], bias)
+    np.testing.assert_array_equal(y[12], bias)
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 7, 7), (2, 8, 8, 8), (5, 8, 14, 14), (2, 16, 3, 5), (40, 8, 1, 33)])
+@pytest.mark.parametrize("by", [0.0, 0.6, 2.0, 1e5])
+def test_planes_and_groups(shape: tuple[int, ...], by: float) -> None:
+    rng = np.random.default_rng(9)
+    x = rng.standard_normal(shape) + by * rng.standard_normal((1, shape[1], 1, 1))
+    planes = x.reshape(shape[0], shape[1], -1)
+    worst = {
+        "instance": _worst(fn.instance_norm(x, eps=EPS).reshape(planes.shape), _exact(planes, EPS)),
+        "group": _worst(fn.group_norm(x, 4, eps=EPS).reshape(shape[0], 4, -1), _exact(x.reshape(shape[0], 4, -1), EPS)),
+        "batch": _worst(
+            fn.batch_norm_forward(x, eps=EPS)[0].swapaxes(0, 1).reshape(shape[1], -1),
+            _exact(x.swapaxes(0, 1).reshape(shape[1], -1), EPS),
+        ),
+    }
+    print({name: round(error, 2) for name, error in worst.items()})
+    assert max(worst.values()) <= 4, worst
+
+
+@pytest.mark.parametrize("value", [1e-170 / 3, 1e-200 / 3, 1e-300 / 3, 1 / 3, 1e200 / 3])
+@pytest.mark.parametrize("size", [3, 30, 100, 515, 3000])
+def test_a_constant_set_gives_exactly_its_bias(value: float, size: int) -> None:
+    """However small: its squares vanish, and with them what they say of the mean."""
+    x = np.full((9, size), value)
+    x[4] = np.linspace(-1, 1, size)
+    y = fn.layer_norm(x, eps=EPS)
+    assert np.count_nonzero(np.delete(y, 4, axis=0)) == 0
+    assert np.count_nonzero(fn.batch_norm_forward(np.full((size, 4), value), eps=EPS)[0]) == 0
+    assert np.count_nonzero(fn.instance_norm(np.full((2, 3, size), value), eps=EPS)) == 0
