@@ -4,6 +4,7 @@ terms' magnitudes. Rows whose statistics need a scale go their own way, and thei
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import numpy as np
@@ -142,6 +143,8 @@ def _exact(x: Any, dy: Any, weight: Any, centred: bool) -> list[tuple[Any, Any]]
 @pytest.mark.parametrize("centred", [True, False], ids=["layer", "rms"])
 @pytest.mark.parametrize("case", CASES)
 def test_gradients(case: str, centred: bool) -> None:
+    if case in LIMITS and "FASTNORM_VERIFY" in os.environ:
+        pytest.skip("known to be beyond the contract (docs/accuracy.md), to which verification holds every call")
     rng = np.random.default_rng(11)
     worst = {}
     for shape in SHAPES:
