@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -55,11 +55,11 @@ def _blocks(block: Array, domain: int, seed: int, offset: int) -> Array:
     return philox4x32(counters, seed)
 
 
-def _half(words: Array, h: Array) -> Array:
-    """Half h (0 to 7) of each row of four words, lower half first, as uint64."""
-    word = words[np.arange(words.shape[0]), h // 2].astype(np.uint64)
-    half: Array = (word >> (np.uint64(16) * (h % 2).astype(np.uint64))) & np.uint64(0xFFFF)
-    return half
+def _half(words: Array, row: Array, h: Array) -> Array:
+    """Half h (0 to 7) of the four words in each row named, lower half first, as uint64."""
+    # In memory order of the low byte first, whatever the machine's, the words are the halves.
+    halves = words.astype("<u4").view("<u2")
+    return cast(Array, halves[row, h.astype(np.intp)].astype(np.uint64))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -102,6 +102,8 @@ def factor(p: float, dtype: Any) -> Any:
 def _draw_index(shape: tuple[int, ...], shared: tuple[int, ...], start: int, stop: int) -> Array:
     """For elements start to stop in C order: the C-order index in the shape whose shared axes are 1."""
     rest = np.arange(start, stop, dtype=np.uint64)
+    if not shared:
+        return rest
     index = np.zeros_like(rest)
     stride = 1
     for axis in reversed(range(len(shape))):
@@ -115,8 +117,11 @@ def _draw_index(shape: tuple[int, ...], shared: tuple[int, ...], start: int, sto
 def _keep(index: Array, p: float, seed: int, offset: int) -> Array:
     k = threshold(p)
     block, h = np.divmod(index, np.uint64(8))
-    high = _half(_blocks(block, 0, seed, offset), h)
-    low = _half(_blocks(block, 1, seed, offset), h)
+    blocks, row = block, np.arange(block.size)
+    if block.size and block.max() - block.min() < block.size:  # each block once: it holds the draws of 8 elements
+        blocks = np.arange(block.min(), block.max() + np.uint64(1), dtype=np.uint64)
+        row = (block - blocks[0]).astype(np.intp)
+    high, low = (_half(_blocks(blocks, domain, seed, offset), row, h) for domain in (0, 1))
     draw = (high << np.uint64(16)) | low
     return np.asarray(draw < np.uint64(k))
 

@@ -84,7 +84,7 @@ class _Sets:
         return math.prod(self.shape[i] for i in self.axes)
 
     def view(self, a: Array) -> Array:
-        return cast(Array, a.transpose(self.order).reshape(self.shape).astype(WIDE))
+        return cast(Array, a.transpose(self.order).reshape(self.shape))
 
     def back(self, v: Array, like: Array) -> Array:
         transposed = v.reshape(tuple(like.shape[i] for i in self.order))
@@ -166,14 +166,16 @@ def _mean(v: Array, axes: tuple[int, ...]) -> Array:
 
 def _ratio(v: Array, sigma: Array) -> Array:
     """v / sigma, and 0 where sigma is: a constant set with eps = 0 has xhat = 0 and no gradient."""
-    quotient: Array = np.zeros(np.broadcast_shapes(v.shape, sigma.shape), WIDE)
-    np.divide(v, sigma, out=quotient, where=sigma != 0)
+    quotient: Array = np.empty(np.broadcast_shapes(v.shape, sigma.shape), WIDE)
+    np.divide(v, sigma, out=quotient)
+    if not sigma.all():
+        quotient[np.broadcast_to(sigma == 0, quotient.shape)] = 0
     return quotient
 
 
-def _power_of_two(v: Array, axes: tuple[int, ...]) -> Array:
+def _power_of_two(least: Array, most: Array) -> Array:
     """A power of two near each set's largest |v|. Dividing by it is exact and keeps sums and squares in range."""
-    largest = np.max(np.abs(v), axis=axes, keepdims=True, initial=0)
+    largest = np.maximum(np.abs(least), np.abs(most))
     exponent = np.maximum(np.frexp(largest)[1] - 1, -1000)
     power: Array = np.where(np.isfinite(largest) & (largest > 0), np.ldexp(WIDE(1), exponent), WIDE(1))
     return power
@@ -182,24 +184,29 @@ def _power_of_two(v: Array, axes: tuple[int, ...]) -> Array:
 def _statistics(v: Array, axes: tuple[int, ...], eps: float, *, centred: bool = True) -> tuple[Array, Array, Array]:
     """mean, sigma = sqrt(var + eps) and xhat = (v - mean) / sigma of every set; mean is taken as 0 if not centred.
 
+    v comes in its own dtype, in which least and largest are found as well as in longdouble, and sooner.
     A mean rounded at a large offset is wrong by much more than the deviations can bear, so deviations are taken twice:
     the second mean is what the rounding of the first left over (the corrected two-pass algorithm, Chan et al. 1983).
     """
-    p = _power_of_two(v, axes)
-    if v.size == 0:
-        return np.zeros_like(p), np.zeros_like(p), v  # no values: statistics of 0, so that nothing follows from them
-    d = v / p
+    if v.size == 0:  # no values: statistics of 0, so that nothing follows from them
+        none = np.zeros([1 if i in axes else n for i, n in enumerate(v.shape)], WIDE)
+        return none, none, v.astype(WIDE)
+    least, most = (bound(axis=axes, keepdims=True).astype(WIDE) for bound in (v.min, v.max))
+    p = _power_of_two(least, most)
+    d = v.astype(WIDE)
+    d /= p
     mean = np.zeros_like(p)
     if centred:
         # Clipped because a rounded mean can leave the range of its set; a constant set must give d = 0.
-        mean = np.clip(_mean(d, axes), d.min(axes, keepdims=True), d.max(axes, keepdims=True))
-        d = d - mean
+        mean = np.clip(_mean(d, axes), least / p, most / p)
+        d -= mean
         rest = _mean(d, axes)
-        d = d - rest
+        d -= rest
         mean = mean + rest
     std = np.sqrt(_mean(d * d, axes))
     sigma = p * np.hypot(std, np.sqrt(WIDE(eps)) / p)
-    return p * mean, sigma, _ratio(p * d, sigma)
+    d *= p
+    return p * mean, sigma, _ratio(d, sigma)
 
 
 @_quiet
@@ -226,8 +233,16 @@ def _normalise(
         sigma = np.sqrt(sets.parameter("var", given[1], 0) + WIDE(eps))
         xhat = _ratio(v - mean, sigma)
     w, b = sets.parameter("weight", weight, 1), sets.parameter("bias", bias, 0)
-    y = xhat * w + b
-    y_scale = np.maximum(1, np.abs(xhat)) * np.abs(w) + np.abs(b)
+    # In place, as far as it goes: of large arrays, the memory of each new one costs what computing it costs.
+    y_scale = np.abs(xhat)
+    y_scale = np.maximum(1, y_scale, out=y_scale)
+    y = xhat
+    if weight is not None:
+        y *= w
+        y_scale *= np.abs(w)
+    y += b
+    if bias is not None:
+        y_scale += np.abs(b)
 
     # The contract is for xhat; weight and bias each add one rounding.
     units = FORWARD_UNITS + (weight is not None) + (bias is not None)
@@ -257,21 +272,26 @@ def _differentiate(dy: Array, cache: Any, sets: _Sets, *, centred: bool = True) 
     x, weight, bias = cache.x, cache.weight, cache.bias
     if _floating("dy", dy).shape != x.shape:
         raise ValueError(f"dy has shape {dy.shape}, expected x's {x.shape}")
-    v, dv = sets.view(x), sets.view(dy)
-    g = dv * sets.parameter("weight", weight, 1)
+    v, dv = sets.view(x), sets.view(dy).astype(WIDE)
+    g = dv * sets.parameter("weight", weight, 1)  # never dv itself, as it is computed with in place
     if cache.training is False:
         rstd = sets.parameter("rstd", cache.rstd, 1)
         xhat = (v - sets.parameter("mean", cache.mean, 0)) * rstd
+        xhat_size = np.abs(xhat)
         dx = g * rstd
         dx_scale = np.abs(dx)
     else:
         _, sigma, xhat = _statistics(v, sets.axes, cache.eps, centred=centred)
+        product, size, xhat_size = g * xhat, np.abs(g), np.abs(xhat)
         g1 = _mean(g, sets.axes) if centred else WIDE(0)
-        g2 = _mean(g * xhat, sets.axes)
-        dx = _ratio(g - g1 - xhat * g2, sigma)
-        scale1 = _mean(np.abs(g), sets.axes) if centred else WIDE(0)
-        scale2 = _mean(np.abs(g * xhat), sets.axes)
-        dx_scale = _ratio(np.abs(g) + scale1 + np.abs(xhat) * scale2, sigma)
+        g2 = _mean(product, sets.axes)
+        scale1 = _mean(size, sets.axes) if centred else WIDE(0)
+        scale2 = _mean(np.abs(product, out=product), sets.axes)
+        g -= g1
+        g -= xhat * g2
+        size += scale1
+        size += xhat_size * scale2
+        dx, dx_scale = _ratio(g, sigma), _ratio(size, sigma)
 
     u = _unit(x.dtype)
     gradients: dict[str, Exact | None] = {
@@ -279,11 +299,12 @@ def _differentiate(dy: Array, cache: Any, sets: _Sets, *, centred: bool = True) 
         "dweight": None,
         "dbias": None,
     }
+    dv_size = np.abs(dv)
     if weight is not None:
-        scale = sets.parameter_sum(np.abs(dv) * np.maximum(1, np.abs(xhat)))
+        scale = sets.parameter_sum(dv_size * np.maximum(1, xhat_size, out=xhat_size))
         gradients["dweight"] = Exact(sets.parameter_sum(dv * xhat), scale, _unit(weight.dtype), GRADIENT_UNITS)
     if bias is not None:
-        scale = sets.parameter_sum(np.abs(dv))
+        scale = sets.parameter_sum(dv_size)
         gradients["dbias"] = Exact(sets.parameter_sum(dv), scale, _unit(bias.dtype), GRADIENT_UNITS)
     return gradients
 
@@ -738,7 +759,7 @@ def _exact_moments(x: Array, axis: int | tuple[int, ...] | None = None) -> dict[
     shape = tuple(n for i, n in enumerate(x.shape) if i not in axes)
     if count == 0 and math.prod(shape):
         raise ValueError(f"x has shape {x.shape}: no values along axis {axis}, expected at least one")
-    mean, std, _ = _statistics(_floating("x", x).astype(WIDE), axes, 0.0)
+    mean, std, _ = _statistics(_floating("x", x), axes, 0.0)
     mean, std = mean.reshape(shape), std.reshape(shape)
     u = _unit(x.dtype)
     mean_scale = std + np.abs(mean) * _unit(np.dtype(np.float64)) / u
