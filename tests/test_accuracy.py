@@ -16,6 +16,8 @@ import fastnorm as fn
 from operations import LAYOUTS, OPERATIONS, results
 from ulps import assert_close, errors, expected, unit
 
+pytestmark = pytest.mark.unverified("compares every result with the references itself")
+
 
 def with_outlier(place: int) -> Callable[[np.random.Generator, int], np.ndarray]:
     def values(rng: np.random.Generator, n: int) -> np.ndarray:

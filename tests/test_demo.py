@@ -58,6 +58,7 @@ def test_held_out_images_are_not_trained_on() -> None:
     assert sum(image.tobytes() in trained for image in one.held_out_images) < 5
 
 
+@pytest.mark.unverified("makes the calls of the shorter trainings below some thousand times more")
 @pytest.mark.parametrize("seed", [0, 1])
 def test_held_out_accuracy_is_at_least_97_percent(seed: int) -> None:
     result = train(fastnorm, load_digits(), epochs=15, seed=seed)

@@ -7,7 +7,6 @@ in a million tests.
 from __future__ import annotations
 
 import math
-import os
 import pickle
 import runpy
 from fractions import Fraction
@@ -159,6 +158,7 @@ def test_memory_that_runs_along_another_axis_than_the_draws(shape: tuple[int, ..
 
 @pytest.mark.parametrize("level", _core.isa_levels())
 @pytest.mark.parametrize("skip", [0, 1, 13])
+@pytest.mark.unverified("compares every value with the formula itself")
 def test_arrays_larger_than_the_caches(level: str, skip: int) -> None:
     """From 16 MB on results are streamed, in lines of 64 bytes whatever the array's address: nothing is left out."""
     _core.set_isa(level)
@@ -531,7 +531,7 @@ def test_p_0_and_1_advance_a_stream_as_well() -> None:
     assert rng.offset == 3
 
 
-@pytest.mark.skipif("FASTNORM_VERIFY" in os.environ, reason="while verification is on, they leave every call")
+@pytest.mark.unverified("the compiled entries leave every call while verification is on")
 def test_the_compiled_entries_take_the_common_call_and_leave_the_rest() -> None:
     x, rng = sample((3, 5), np.float32), fn.Philox(3, 4)
     for common in [(x, 0.5, 7, (), "inverted", None), (x, 0, rng, (0, 1), "classic", np.empty_like(x))]:

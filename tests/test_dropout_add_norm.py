@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import tracemalloc
 from contextlib import nullcontext
 from typing import Any
@@ -268,6 +267,7 @@ def test_cache_is_read_only() -> None:
         cache.norm = None  # type: ignore[misc]
 
 
+@pytest.mark.unverified("compares the kernels with themselves")
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -301,7 +301,7 @@ def test_one_pass_has_the_bits_of_the_separate_calls(dtype: type, norm: str, thr
                 assert_same_bits(grads.dbias, dbias)
 
 
-@pytest.mark.skipif("FASTNORM_VERIFY" in os.environ, reason="while verification is on, they leave every call")
+@pytest.mark.unverified("the compiled entries leave every call while verification is on")
 def test_the_compiled_step_takes_rows_in_one_piece_and_leaves_the_rest() -> None:
     x, w, rng = sample((4, 9), np.float32), sample((9,), np.float32), fn.Philox(1, 2)
 
@@ -342,8 +342,15 @@ def calls_into(
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("dtype", FLOATS)
-# The last shape is past the caches, with blocks of rows that do not fit the groups of the parameters' sums.
-@pytest.mark.parametrize("shape", [(5, 33), (300, 131), (2051, 1031)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (5, 33),
+        (300, 131),
+        # Past the caches, with blocks of rows that do not fit the groups of the parameters' sums.
+        pytest.param((2051, 1031), marks=pytest.mark.unverified("compares the kernels with themselves")),
+    ],
+)
 def test_results_into_given_arrays(shape: tuple[int, ...], dtype: type, norm: str, threads: int) -> None:
     arrays = {name: sample(shape, dtype, i) for i, name in enumerate(("x", "residual", "dy", "ds"))}
     settings = parameters(norm, shape[-1:], dtype)
@@ -406,7 +413,7 @@ def test_in_place(shape: tuple[int, ...], verified: bool, layout: str, norm: str
                     assert_same_bits(got[2].dresidual, wanted[2].dresidual)
 
 
-@pytest.mark.skipif("FASTNORM_VERIFY" in os.environ, reason="the references make arrays of their own")
+@pytest.mark.unverified("measures memory, of which the references need more")
 @pytest.mark.parametrize("norm", NORMS)
 def test_given_arrays_save_the_memory(norm: str) -> None:
     arrays = {name: sample((512, 768), np.float32, i) for i, name in enumerate(("x", "residual", "dy", "ds"))}

@@ -71,7 +71,10 @@ class Guarded:
             self.protect(address, size, READ | WRITE)
 
 
-@pytest.fixture(params=["end", "start", "end, gaps", "start, backwards"])
+ELSEWHERE = pytest.mark.unverified("makes the same calls as at the end of a page")
+
+
+@pytest.fixture(params=["end", *(pytest.param(p, marks=ELSEWHERE) for p in ("start", "end, gaps", "start, backwards"))])
 def guarded(request: pytest.FixtureRequest) -> Iterator[Guarded]:
     at, *how = request.param.split(", ")
     memory = Guarded(at, "gaps" in how, "backwards" in how)

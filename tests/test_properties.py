@@ -17,6 +17,8 @@ import fastnorm as fn
 from contract import SHAPES
 from ulps import assert_close, expected
 
+pytestmark = pytest.mark.unverified("compares every result with the references itself")
+
 STEMS = list(SHAPES)
 # The same examples on every run, and nothing kept on disk.
 SETTINGS = settings(

@@ -206,6 +206,7 @@ def others_ran_during(work: object) -> bool:
     return ran
 
 
+@pytest.mark.unverified("others run while the references compute, whatever the kernels do")
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_the_gil_is_released_for_large_work(name: str) -> None:
     call = OPERATIONS[name].make(fn, (256, 16, 48, 32))  # a millisecond or more: the other thread has to wake up in it

@@ -17,6 +17,8 @@ import fastnorm as fn
 from operations import results
 from ulps import assert_close, expected
 
+pytestmark = pytest.mark.unverified("compares every result with the references itself")
+
 Values = Callable[[np.random.Generator, int], np.ndarray]
 
 # Around packs (16), trees (4 and 8 packs), leaves (128), blocks and what fits a cache line; the planes of small images.
