@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import fastnorm as fn
+from fastnorm import _core
 
 UNIT = 2.0**-53
 EPS = 1e-5
@@ -119,3 +120,66 @@ def test_a_constant_set_gives_exactly_its_bias(value: float, size: int) -> None:
     assert np.count_nonzero(np.delete(y, 4, axis=0)) == 0
     assert np.count_nonzero(fn.batch_norm_forward(np.full((size, 4), value), eps=EPS)[0]) == 0
     assert np.count_nonzero(fn.instance_norm(np.full((2, 3, size), value), eps=EPS)) == 0
+
+
+@pytest.mark.parametrize("distance", [0.0, 1e-17, 1e-12, 0.999999, 1.0, 1.000001])
+@pytest.mark.parametrize("size", [2, 16, 49, 100, 1000])
+def test_about_one_standard_deviation_from_zero(distance: float, size: int) -> None:
+    """Up to there results are taken about zero, from there on about the mean."""
+    rng = np.random.default_rng(11)
+    x = rng.standard_normal((200, size))
+    x -= x.mean(-1, keepdims=True)
+    x += distance * rng.choice([-1, 1], (200, 1)) * x.std(-1, keepdims=True)
+    worst = _worst(fn.layer_norm(x, eps=0.0), _exact(x, 0.0))
+    print(f"{worst:.2f} u")
+    assert worst <= 4
+    np.testing.assert_array_equal(fn.layer_norm(x[::-1], eps=0.0)[::-1], fn.layer_norm(x, eps=0.0))
+
+
+@pytest.mark.parametrize("weight", [0.0, -2.0, 1e-80, -1e80, 1e-95, 1e95, 1e-200, 1e250])
+@pytest.mark.parametrize("scale", [1.0, 1e120, 1e-120, 1e300])
+def test_weights_of_any_size(weight: float, scale: float) -> None:
+    """As one factor with rstd, or one after the other where that would leave the range. 1 u more for the weight."""
+    rng = np.random.default_rng(12)
+    x = (rng.standard_normal((4, 6, 3, 11)) + rng.choice([0, 0.5, 3], (4, 6, 1, 1))) * scale
+    weights = np.array([1.0, weight, 1.5, weight, weight, 2.0])
+    xhat = _exact(x.reshape(4, 6, -1), 0.0).reshape(x.shape)
+    exact = xhat * weights.astype(np.longdouble)[:, None, None]
+    y = fn.instance_norm(x, weights, eps=0.0)
+    bound = 5 * UNIT * np.maximum(1, np.abs(xhat)) * np.abs(weights)[:, None, None]
+    assert np.all(np.abs(y.astype(np.longdouble) - exact) <= bound)
+    level = _core.isa()
+    try:
+        for other in _core.isa_levels():
+            _core.set_isa(other)
+            np.testing.assert_array_equal(fn.instance_norm(x, weights, eps=0.0), y, err_msg=other)
+    finally:
+        _core.set_isa(level)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("offset", range(0, 64, 8))
+def test_bits_do_not_depend_on_where_arrays_begin(dtype: type, offset: int) -> None:
+    """Long rows are written in whole lines of the cache, and their parameters copied to lie as the results do."""
+    rng = np.random.default_rng(13)
+    for shape in ((40, 384), (17, 768), (16, 515), (33, 1032), (3, 2048)):
+        x = rng.standard_normal(shape).astype(dtype)
+        weight, bias = rng.standard_normal((2, shape[1])).astype(dtype)
+        plain = fn.layer_norm(x, weight, bias), fn.rms_norm(x, weight), fn.layer_norm(x, bias=bias)
+        room = np.full(x.size + 64, 7, dtype)
+        place = (-room.ctypes.data % 64 + offset) // room.itemsize
+        out = room[place : place + x.size].reshape(shape)
+        for make, expected in zip(
+            (
+                lambda out, x=x, w=weight, b=bias: fn.layer_norm(x, w, b, out=out),
+                lambda out, x=x, w=weight: fn.rms_norm(x, w, out=out),
+                lambda out, x=x, b=bias: fn.layer_norm(x, bias=b, out=out),
+            ),
+            plain,
+            strict=True,
+        ):
+            make(out)
+            np.testing.assert_array_equal(out, expected)
+            assert np.all(room[:place] == 7)
+            assert np.all(room[place + x.size :] == 7)
+        np.testing.assert_array_equal(fn.layer_norm(x.copy(), weight, bias, out=x), plain[0])

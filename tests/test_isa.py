@@ -129,22 +129,74 @@ def test_same_bits_at_every_level_on_hard_values(name: str) -> None:
             assert all(found == bits[0] for found in bits), (center, spread, special)
 
 
-def compile_kernels(level: str, directory: Path) -> Path:
-    """One object as the build makes it: flags from CMake's own files, so that the test follows them."""
+def compiler_for(level: str) -> list[str]:
+    """A compiler and the build's flags for a level, read from CMake's own files, so that the tests follow them."""
     compiler = next((c for c in (os.environ.get("CXX"), "c++", "g++", "clang++") if c and shutil.which(c)), None)
     if compiler is None:
-        pytest.skip("no objects of a build in the tree, and no C++ compiler to make one")
+        pytest.skip("no C++ compiler")
     isa_cmake = (ROOT / "cmake" / "isa.cmake").read_text(encoding="utf-8")
     common = re.search(r"set\(FASTNORM_KERNEL_FLAGS ([^)]*)\)", isa_cmake)
     own = re.search(rf"fastnorm_add_isa\({level}([^)]*)\)", (ROOT / "CMakeLists.txt").read_text(encoding="utf-8"))
     assert common
     assert own
     flags = [*common[1].split(), *own[1].split(), "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fopenmp-simd"]
+    return [compiler, *flags, f"-DFASTNORM_ISA={level}", f"-I{ROOT / 'csrc'}"]
+
+
+def compile_kernels(level: str, directory: Path) -> Path:
+    """One object as the build makes it."""
     target = directory / f"{level}.o"
-    command = [compiler, *flags, f"-DFASTNORM_ISA={level}", f"-I{ROOT / 'csrc'}", "-c", str(KERNELS), "-o", str(target)]
+    command = [*compiler_for(level), "-c", str(KERNELS), "-o", str(target)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return target
+
+
+# The fused step against the C library's: products with ties, cancellation, and factors far apart among them.
+MULTIPLY_ADD = r"""
+#include <cmath>
+#include <cstdio>
+#include <random>
+#include "isa/places.hpp"
+using fastnorm::Pack;
+static std::mt19937_64 random_bits(1);
+static double number(int exponent) {  // of few bits, or of many
+  const uint64_t bits = random_bits();
+  const double fractions[] = {double(bits % 64), 1 + double(bits >> 12) * 0x1p-52, 1 + double(bits % 16) * 0x1p-52,
+                              1 + double(bits % 1024) * 0x1p-26};
+  return std::ldexp(fractions[random_bits() % 4], exponent) * (random_bits() & 1 ? 1 : -1);
+}
+int main() {
+  long wrong = 0;
+  for (int round = 0; round < 200000; ++round) {
+    double a[16], b[16], c = number(int(random_bits() % 120) - 60), y[16];
+    if (c == 0) c = -0.0;  // as SplitMean has it
+    for (int i = 0; i < 16; ++i) {
+      a[i] = number(int(random_bits() % 60) - 30);
+      b[i] = number(int(random_bits() % 60) - 30);
+      if (random_bits() % 8 == 0 && a[i] != 0) b[i] = (-c + double(random_bits() % 5) * std::fabs(c) * 0x1p-53) / a[i];
+      if (random_bits() % 50 == 0) a[i] = std::ldexp(a[i], random_bits() & 1 ? 400 : -900);
+    }
+    const fastnorm::Whole all{0};
+    all.store(y, fastnorm::multiply_add(all.load<double>(a), all.load<double>(b), Pack<double>(c)));
+    for (int i = 0; i < 16; ++i) {
+      const double exact = std::fma(a[i], b[i], c);
+      wrong += std::memcmp(&exact, &y[i], sizeof exact) != 0;
+    }
+  }
+  std::printf("%ld\n", wrong);
+}
+"""
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_the_fused_step_rounds_once_at_every_level(level: str, tmp_path: Path) -> None:
+    source, program = tmp_path / "multiply_add.cpp", tmp_path / "multiply_add"
+    source.write_text(MULTIPLY_ADD, encoding="utf-8")
+    command = [*compiler_for(level), str(source), "-o", str(program)]
+    built = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stderr
+    assert subprocess.run([str(program)], capture_output=True, text=True, check=True).stdout == "0\n"
 
 
 @pytest.fixture(scope="session")

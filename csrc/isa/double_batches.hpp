@@ -21,39 +21,46 @@ struct DoubleBatch {
   alignas(64) double pivot[kMostSets], sum[kMostSets], lost_sum[kMostSets], squares[kMostSets], lost_squares[kMostSets];
   double mean[kMostSets], mean_lo[kMostSets], var[kMostSets], rstd[kMostSets], near[kMostSets], fine[kMostSets];
   double scale[kMostSets];
+  double from[kMostSets], rest[kMostSets], rest_lo[kMostSets];     // SplitMean
+  double weight[kMostSets], factor[kMostSets], offset[kMostSets];  // of sets of one weight for all values
 
   void put(int64_t lane, const PackPair& lanes) {
     sum_lanes[lane] = lanes.first;
     squares_lanes[lane] = lanes.second;
   }
-  void put(int64_t lane, const Pack<double>& squares) {
-    sum_lanes[lane] = Pack<double>(0.0);
-    squares_lanes[lane] = squares;
+  void put(int64_t lane, const Pack<double>& squares) { squares_lanes[lane] = squares; }
+  FASTNORM_INLINE Statistic statistic(int64_t lane) const {
+    return {mean[lane], mean_lo[lane], rstd[lane], scale[lane], 1};
   }
-  Statistic statistic(int64_t lane) const {
-    Statistic s{mean[lane], mean_lo[lane], rstd[lane], scale[lane]};
-    drop_negligible(s);
-    return s;
+  [[gnu::noinline]] void split_means(int64_t lanes) {
+#pragma omp simd
+    for (int64_t lane = 0; lane < lanes; ++lane) {
+      const SplitMean split = SplitMean::of(statistic(lane));
+      from[lane] = split.pivot;
+      rest[lane] = split.rest;
+      rest_lo[lane] = split.rest_lo;
+      factor[lane] = rstd[lane] * weight[lane];
+      offset[lane] = split.offset(factor[lane]);
+    }
   }
 };
 
-// y = (x - mean) * factor * weight + bias of a set.
+// Normalise for sets that need no scale.
 template <class Weight, class Bias>
 struct DoubleFormula {
-  Pack<double> mean, mean_lo, factor;
-  int64_t mean_lo_bits;  // compilers would compare the number itself again for every pack
+  Pack<double> pivot, factor, offset;
   Weight weight;
   Bias bias;
 
-  DoubleFormula(const Statistic& s, double rstd, Weight w, Bias b)
-      : mean(s.mean), mean_lo(s.mean_lo), factor(rstd), weight(w), bias(b) {
-    std::memcpy(&mean_lo_bits, &s.mean_lo, sizeof mean_lo_bits);
-  }
+  DoubleFormula(const DoubleBatch& batch, int64_t lane, Weight w, Bias b)
+      : pivot(batch.from[lane]), factor(batch.factor[lane]), offset(batch.offset[lane]), weight(w), bias(b) {}
+  DoubleFormula(const SplitMean& mean, double by, Weight w, Bias b)
+      : pivot(mean.pivot), factor(by), offset(mean.offset(by)), weight(w), bias(b) {}
 
   template <class At>
   FASTNORM_INLINE Pack<double> operator()(At at, const double* x) const {
-    const Pack<double> v = at.template load<double>(x), d = mean_lo_bits == 0 ? v - mean : less_mean(v, mean, mean_lo);
-    return plus(at, times(at, d * factor, weight), bias);
+    const Pack<double> d = at.template load<double>(x) - pivot;
+    return plus(at, times(at, multiply_add(d, factor, offset), weight), bias);
   }
 };
 
@@ -65,7 +72,6 @@ class DoubleBatches {
         run_(run),
         lines_(plan.elements / run),
         distance_(reading_ahead<double>(plan, plan.x, plan.whole.inner_size())),
-        few_(args.centred && few_terms<double>(plan.set_size())),
         one_run_(plan.whole.rank == 0 || (plan.whole.rank == 1 && plan.whole.stride[0] == sizeof(double))) {}
 
   // Can the sets be read in place? A weight per value wants all values in one run.
@@ -141,14 +147,18 @@ class DoubleBatches {
     const int64_t lanes = (batch.count + kStatisticLanes - 1) / kStatisticLanes * kStatisticLanes;
     for (int64_t lane = batch.count; lane < lanes; ++lane) batch.put(lane, Pack<double>(1.0));
     for (int64_t lane = 0; lane < lanes; lane += kStatisticLanes) {
-      fold_eight_exactly(batch.sum_lanes + lane, batch.sum + lane, batch.lost_sum + lane);
-      fold_eight_exactly(batch.squares_lanes + lane, batch.squares + lane, batch.lost_squares + lane);
+      if (args_.centred) {
+        fold_eight_exactly(batch.sum_lanes + lane, batch.sum + lane, batch.lost_sum + lane);
+        fold_eight_exactly(batch.squares_lanes + lane, batch.squares + lane, batch.lost_squares + lane);
+      } else {
+        fold_eight(batch.squares_lanes + lane, batch.squares + lane);
+      }
     }
     for (int64_t lane = 0; lane < lanes; ++lane) {
       batch.pivot[lane] = 0;
-      batch.scale[lane] = 1;
+      batch.scale[lane] = batch.weight[lane] = 1;
+      if (!args_.centred) batch.sum[lane] = batch.lost_sum[lane] = batch.lost_squares[lane] = 0;
     }
-    if (few_) measure_lost(batch);
     finish_lanes(batch, 0, lanes);
     if (args_.centred) {
       for (int64_t lane = 0; lane < lanes; lane += kStatisticLanes) measure_about_means(batch, lane);
@@ -167,28 +177,8 @@ class DoubleBatches {
         if (args_.rstd) args_.rstd[stat] = batch.rstd[lane];
       }
     }
-    check_factors(batch);
-  }
-
-  // What rounding took from the squares of few terms.
-  FASTNORM_LOOPS void measure_lost(DoubleBatch& batch) const {
-    const SetLines<double> from(plan_.x, run_);
-    for (int64_t first = 0; first < batch.count; first += kStatisticLanes) {
-      Pack<double> lanes[kStatisticLanes];
-      for (int64_t i = 0; i < kStatisticLanes; ++i) {
-        const int64_t set = batch.first + (first + i < batch.count ? first + i : first);
-        LostDeviations lost;
-        if (one_run_) {
-          lost.add_run(reinterpret_cast<const double*>(from.set(set)), plan_.set_size(), AboutZero{});
-        } else {
-          for_set_runs(plan_, set, 0, [&](const double* x, int64_t n) { lost.add_run(x, n, AboutZero{}); });
-        }
-        lanes[i] = lost.squares();
-      }
-      double lost[kStatisticLanes];
-      fold_eight(lanes, lost);
-      for (int64_t i = 0; i < kStatisticLanes; ++i) batch.lost_squares[first + i] += lost[i];
-    }
+    if (plan_.family == Family::channel && args_.weight) take_weights(batch);
+    if (batch.plain) batch.split_means(lanes);
   }
 
   void finish_lanes(DoubleBatch& batch, int64_t first, int64_t lanes) const {
@@ -197,7 +187,7 @@ class DoubleBatches {
                             batch.lost_squares + first},
                            {batch.mean + first, batch.mean_lo + first, batch.var + first, batch.rstd + first,
                             batch.near + first, batch.fine + first},
-                           lanes, count, args_.eps, most_squares_of_set(count));
+                           lanes, count, args_.eps, kMostSquaresOfSet);
   }
 
   // The second reading of those of eight sets that want one.
@@ -225,13 +215,12 @@ class DoubleBatches {
     batch.plain = batch.plain && s.scale == 1;
   }
 
-  // rstd * weight as one factor saves a rounding; where it would overflow, sets are normalised one by one.
-  void check_factors(DoubleBatch& batch) const {
-    if (plan_.family != Family::channel || !args_.weight) return;
+  // Sets whose weights do not go into a factor are normalised one by one.
+  void take_weights(DoubleBatch& batch) const {
     for (int64_t lane = 0; lane < batch.count; ++lane) {
+      if (plan_.segments == 1) batch.weight[lane] = args_.weight[batch.param[lane]];
       for (int64_t segment = 0; segment < plan_.segments; ++segment) {
-        const double factor = std::fabs(batch.rstd[lane] * args_.weight[batch.param[lane] + segment]);
-        batch.plain = batch.plain && (factor == 0 || (factor > 0x1p-1000 && factor < 0x1p1000));
+        batch.plain = batch.plain && as_one_factor(batch.rstd[lane], args_.weight[batch.param[lane] + segment]);
       }
     }
   }
@@ -273,13 +262,11 @@ class DoubleBatches {
                                                        const WeightOf& weight_of, const BiasOf& bias_of) const {
     const int64_t n = run_;
     const SetLines<double> from(plan_.x, n), to(plan_.y, n);
-    const double* const weight = plan_.family == Family::channel ? args_.weight : nullptr;
     for (int64_t lane = 0; lane < now.count; ++lane) {
-      const Statistic s = now.statistic(lane);
       const int64_t param = now.param[lane];
       const auto w = weight_of(param);
       const auto b = bias_of(param);
-      const DoubleFormula<decltype(w), decltype(b)> formula(s, weight ? s.rstd * weight[param] : s.rstd, w, b);
+      const DoubleFormula<decltype(w), decltype(b)> formula(now, lane, w, b);
       const double* const x = reinterpret_cast<const double*>(from.set(now.first + lane));
       double* const y = reinterpret_cast<double*>(to.set(now.first + lane));
       if (lane >= next.count) {
@@ -317,7 +304,7 @@ class DoubleBatches {
   template <class WeightOf, class BiasOf, class Between>
   FASTNORM_INLINE void normalise_set(const DoubleBatch& now, int64_t lane, const WeightOf& weight_of,
                                      const BiasOf& bias_of, const Between& between) const {
-    const Statistic s = now.statistic(lane);
+    const SplitMean mean{now.from[lane], now.rest[lane], now.rest_lo[lane]};
     const int64_t set = now.first + lane;
     const SegmentLines<double> from(plan_.x, set, run_), to(plan_.y, set, run_);
     const double* const weight = plan_.family == Family::channel ? args_.weight : nullptr;
@@ -327,7 +314,8 @@ class DoubleBatches {
       const int64_t param = now.param[lane] + segment;
       const auto w = weight_of(param);
       const auto b = bias_of(param);
-      const DoubleFormula<decltype(w), decltype(b)> formula(s, weight ? s.rstd * weight[param] : s.rstd, w, b);
+      const double factor = weight ? now.rstd[lane] * weight[param] : now.rstd[lane];
+      const DoubleFormula<decltype(w), decltype(b)> formula(mean, factor, w, b);
       const char* x_line = x_segment;
       char* y_line = y_segment;
       for (int64_t line = 0; line < lines_; ++line) {
@@ -344,7 +332,7 @@ class DoubleBatches {
   FASTNORM_INLINE void write_line(const double* x, double* y, const Formula& formula, const Between& between) const {
     const int64_t run = run_;
     const bool past_cache = args_.past_cache;
-    int64_t i = past_cache ? unaligned_values(y) : 0;
+    int64_t i = past_cache || run >= kAlignedRun<double> ? unaligned_values(y) : 0;
     if (i > run) i = run;
     if (i > 0) Partial{0, i}.store(y, formula(Partial{0, i}, x));
     while (i + kPack <= run) {
@@ -363,7 +351,7 @@ class DoubleBatches {
   const NormArgs<double>& args_;
   const int64_t run_, lines_;
   const int64_t distance_;
-  const bool few_, one_run_;
+  const bool one_run_;
 };
 
 }  // namespace

@@ -13,8 +13,8 @@ struct LaneSums {  // of d and d * d, d = x - pivot, each as a sum and what roun
 };
 struct LaneStatistics {
   double *mean, *mean_lo, *var, *rstd;
-  // near: 1 where squares are at most `most` times m2 (near_mean). plain: 1 where no
-  // number needed a scale, or can have lost digits for want of one; only there, and where near, is the rest of use.
+  // near: 1 where squares are at most `most` times m2 (near_mean). plain: 1 where no number needed a scale, or can have
+  // lost digits for want of one; only there, and where near, is the rest of use.
   double *near, *plain;
 };
 

@@ -120,14 +120,13 @@ inline bool few_terms(int64_t count) {
 
 // Is a pivot so near the mean that sums about it are as good as about the mean itself? What rounding takes from the
 // squares counts squares / m2 times in rstd, and the mean is off by as much of the distance as its sum is. So it
-// depends on the sums: those that keep what their last additions lose bear more (sets in runs), few terms of such most.
-constexpr double kMostSquares = 1.5;
-FASTNORM_INLINE double most_squares_of_set(double count) { return count <= kFewTerms ? 3 : 2; }
+// depends on the sums: those of sets in runs keep what their last additions lose.
+constexpr double kMostSquares = 1.5, kMostSquaresOfSet = 2;
 // Squares that vanish say nothing of that, and a constant set wants every digit of its mean.
 constexpr double kLeastSquares = 0x1p-960;
 inline bool near_mean(const Moments& moments, const Sum& sum, const Sum& squares) {
   const bool told = squares.hi >= kLeastSquares || sum.hi == 0;
-  return told && moments.m2.value() * most_squares_of_set(moments.count) >= squares.hi;
+  return told && moments.m2.value() * kMostSquaresOfSet >= squares.hi;
 }
 
 // Moments of n contiguous values times `scale`.
@@ -208,6 +207,7 @@ inline bool moments_of(const PlainTotals& totals, double count, bool centred, Mo
 struct Statistic {
   double mean = 0, mean_lo = 0, rstd = 0;
   double scale = 1;  // a power of two other than 1 only where x - mean could overflow
+  double of_x = 0;   // 1 if x gave these numbers, 0 if the caller did: then x may be anything
 
   double true_rstd() const { return rstd * scale; }  // may overflow where rstd * (something small) * scale does not
 };
@@ -255,6 +255,7 @@ inline Statistic statistic_of(const Moments& moments, double eps, double scale) 
   s.mean_lo = moments.mean_lo;
   s.rstd = reciprocal_std<T>(moments.m2, moments.count, eps * scale * scale);
   s.scale = scale;
+  s.of_x = 1;
   drop_negligible(s);
   return s;
 }
@@ -268,7 +269,7 @@ inline bool lost(double rstd) {
 // Statistics of a set from what the caller keeps (a cache, running statistics).
 template <class T>
 inline Statistic statistic_from(double mean, double mean_lo, double rstd) {
-  Statistic s{mean, mean_lo, rstd, 1};
+  Statistic s{mean, mean_lo, rstd};
   if (kMayOverflow<T> && (std::fabs(mean) > 0x1p1000 || (rstd > 0 && rstd < 0x1p-1000))) {
     s.scale = 0x1p-64;
     s.mean *= s.scale;

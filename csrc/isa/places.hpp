@@ -9,6 +9,8 @@ namespace {
 
 constexpr int kQuarterLine = 16;  // bytes
 
+inline int64_t whole_packs(int64_t n) { return (n + kPack - 1) / kPack * kPack; }
+
 // The place of a pack in a run: whole packs, and what is left at the end. at(p) is p's values there, converted to C
 // where the kernel computes in more than it stores.
 struct Whole {

@@ -324,20 +324,6 @@ class RowBackward {
   bool plain_weights_ = true;
 };
 
-// The first whole line of cache from p on, where packs lie in as few lines as
-// can be.
-template <class T>
-inline T* aligned(T* p) {
-  return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(p) + kLineBytes - 1) / kLineBytes * kLineBytes);
-}
-
-// The first place from p on that lies in its line as `other` does, for what is
-// read along with it.
-template <class T>
-inline T* in_lines_of(T* p, const void* other) {
-  return aligned(p) + reinterpret_cast<uintptr_t>(other) % kLineBytes / sizeof(T);
-}
-
 // The gradients of the parameters, which every part of a group adds into rows
 // of its own; those are added in order, to the group's sums, if it has several,
 // and then to those of all, with what the additions lose kept. A single thread

@@ -40,7 +40,6 @@ constexpr int64_t kChain = kTreePacks;
 constexpr int64_t kRowTile = 2 * kChain * kPack;
 constexpr int64_t kRowStrip = 10 * kRowTile;
 
-inline int64_t whole_packs(int64_t n) { return (n + kPack - 1) / kPack * kPack; }
 inline bool tile_weight(float w) { return w == 0 || (std::fabs(w) > 0x1p-30f && std::fabs(w) < 0x1p30f); }
 
 // dweight += dy * xhat, dbias += dy, in double, for one set after the other. dbias: nullptr where it is not wanted.

@@ -75,6 +75,10 @@ FASTNORM_INLINE V less_mean(const V& v, const V& mean, const V& mean_lo) {
   return d + (((v - (d - part)) - (mean + part)) - mean_lo);
 }
 
+// Runs from this length on are written in whole lines of the cache, the ends apart.
+template <class T>
+constexpr int64_t kAlignedRun = 1536 / sizeof(T);
+
 // Stores formula(place) along a run of n results at p. One that goes into the cache ends with a whole pack like the
 // others, not with a part of one: some values are computed twice, from the operands as they were, should p be one.
 template <bool kPastCache, class T, class Formula>
@@ -114,6 +118,33 @@ class Centre {
   bool exact_;
 };
 
+// Float64 data are normalised as (x - pivot) * factor + offset, the second step rounded once. The pivot is the mean,
+// and the offset its low part; or 0, from which nothing is lost, and the offset all of the mean, where that lies within
+// a standard deviation of 0, so that the offset is no larger than what it is added to.
+struct SplitMean {
+  double pivot, rest, rest_lo;
+
+  // No branches: it is computed for several sets side by side.
+  FASTNORM_INLINE static SplitMean of(const Statistic& s) {
+    const double distance = std::fabs(s.mean) * s.rstd;
+    const double bounded = s.scale == 1 ? s.of_x : 0.0;  // nothing of x may overflow in a product
+    const double near = (distance <= 1 ? bounded : 0.0) * (distance >= kNegligible ? 1.0 : 0.0);
+    const double lo = std::fabs(s.mean_lo) * s.rstd < kNegligible ? 0 : s.mean_lo;
+    return {near != 0 ? 0 : s.mean, near != 0 ? s.mean : 0, lo};
+  }
+  FASTNORM_INLINE double offset(double factor) const {
+    const TwoTerm product = two_product(rest, factor);
+    const double offset = product.hi + (product.lo + rest_lo * factor);
+    return offset == 0 ? -0.0 : -offset;
+  }
+};
+
+// rstd * weight as one factor saves a rounding, where the weight leaves it and the offset in range.
+inline bool as_one_factor(double rstd, double weight) {
+  const double size = std::fabs(weight), factor = std::fabs(rstd * weight);
+  return weight == 0 || (size > 0x1p-300 && size < 0x1p300 && factor > 0x1p-900 && factor < 0x1p900);
+}
+
 template <class T, class C, class Weight, class Bias>
 struct Normalise {
   Centre<T, C> centre;
@@ -127,6 +158,23 @@ struct Normalise {
   template <class At>
   FASTNORM_INLINE Pack<C> operator()(At at, const T* x) const {
     return plus(at, times(at, centre(at, x) * rstd, weight), bias);
+  }
+};
+
+template <class Weight, class Bias>
+struct Normalise<double, double, Weight, Bias> {
+  Pack<double> scale, pivot, factor, offset;
+  Weight weight;
+  Bias bias;
+
+  Normalise(const Statistic& s, double factor, Weight w, Bias b) : Normalise(s, SplitMean::of(s), factor, w, b) {}
+  Normalise(const Statistic& s, const SplitMean& mean, double factor, Weight w, Bias b)
+      : scale(s.scale), pivot(mean.pivot), factor(factor), offset(mean.offset(factor)), weight(w), bias(b) {}
+
+  template <class At>
+  FASTNORM_INLINE Pack<double> operator()(At at, const double* x) const {
+    const Pack<double> d = at.template load<double>(x) * scale - pivot;
+    return plus(at, times(at, multiply_add(d, factor, offset), weight), bias);
   }
 };
 

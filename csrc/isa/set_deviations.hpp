@@ -56,28 +56,6 @@ class DeviationTree {
   LaneTree<Lanes> tree_;
 };
 
-// What rounding took from the deviations of few_terms, and from their squares.
-class LostDeviations {
- public:
-  FASTNORM_INLINE void add_run(const double* x, int64_t n, AboutZero) {
-    for_packs(n, [&](auto at) {
-      const Pack<double> v = at.template load<double>(x);
-      lanes_.second += lost_in_product(v, v, v * v);
-    });
-  }
-  FASTNORM_INLINE void add_run(const double* x, int64_t n, const About& about) {
-    for (int64_t i = 0; i < n; i += kLeaf) {
-      lanes_ += leaf_sums(i, n - i < kLeaf ? n - i : kLeaf,
-                          [&](auto at) { return lost_deviations(at.template load<double>(x), about.pivot); });
-    }
-  }
-  const Pack<double>& squares() const { return lanes_.second; }
-  Pair total() const { return fold(lanes_); }
-
- private:
-  PackPair lanes_{0.0, 0.0};
-};
-
 // Runs from this length on are leaves of their own; shorter ones are copied together, block by block.
 constexpr int64_t kLeastRun = 32;
 
@@ -118,30 +96,20 @@ inline void for_set_runs(const Plan& plan, int64_t set, int64_t chunk, const Vis
            [&](int64_t, int64_t, int64_t first, int64_t n) { visit(x.read(first, n, buffer), n); });
 }
 
-// The two sums of a chunk, each with what rounding took from its terms where these are few.
+// The two sums of a chunk, those about a mean with what their last additions lose.
 template <bool kCentred, class Pivot>
 FASTNORM_LOOPS inline void chunk_deviations(const Plan& plan, int64_t set, int64_t chunk, Pivot pivot, Sum& sum,
                                             Sum& squares) {
   DeviationTree<kCentred, Pivot> tree(pivot);
-  LostDeviations lost;
-  const bool few = kCentred && few_terms<double>(plan.set_size());
   const int64_t distance = reading_ahead<double>(plan, plan.x, runs_in_place(plan) ? plan.whole.inner_size() : 0);
-  for_set_runs(plan, set, chunk, [&](const double* x, int64_t n) {
-    tree.add_run(x, n, distance);
-    if (few) lost.add_run(x, n, pivot);
-  });
-  const Pair lost_of = few ? lost.total() : Pair{0, 0};
-  const auto keep = [](Sum& to, const Pack<double>& lanes, double lost_of_terms) {
-    const TwoTerm folded = fold_exactly(lanes);
-    to.hi = folded.hi;
-    to.lo = folded.lo + lost_of_terms;
-  };
+  for_set_runs(plan, set, chunk, [&](const double* x, int64_t n) { tree.add_run(x, n, distance); });
   const auto lanes = tree.total();
   if constexpr (kCentred) {
-    keep(sum, lanes.first, lost_of.first);
-    keep(squares, lanes.second, lost_of.second);
+    const TwoTerm first = fold_exactly(lanes.first), second = fold_exactly(lanes.second);
+    sum.hi = first.hi, sum.lo = first.lo;
+    squares.hi = second.hi, squares.lo = second.lo;
   } else {
-    keep(squares, lanes, 0);
+    squares.hi = fold(lanes);
   }
 }
 

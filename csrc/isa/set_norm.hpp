@@ -13,6 +13,39 @@ namespace {
 // Bytes of sets that a thread takes at a time, at least.
 constexpr int64_t kGroupBytes = 32 << 10;
 
+// A weight and a bias per element, copied to where they lie in their lines of the cache as the results do, which are
+// written in whole lines: packs that straddle two lines take twice as long (layer norm of 512 rows of 768 float64
+// values: 95 us, with this 86).
+template <class T>
+class AlignedParameters {
+ public:
+  AlignedParameters(const Plan& plan, const NormArgs<T>& args)
+      : room_(whole_packs(plan.elements) + 2 * kPack), copies_(wanted(plan, args) ? 2 * room_ : 0), args_(args) {
+    if (!wanted(plan, args) || !copies_) return;
+    if (args.weight) args_.weight = copy(args.weight, copies_.data(), plan);
+    if (args.bias) args_.bias = copy(args.bias, copies_.data() + room_, plan);
+  }
+  const NormArgs<T>& args() const { return args_; }
+
+ private:
+  // Few rows are not worth it, nor are parameters that leave no room in the nearest caches.
+  static bool wanted(const Plan& plan, const NormArgs<T>& args) {
+    constexpr int64_t kLeastRows = 16, kMostElements = 4096;
+    return plan.family == Family::row && (args.weight || args.bias) && plan.sets >= kLeastRows &&
+           plan.elements >= kAlignedRun<T> && plan.elements <= kMostElements && plan.params == plan.elements &&
+           plan.y.set.rank == 1 && plan.y.set.stride[0] % kLineBytes == 0;
+  }
+  static const T* copy(const T* values, T* room, const Plan& plan) {
+    T* const to = in_lines_of(room, plan.y.data);
+    std::memcpy(to, values, static_cast<size_t>(plan.elements) * sizeof(T));
+    return to;
+  }
+
+  const int64_t room_;
+  const Workspace<T> copies_;
+  NormArgs<T> args_;
+};
+
 // Forward of sets [begin, end).
 template <class T>
 inline void forward_sets(const Plan& plan, const NormArgs<T>& args, int64_t run, int64_t begin, int64_t end) {
@@ -83,7 +116,9 @@ inline bool measure_split(const Plan& plan, const NormArgs<T>& args, int64_t run
 }
 
 template <class T>
-bool set_forward(const Plan& plan, const NormArgs<T>& args) {
+bool set_forward(const Plan& plan, const NormArgs<T>& given) {
+  const AlignedParameters<T> parameters(plan, given);
+  const NormArgs<T>& args = parameters.args();
   const int64_t run = shared_run<T>(plan, {&plan.x, &plan.y}), units = units_per_set(plan);
   if (!split_sets(plan)) {
     for_set_groups(plan, args, [&](int64_t begin, int64_t end) { forward_sets(plan, args, run, begin, end); });

@@ -22,13 +22,12 @@ inline void with_normalise(const Plan& plan, const NormArgs<T>& args, const Stat
     call(Normalise<T, C, decltype(w), decltype(b)>(s, factor, w, b));
   };
   if (plan.family == Family::channel) {
-    // rstd * weight as one factor saves a rounding; where it would overflow, one after the other.
-    const double w = weight ? static_cast<double>(*weight) : 1, factor = s.rstd * w;
+    const double w = weight ? static_cast<double>(*weight) : 1;
     const Same<C> b(bias ? static_cast<double>(*bias) : 0);
-    if (kMayOverflow<T> && !(factor == 0 || (std::fabs(factor) > 0x1p-1000 && std::fabs(factor) < 0x1p1000))) {
+    if (kMayOverflow<T> && !as_one_factor(s.rstd, w)) {
       make(s.rstd, Same<C>(w), b);
     } else {
-      make(factor, None{}, b);
+      make(s.rstd * w, None{}, b);
     }
   } else if (weight && bias) {
     make(s.rstd, Each<T>{weight + first}, Each<T>{bias + first});
