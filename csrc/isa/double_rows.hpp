@@ -133,7 +133,7 @@ class DoubleRowTiles {
     const double *const x = rows.x[r], *const dy = rows.dy[r], *const weight = weight_;
     const Pack<double> mean(rows.mean[r]), mean_lo(rows.mean_lo[r]), rstd(rows.rstd[r]), a(rows.a[r]), b(rows.b[r]);
     const int64_t ahead = ahead_;
-    write_row(dx, n_, past_cache, [&](auto at) {
+    const auto gradient = [&](auto at) {
       if (ahead != 0) {
         prefetch(x + at.start, ahead);
         prefetch(dy + at.start, ahead);
@@ -142,7 +142,8 @@ class DoubleRowTiles {
       if constexpr (kParams) g *= at.template load<double>(weight);
       if constexpr (!kCentred) return rstd * g - centred * b;
       return rstd * ((g - a) - ((centred - mean) - mean_lo) * b);
-    });
+    };
+    past_cache ? write_run<true>(dx, n_, gradient) : write_run<false>(dx, n_, gradient);
   }
 
  private:

@@ -75,21 +75,26 @@ FASTNORM_INLINE V less_mean(const V& v, const V& mean, const V& mean_lo) {
   return d + (((v - (d - part)) - (mean + part)) - mean_lo);
 }
 
-// Runs from this length on are written in whole lines of the cache, the ends apart.
-template <class T>
-constexpr int64_t kAlignedRun = 1536 / sizeof(T);
+// Runs from this length on are written in whole lines of the cache: two lines for a pack take twice as long.
+constexpr int64_t kAlignedRun = 4 * kPack;
 
-// Stores formula(place) along a run of n results at p. One that goes into the cache ends with a whole pack like the
-// others, not with a part of one: some values are computed twice, from the operands as they were, should p be one.
+// The same where the parts of packs at the ends are stored as such, which costs more.
+template <class T>
+constexpr int64_t kAlignedLine = 1536 / sizeof(T);
+
+// Stores formula(place) along a run of n results at p. One that goes into the cache begins and ends with whole packs,
+// not with parts of them: some values are computed twice, from the operands as they were, should p be one.
 template <bool kPastCache, class T, class Formula>
 FASTNORM_INLINE void write_run(T* p, int64_t n, const Formula& formula) {
   if constexpr (kPastCache)
     return for_aligned_packs(PastCache{}, p, n, [&](auto at, auto out) { out.store(at, p, formula(at)); });
-  if (n < kPack || n % kPack == 0) return for_packs(n, [&](auto at) { at.store(p, formula(at)); });
-  const Whole end{n - kPack};
-  const auto last = formula(end);
-  for (int64_t i = 0; i < end.start; i += kPack) Whole{i}.store(p, formula(Whole{i}));
-  end.store(p, last);
+  if (n < kPack) return for_packs(n, [&](auto at) { at.store(p, formula(at)); });
+  const int64_t begin = n < kAlignedRun ? 0 : unaligned_values(p);
+  const Whole first{0}, last{n - kPack};
+  const auto tail = formula(last), head = begin > 0 ? formula(first) : tail;
+  for (int64_t i = begin; i < last.start; i += kPack) Whole{i}.store(p, formula(Whole{i}));
+  if (begin > 0) first.store(p, head);
+  last.store(p, tail);
 }
 
 // x - mean.

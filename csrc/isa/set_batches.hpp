@@ -217,7 +217,7 @@ class SetBatches {
     float *y0 = values(to, now.first + lane), *y1 = values(to, now.first + lane + 1);
     const auto formula0 = formula_of(now, lane), formula1 = formula_of(now, lane + 1);
     PlainSums<centred> sums0, sums1;
-    const int64_t run = run_, lead = run >= kAlignedRun<float> ? unaligned_values(y0) : 0;
+    const int64_t run = run_, lead = run >= kAlignedLine<float> ? unaligned_values(y0) : 0;
     if (lead > 0) {
       const Partial head{0, lead};
       head.store(y0, formula0(head, x0));

@@ -32,7 +32,7 @@ class AlignedParameters {
   static bool wanted(const Plan& plan, const NormArgs<T>& args) {
     constexpr int64_t kLeastRows = 16, kMostElements = 4096;
     return plan.family == Family::row && (args.weight || args.bias) && plan.sets >= kLeastRows &&
-           plan.elements >= kAlignedRun<T> && plan.elements <= kMostElements && plan.params == plan.elements &&
+           plan.elements >= kAlignedLine<T> && plan.elements <= kMostElements && plan.params == plan.elements &&
            plan.y.set.rank == 1 && plan.y.set.stride[0] % kLineBytes == 0;
   }
   static const T* copy(const T* values, T* room, const Plan& plan) {
