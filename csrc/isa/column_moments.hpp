@@ -72,7 +72,8 @@ struct ColumnSpace {
   double* of_column[4];                         // numbers of sets, per column
   double *weight, *dy, *dy_xhat;                // per column
   double* centre[4];                            // mean, rstd, and for float64 mean_lo and scale, per place
-  T *subtract, *subtract_lo, *factor, *bias;    // y = ((x - subtract) - subtract_lo) * factor + bias, per place
+  T *subtract, *offset, *factor, *bias;         // y = ((x - subtract) - offset) * factor + bias, per place, or, in
+                                                // float64, y = ((x - subtract) * factor + offset) + bias (SplitMean)
   T *a, *b;         // dx = (dy * factor - a) - (x - subtract) * b: more arrays would be more than half of the time
   T* plain;         // 0 where a place wants double, or a scale
   double* careful;  // per pack of places: some of them are not plain
@@ -97,7 +98,7 @@ struct ColumnSpace {
                            &centre[0], &centre[1], &centre[2], &centre[3]}) {
       *array = columns.template line_at<double>(take(per_line));
     }
-    for (T** array : {&subtract, &subtract_lo, &factor, &bias, &a, &b, &plain}) {
+    for (T** array : {&subtract, &offset, &factor, &bias, &a, &b, &plain}) {
       *array = columns.template line_at<T>(take(per_line));
     }
     careful = take(per_line / kPack + 2);
@@ -249,8 +250,7 @@ inline bool plain_moments(const Columns<float>& columns, int64_t outer, const Co
   return good_ones == static_cast<double>(sets);
 }
 
-// Sums of x - pivot and of its square, in double, per column of sets that are not done; of a few float64 terms also
-// what rounding took from each of them. kAboutZero: the pivots are 0.
+// Sums of x - pivot and of its square, in double, per column of sets that are not done. kAboutZero: the pivots are 0.
 template <bool kAboutZero, class T>
 inline void sum_deviations(const Columns<T>& columns, int64_t outer, const ColumnSpace<T>& space) {
   const Operand* const operands[1] = {&columns.plan().x};
@@ -262,7 +262,6 @@ inline void sum_deviations(const Columns<T>& columns, int64_t outer, const Colum
     }
     repeat(columns.lines(), pivots);
   }
-  const bool few = few_terms<T>(columns.rows() * width);
   columns.template sum<1>(outer, operands, space.sums,
                           [&](const ColumnSums& to, int64_t column, int64_t lines, int64_t n, const Panel<T>& x) {
                             const int64_t distance = ahead * x.stride * static_cast<int64_t>(sizeof(T));
@@ -283,14 +282,6 @@ inline void sum_deviations(const Columns<T>& columns, int64_t outer, const Colum
                                 return deviations(values, about);
                               });
                             });
-                            if (few) {
-                              add(std::false_type{},
-                                  [](const Pack<double>& values, const Pack<double>& about) FASTNORM_LOOPS {
-                                    if constexpr (kAboutZero)
-                                      return PackPair{0.0, lost_in_product(values, values, values * values)};
-                                    return lost_deviations(values, about);
-                                  });
-                            }
                           });
 }
 

@@ -35,9 +35,9 @@ FASTNORM_INLINE bool plain_statistic(double mean, double rstd, double scale) {
   return moderate(rstd) & (std::fabs(mean) < kMostMean);
 }
 
-// What normalises each place, from the statistics of its set.
+// What normalises each place, from the statistics of its set: of x itself (of_x = 1), or given by the caller (0).
 template <class T>
-inline void prepare_normalise(const Columns<T>& columns, int64_t outer, const ColumnSpace<T>& space) {
+inline void prepare_normalise(const Columns<T>& columns, int64_t outer, const ColumnSpace<T>& space, double of_x) {
   const NormArgs<T>& args = columns.args();
   const int64_t width = columns.plan().columns_per_set, sets = columns.sets_in_outer(), n = columns.columns();
   const double* const mean = spread_sets(space.mean, sets, width, space.of_column[0]);
@@ -48,11 +48,16 @@ inline void prepare_normalise(const Columns<T>& columns, int64_t outer, const Co
 #pragma omp simd
   for (int64_t c = 0; c < n; ++c) {
     const double factor = rstd[c] * space.weight[c];
-    const bool plain =
-        kMayOverflow<T> ? (std::fabs(factor) < 0x1p1000) & (std::fabs(factor) > 0x1p-1000) : zero_or_moderate(factor);
-    const T subtract = static_cast<T>(mean[c]);
-    space.subtract[c] = subtract;
-    space.subtract_lo[c] = static_cast<T>((mean[c] - static_cast<double>(subtract)) + mean_lo[c]);
+    const bool plain = kMayOverflow<T> ? as_one_factor(rstd[c], space.weight[c]) : zero_or_moderate(factor);
+    if constexpr (kMayOverflow<T>) {
+      const SplitMean split = SplitMean::of({mean[c], mean_lo[c], rstd[c], scale[c], of_x});
+      space.subtract[c] = split.pivot;
+      space.offset[c] = split.offset(factor);
+    } else {
+      const T subtract = static_cast<T>(mean[c]);
+      space.subtract[c] = subtract;
+      space.offset[c] = static_cast<T>((mean[c] - static_cast<double>(subtract)) + mean_lo[c]);
+    }
     space.factor[c] = static_cast<T>(factor);
     space.plain[c] = plain_statistic<T>(mean[c], rstd[c], scale[c]) & plain ? T(1) : T(0);
   }
@@ -61,7 +66,7 @@ inline void prepare_normalise(const Columns<T>& columns, int64_t outer, const Co
   for (int64_t c = 0; (!args.bias || step != 1) && c < n; ++c) {
     space.bias[c] = args.bias ? args.bias[param + c * step] : T(0);
   }
-  for (T* array : {space.subtract, space.subtract_lo, space.factor, space.bias}) repeat(columns.lines(), array);
+  for (T* array : {space.subtract, space.offset, space.factor, space.bias}) repeat(columns.lines(), array);
   space.find_careful(columns.lines());
 }
 
@@ -123,23 +128,21 @@ FASTNORM_INLINE void normalise_panel(const Columns<T>& columns, int64_t outer, c
                                      Out out) {
   for_pack_groups<T>(0, n, [&](auto at, auto packs) {
     constexpr int kPacks = decltype(packs)::value;
-    Pack<T> mean[kPacks], mean_lo[kPacks], factor[kPacks], bias[kPacks];
+    Pack<T> mean[kPacks], offset[kPacks], factor[kPacks], bias[kPacks];
     FASTNORM_UNROLL
     for (int k = 0; k < kPacks; ++k) {
       const int64_t place = column + k * kPack;
       mean[k] = in_register(at.template load<T>(space.subtract + place));
-      mean_lo[k] = in_register(at.template load<T>(space.subtract_lo + place));
+      offset[k] = in_register(at.template load<T>(space.offset + place));
       factor[k] = in_register(at.template load<T>(space.factor + place));
       bias[k] = in_register(at.template load<T>(space.bias + place));
     }
-    const auto result = [&](const T* from, int k, auto two_means) FASTNORM_LOOPS {
-      const Pack<T> v = at.template load<T>(from + k * kPack);
-      if constexpr (!decltype(two_means)::value) {
-        return (v - mean[k]) * factor[k] + bias[k];
-      } else if constexpr (kMayOverflow<T>) {
-        return less_mean(v, mean[k], mean_lo[k]) * factor[k] + bias[k];
+    const auto result = [&](const T* from, int k) FASTNORM_LOOPS {
+      const Pack<T> d = at.template load<T>(from + k * kPack) - mean[k];
+      if constexpr (kMayOverflow<T>) {
+        return multiply_add(d, factor[k], offset[k]) + bias[k];
       } else {
-        return ((v - mean[k]) - mean_lo[k]) * factor[k] + bias[k];
+        return (d - offset[k]) * factor[k] + bias[k];
       }
     };
     // Copies, for the compiler to keep them in registers.
@@ -148,31 +151,23 @@ FASTNORM_INLINE void normalise_panel(const Columns<T>& columns, int64_t outer, c
     const int64_t x_step = x.stride, y_step = y.stride, count = lines;
     [[maybe_unused]] const int64_t distance = columns.lines_ahead() * x_step * static_cast<int64_t>(sizeof(T));
     if (all_plain(space, column + at.start, kPacks)) {
-      const auto all_lines = [&](auto two_means) FASTNORM_LOOPS {
-        for (int64_t line = 0; line < count; ++line, from += x_step, to += y_step) {
-          FASTNORM_UNROLL
-          for (int k = 0; k < kPacks; ++k) {
-            if constexpr (kAhead) prefetch(from + at.start + k * kPack, distance);
-            out.store(at, to + k * kPack, result(from, k, two_means));
-          }
+      for (int64_t line = 0; line < count; ++line, from += x_step, to += y_step) {
+        FASTNORM_UNROLL
+        for (int k = 0; k < kPacks; ++k) {
+          if constexpr (kAhead) prefetch(from + at.start + k * kPack, distance);
+          out.store(at, to + k * kPack, result(from, k));
         }
-      };
-      if constexpr (kMayOverflow<T>) {
-        Pack<T> any(0.0);  // a column whose mean_lo counts
-        for (int k = 0; k < kPacks; ++k) any += magnitude(mean_lo[k]);
-        if (fold(any) == 0) return all_lines(std::false_type{});
       }
-      return all_lines(std::true_type{});
+      return;
     }
     for (int64_t line = 0; line < count; ++line, from += x_step, to += y_step) {
       for (int k = 0; k < kPacks; ++k) {
         const int64_t group = k * kPack;
-        const Pack<T> mended =
-            mend(at, result(from, k, std::true_type{}), space.plain + column + group, n - group, [&](int64_t lane) {
-              const int64_t c = (column + group + at.start + lane) % columns.columns();
-              return normalised(columns, outer, space.statistic(c / columns.plan().columns_per_set), c,
-                                from[group + at.start + lane]);
-            });
+        const Pack<T> mended = mend(at, result(from, k), space.plain + column + group, n - group, [&](int64_t lane) {
+          const int64_t c = (column + group + at.start + lane) % columns.columns();
+          return normalised(columns, outer, space.statistic(c / columns.plan().columns_per_set), c,
+                            from[group + at.start + lane]);
+        });
         out.store(at, to + group, mended);
       }
     }
@@ -218,7 +213,7 @@ bool column_forward(const Plan& plan, const NormArgs<T>& args) {
   const Columns<T> columns(plan, args);
   return for_outer_spaces(columns, [&](const ColumnSpace<T>& space, int64_t, int64_t outer) {
     measure_outer(columns, outer, space);
-    prepare_normalise(columns, outer, space);
+    prepare_normalise(columns, outer, space, 1);
     normalise_outer(columns, outer, space);
   });
 }
@@ -228,7 +223,7 @@ bool column_apply(const Plan& plan, const NormArgs<T>& args) {
   const Columns<T> columns(plan, args);
   return for_outer_spaces(columns, [&](const ColumnSpace<T>& space, int64_t, int64_t outer) {
     take_statistics(columns, outer, space, false);
-    prepare_normalise(columns, outer, space);
+    prepare_normalise(columns, outer, space, 0);
     normalise_outer(columns, outer, space);
   });
 }

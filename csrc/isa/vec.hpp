@@ -172,20 +172,25 @@ inline Pack<double> add_to_odd(const Pack<double>& a, const Pack<double>& b) {
 // a * b + c rounded once, in Boldo and Melquiond's way.
 [[gnu::noinline]] inline Pack<double> multiply_add_in_steps(const Pack<double>& a, const Pack<double>& b,
                                                             const Pack<double>& c) {
-  const Pack<double> product = a * b;
-  double first;
-  std::memcpy(&first, &c, sizeof first);
-  if (first == 0) return product + c;  // all of c is one number
+  using Bits = Vector<int64_t, kVectorBytes>;
+  const Pack<double> product = a * b, plain = product + c;
   const Pack<double> lost = lost_in_product(a, b, product);
   const Pack<double> low = c + lost, part = low - c, low_lost = (c - (low - part)) + (lost - part);
   const Pack<double> sum = product + low, rest = sum - product;
   const Pack<double> sum_lost = (product - (sum - rest)) + (low - rest);
-  return sum + add_to_odd(sum_lost, low_lost);
+  Pack<double> result = sum + add_to_odd(sum_lost, low_lost);
+  for (int k = 0; k < Pack<double>::kParts; ++k) {  // infinities may pass where there is nothing to add
+    const Bits nothing = reinterpret_cast<Bits>(c.part[k] == Pack<double>(0.0).part[k]);
+    const Bits bits =
+        (reinterpret_cast<Bits>(plain.part[k]) & nothing) | (reinterpret_cast<Bits>(result.part[k]) & ~nothing);
+    result.part[k] = reinterpret_cast<Pack<double>::Part>(bits);
+  }
+  return result;
 }
 #endif
 
-// a * b + c rounded once, by the fused instruction, or by many where there is none: those want |a| and |b| below 2^990,
-// and c to be one number, 0 or no smaller than 2^-400.
+// a * b + c rounded once, by the fused instruction, or by many where there is none: those want c to be 0, or no smaller
+// than 2^-400 and |a| and |b| below 2^990.
 FASTNORM_INLINE Pack<double> multiply_add(const Pack<double>& a, const Pack<double>& b, const Pack<double>& c) {
 #if defined(__AVX512F__) || defined(__FMA__)
   return add_exact_product(a, b, c);
