@@ -12,6 +12,9 @@ else()
 endif()
 
 set(FASTNORM_KERNEL_FLAGS -O3 -ffp-contract=off -fno-math-errno -fno-trapping-math -fno-exceptions -fno-lto)
+if(FASTNORM_SANITIZE)
+  list(TRANSFORM FASTNORM_KERNEL_FLAGS REPLACE "^-O3$" "-O1")  # every access is checked: a level takes minutes as it is
+endif()
 
 # OpenMP's SIMD loops; its threads are not used (csrc/parallel.hpp says why), so no runtime library is needed.
 include(CheckCXXCompilerFlag)

@@ -14,14 +14,16 @@ constexpr int64_t kElementsPerThread = 16384;
 std::atomic<Pool*> pool{nullptr};
 std::atomic<int> limit{0};
 
+#ifdef FASTNORM_HAS_FORK
+// A child has none of the threads; it makes a pool of its own when it needs one, and never looks at this one again.
+// Registered as the module is loaded: a static variable of the_pool would be made under a lock of C++'s, which a child
+// forked by another thread at that moment would find held for ever.
+[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, [] { pool.store(nullptr); });
+#endif
+
 Pool& the_pool() {
   Pool* found = pool.load(std::memory_order_acquire);
   if (found) return *found;
-#ifdef FASTNORM_HAS_FORK
-  // A child has none of the threads; it makes a pool of its own when it needs one, and never looks at this one again.
-  static const int registered = pthread_atfork(nullptr, nullptr, [] { pool.store(nullptr); });
-  (void)registered;
-#endif
   Pool* made = new Pool;
   if (!pool.compare_exchange_strong(found, made)) {
     delete made;  // another thread was first; this one has no threads yet

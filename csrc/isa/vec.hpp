@@ -41,9 +41,14 @@ using Vector = typename VectorOf<T, kBytes>::type;
 // Compilers give up inlining in a file as large as all kernels together: what works on packs is inlined in any case,
 // and so is everything called in the functions that hold the loops. Not so at the baseline of x86-64, where a pack is
 // many instructions and all of that half of the time a build takes (200 s, 90 without); its kernels, for processors of
-// before 2013, are as fast or up to a third slower for it.
+// before 2013, are as fast or up to a third slower for it. Nor under sanitizers, which make each access many
+// instructions.
+#if defined(FASTNORM_SANITIZED)
+#define FASTNORM_INLINE inline
+#else
 #define FASTNORM_INLINE inline __attribute__((always_inline))
-#if defined(__SSE2__) && !defined(__AVX__)
+#endif
+#if (defined(__SSE2__) && !defined(__AVX__)) || defined(FASTNORM_SANITIZED)
 #define FASTNORM_LOOPS
 #else
 #define FASTNORM_LOOPS __attribute__((flatten))
@@ -220,7 +225,9 @@ FASTNORM_INLINE void store_first(T* p, const V& v, int64_t count) {
   for (int64_t i = 0; i < static_cast<int64_t>(sizeof(V) / sizeof(T)) && i < count; ++i) p[i] = v[i];
 }
 
-#if defined(__AVX512F__) && defined(__AVX512VL__)
+// A sanitizer sees into no masked instruction: it gets the loops above.
+#if defined(FASTNORM_SANITIZED)
+#elif defined(__AVX512F__) && defined(__AVX512VL__)
 FASTNORM_INLINE __mmask16 first_lanes(int64_t count) {
   const int64_t lanes = count > 16 ? 16 : count < 0 ? 0 : count;
   return static_cast<__mmask16>((1u << lanes) - 1);
@@ -352,6 +359,7 @@ class MagnitudeWatch {
 // A store that does not bring the line into the cache; p is a multiple of the vector's size.
 template <class V>
 FASTNORM_INLINE void store_past(void* p, const V& v) {
+#if !defined(FASTNORM_SANITIZED)  // which does not see into these either
 #if defined(__AVX512F__)
   if constexpr (sizeof v == 64) return _mm512_stream_si512(static_cast<__m512i*>(p), reinterpret_cast<__m512i>(v));
 #endif
@@ -360,6 +368,7 @@ FASTNORM_INLINE void store_past(void* p, const V& v) {
 #endif
 #if defined(__SSE2__)
   if constexpr (sizeof v == 16) return _mm_stream_si128(static_cast<__m128i*>(p), reinterpret_cast<__m128i>(v));
+#endif
 #endif
   std::memcpy(p, &v, sizeof v);
 }
