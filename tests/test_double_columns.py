@@ -159,3 +159,21 @@ def test_gradients_through_given_statistics_do_not_ask_for_x(shape: tuple[int, .
     wild[1] = np.inf
     _, cache = fn.batch_norm_forward(wild, weight, None, running_mean=mean, running_var=var, training=False)
     np.testing.assert_array_equal(fn.batch_norm_backward(dy, cache).dx, gradients.dx)
+
+
+@pytest.mark.skipif(np.finfo(np.longdouble).nmant < 63, reason="no longdouble to judge float64 by")
+@pytest.mark.parametrize("rows", [2, 3, 4, 5, 7, 8, 10, 12, 16, 17, 20, 33])
+def test_few_rows(rows: int) -> None:
+    """Of few terms the roundings do not cancel: tens of thousands of columns find what a handful does not."""
+    rng = np.random.default_rng(rows)
+    worst = {}
+    for by in (0.0, 0.3, 0.5, 0.7, 1.0):
+        x = rng.standard_normal((rows, 20_000)) + by
+        wide = x.astype(np.longdouble)
+        wide = wide - wide.mean(0)
+        wide = wide - wide.mean(0)
+        exact = wide / np.sqrt(np.mean(wide * wide, 0) + np.longdouble(1e-5))
+        y = fn.batch_norm_forward(x, eps=1e-5)[0]
+        worst[by] = float(np.max(np.abs(y.astype(np.longdouble) - exact) / np.maximum(1, np.abs(exact)))) * 2.0**53
+    print({by: round(error, 2) for by, error in worst.items()})
+    assert max(worst.values()) <= 4, worst

@@ -250,7 +250,8 @@ inline bool plain_moments(const Columns<float>& columns, int64_t outer, const Co
   return good_ones == static_cast<double>(sets);
 }
 
-// Sums of x - pivot and of its square, in double, per column of sets that are not done. kAboutZero: the pivots are 0.
+// Sums of x - pivot and of its square, in double, per column of sets that are not done; of a few float64 terms also
+// what rounding took from each of them. kAboutZero: the pivots are 0.
 template <bool kAboutZero, class T>
 inline void sum_deviations(const Columns<T>& columns, int64_t outer, const ColumnSpace<T>& space) {
   const Operand* const operands[1] = {&columns.plan().x};
@@ -262,6 +263,7 @@ inline void sum_deviations(const Columns<T>& columns, int64_t outer, const Colum
     }
     repeat(columns.lines(), pivots);
   }
+  const bool few = kMayOverflow<T> && columns.rows() * width <= kFewLines;
   columns.template sum<1>(outer, operands, space.sums,
                           [&](const ColumnSums& to, int64_t column, int64_t lines, int64_t n, const Panel<T>& x) {
                             const int64_t distance = ahead * x.stride * static_cast<int64_t>(sizeof(T));
@@ -282,6 +284,14 @@ inline void sum_deviations(const Columns<T>& columns, int64_t outer, const Colum
                                 return deviations(values, about);
                               });
                             });
+                            if (few) {
+                              add(std::false_type{},
+                                  [](const Pack<double>& values, const Pack<double>& about) FASTNORM_LOOPS {
+                                    if constexpr (kAboutZero)
+                                      return PackPair{0.0, lost_in_product(values, values, values * values)};
+                                    return lost_deviations(values, about);
+                                  });
+                            }
                           });
 }
 
