@@ -109,7 +109,7 @@ inline void sum_gradients(const Columns<T>& columns, int64_t outer, const Column
         const int64_t x_distance = ahead * x.stride * static_cast<int64_t>(sizeof(T));
         const int64_t dy_distance = ahead * dy.stride * static_cast<int64_t>(sizeof(T));
         with_ahead(ahead != 0, [&](auto asks) {
-          add_in_trees<T>(to, lines, n, space.careful + column / kPack, [&](auto place) {
+          add_in_trees<T>(to, lines, n, space.careful + column / kPack, false, [&](auto place) {
             const auto of = [&](const double* array) { return place.template load<double>(array + column); };
             return [=, term = terms(of)](auto at, int64_t line) {
               const T *values = x.data + line * x.stride, *gradients = dy.data + line * dy.stride;

@@ -263,12 +263,12 @@ inline void sum_deviations(const Columns<T>& columns, int64_t outer, const Colum
     }
     repeat(columns.lines(), pivots);
   }
-  const bool few = kMayOverflow<T> && columns.rows() * width <= kFewLines;
+  const bool few = kMayOverflow<T> && columns.rows() <= kFewLines;
   columns.template sum<1>(outer, operands, space.sums,
                           [&](const ColumnSums& to, int64_t column, int64_t lines, int64_t n, const Panel<T>& x) {
                             const int64_t distance = ahead * x.stride * static_cast<int64_t>(sizeof(T));
                             const auto add = [&](auto asks, auto deviations_from) {
-                              add_in_trees<T>(to, lines, n, space.careful + column / kPack, [&](auto place) {
+                              add_in_trees<T>(to, lines, n, space.careful + column / kPack, few, [&](auto place) {
                                 Pack<double> about(0.0);
                                 if constexpr (!kAboutZero) about = place.template load<double>(pivots + column);
                                 return [=](auto at, int64_t line) {

@@ -255,9 +255,9 @@ constexpr int64_t kFewLines = 16;
 
 // Adds up the values of a panel in trees of eight lines: terms(at) gives, for the columns there, term(at, line). Packs
 // of columns that are not `wanted` are left out. What the additions between the trees of a panel of float64, eight at
-// most, lose is not kept, which would cost more than they do.
+// most, lose is not kept, which would cost more than they do; but where there are `few` lines altogether.
 template <class T, class Terms>
-FASTNORM_INLINE void add_in_trees(const ColumnSums& to, int64_t count, int64_t width, const double* wanted,
+FASTNORM_INLINE void add_in_trees(const ColumnSums& to, int64_t count, int64_t width, const double* wanted, bool few,
                                   const Terms& terms) {
   for_packs(width, [&](auto at) FASTNORM_LOOPS {
     if (wanted[at.start / kPack] == 0) return;
@@ -268,9 +268,9 @@ FASTNORM_INLINE void add_in_trees(const ColumnSums& to, int64_t count, int64_t w
       second.add(sums.second);
     };
     int64_t line = kSlab;
-    if (kMayOverflow<T> && count <= kFewLines) {
+    if (kMayOverflow<T> && few) {
       for (line = 0; line < count; ++line) add(term(at, line));
-    } else if (kMayOverflow<T>) {
+    } else if (kMayOverflow<T> && line <= count) {
       static_assert(kMaxPanelRows <= 8 * kSlab, "a chain of eight additions");
       PackPair trees = tree_of_lines<kSlab>(at, 0, term);
       for (; line + kSlab <= count; line += kSlab) trees += tree_of_lines<kSlab>(at, line, term);
