@@ -152,7 +152,7 @@ def compile_kernels(level: str, directory: Path) -> Path:
     return target
 
 
-# The fused step against the C library's: products with ties, cancellation, and factors far apart among them.
+# The fused step against the C library's: ties, cancellation, factors far apart, and infinities where c is 0 among them.
 MULTIPLY_ADD = r"""
 #include <cmath>
 #include <cstdio>
@@ -169,18 +169,22 @@ static double number(int exponent) {  // of few bits, or of many
 int main() {
   long wrong = 0;
   for (int round = 0; round < 200000; ++round) {
-    double a[16], b[16], c = number(int(random_bits() % 120) - 60), y[16];
-    if (c == 0) c = -0.0;  // as SplitMean has it
+    double a[16], b[16], cs[16], y[16];
     for (int i = 0; i < 16; ++i) {
+      double& c = cs[i];
+      c = random_bits() % 8 == 0 ? 0 : number(int(random_bits() % 120) - 60);
+      if (c == 0) c = -0.0;  // as SplitMean has it
       a[i] = number(int(random_bits() % 60) - 30);
       b[i] = number(int(random_bits() % 60) - 30);
       if (random_bits() % 8 == 0 && a[i] != 0) b[i] = (-c + double(random_bits() % 5) * std::fabs(c) * 0x1p-53) / a[i];
       if (random_bits() % 50 == 0) a[i] = std::ldexp(a[i], random_bits() & 1 ? 400 : -900);
+      if (c == 0 && random_bits() % 8 == 0) a[i] = random_bits() & 1 ? HUGE_VAL : 0x1.8p1023;  // given statistics
+      if (std::isinf(a[i]) && b[i] == 0) b[i] = 1;  // a NaN has no sign to compare
     }
     const fastnorm::Whole all{0};
-    all.store(y, fastnorm::multiply_add(all.load<double>(a), all.load<double>(b), Pack<double>(c)));
+    all.store(y, fastnorm::multiply_add(all.load<double>(a), all.load<double>(b), all.load<double>(cs)));
     for (int i = 0; i < 16; ++i) {
-      const double exact = std::fma(a[i], b[i], c);
+      const double exact = std::fma(a[i], b[i], cs[i]);
       wrong += std::memcmp(&exact, &y[i], sizeof exact) != 0;
     }
   }

@@ -8,9 +8,9 @@
 namespace fastnorm {
 namespace {
 
-// Values of the sets of a batch: two batches have to fit the nearest caches, or one that is read twice the nearest
-// (batch norm 14 x 14: 168 us with the larger number, 142 with this).
-constexpr int64_t kTwoBatchesElements = 4096, kOneBatchElements = 3072;
+// Values of the sets of a batch, in one run each or in several (batch norm 14 x 14: 168 us with the larger number, 142
+// with this; fewer long rows leave lanes of the statistics empty).
+constexpr int64_t kRowsElements = 4096, kPlanesElements = 3072;
 
 // Some sets, their sums, and what normalises them.
 struct DoubleBatch {
@@ -112,7 +112,7 @@ class DoubleBatches {
   template <bool kCentred>
   void forward(int64_t begin, int64_t end) const {
     for_batches<DoubleBatch>(
-        plan_, one_run_ ? kTwoBatchesElements : kOneBatchElements, begin, end,
+        plan_, one_run_ ? kRowsElements : kPlanesElements, begin, end,
         [&](DoubleBatch& batch) { measure<kCentred>(batch); }, [&](DoubleBatch& batch) { finish(batch); },
         [&](const DoubleBatch& now, DoubleBatch& next) {
           if (now.plain) return with_parameters<kCentred>(now, next);
@@ -281,11 +281,11 @@ class DoubleBatches {
         Coming<kCentred> coming(coming_x, n, distance_);
         write_line(x, y, formula, [&] { coming.add_leaf(); });
         next.put(lane, coming.total());
-      } else if (past_cache) {
-        write_line(x, y, formula, [] {});
       } else {
-        if (!in_turn && lane < next.count) next.put(lane, DeviationTree<kCentred, AboutZero>().leaf(coming_x, n));
-        write_run<false>(y, n, [&](auto at) { return formula(at, x); });
+        if (!past_cache && !in_turn && lane < next.count) {
+          next.put(lane, DeviationTree<kCentred, AboutZero>().leaf(coming_x, n));
+        }
+        write_line(x, y, formula, [] {});
       }
     }
     if (in_turn) measure<kCentred>(next);
@@ -306,7 +306,7 @@ class DoubleBatches {
     if (!(one_run_ && args_.past_cache)) measure<kCentred>(next);
   }
 
-  // between() comes before every kLeaf values.
+  // Past the cache, between() comes before every kLeaf values.
   template <class WeightOf, class BiasOf, class Between>
   FASTNORM_INLINE void normalise_set(const DoubleBatch& now, int64_t lane, const WeightOf& weight_of,
                                      const BiasOf& bias_of, const Between& between) const {
@@ -337,18 +337,14 @@ class DoubleBatches {
   template <class Formula, class Between>
   FASTNORM_INLINE void write_line(const double* x, double* y, const Formula& formula, const Between& between) const {
     const int64_t run = run_;
-    const bool past_cache = args_.past_cache;
-    int64_t i = past_cache || run >= kAlignedLine<double> ? unaligned_values(y) : 0;
+    if (!args_.past_cache) return write_run<false>(y, run, [&](auto at) { return formula(at, x); });
+    int64_t i = unaligned_values(y);
     if (i > run) i = run;
     if (i > 0) Partial{0, i}.store(y, formula(Partial{0, i}, x));
     while (i + kPack <= run) {
       between();
       const int64_t stop = run - i < kLeaf ? run : i + kLeaf;
-      if (past_cache) {
-        for (; i + kPack <= stop; i += kPack) Whole{i}.store_past(y, formula(Whole{i}, x));
-      } else {
-        for (; i + kPack <= stop; i += kPack) Whole{i}.store(y, formula(Whole{i}, x));
-      }
+      for (; i + kPack <= stop; i += kPack) Whole{i}.store_past(y, formula(Whole{i}, x));
     }
     if (i < run) Partial{i, run - i}.store(y, formula(Partial{i, run - i}, x));
   }

@@ -96,7 +96,7 @@ inline void for_set_runs(const Plan& plan, int64_t set, int64_t chunk, const Vis
            [&](int64_t, int64_t, int64_t first, int64_t n) { visit(x.read(first, n, buffer), n); });
 }
 
-// The two sums of a chunk, those about a mean with what their last additions lose.
+// The sums of a chunk: two with what their last additions lose, or that of squares alone.
 template <bool kCentred, class Pivot>
 FASTNORM_LOOPS inline void chunk_deviations(const Plan& plan, int64_t set, int64_t chunk, Pivot pivot, Sum& sum,
                                             Sum& squares) {

@@ -20,14 +20,13 @@ template <class T>
 class AlignedParameters {
  public:
   AlignedParameters(const Plan& plan, const NormArgs<T>& args)
-      : room_(whole_packs(plan.elements) + 2 * kPack), copies_(wanted(plan, args) ? 2 * room_ : 0), args_(args) {
-    if (!wanted(plan, args) || !copies_) return;
+      : room_(whole_packs(plan.elements) + 2 * kPack), copies_(2 * room_), args_(args) {
+    if (!copies_) return;  // slower, as right
     if (args.weight) args_.weight = copy(args.weight, copies_.data(), plan);
     if (args.bias) args_.bias = copy(args.bias, copies_.data() + room_, plan);
   }
   const NormArgs<T>& args() const { return args_; }
 
- private:
   // Few rows are not worth it, nor are parameters that leave no room in the nearest caches.
   static bool wanted(const Plan& plan, const NormArgs<T>& args) {
     constexpr int64_t kLeastRows = 16, kMostElements = 4096;
@@ -35,6 +34,8 @@ class AlignedParameters {
            plan.elements >= kAlignedLine<T> && plan.elements <= kMostElements && plan.params == plan.elements &&
            plan.y.set.rank == 1 && plan.y.set.stride[0] % kLineBytes == 0;
   }
+
+ private:
   static const T* copy(const T* values, T* room, const Plan& plan) {
     T* const to = in_lines_of(room, plan.y.data);
     std::memcpy(to, values, static_cast<size_t>(plan.elements) * sizeof(T));
@@ -116,9 +117,7 @@ inline bool measure_split(const Plan& plan, const NormArgs<T>& args, int64_t run
 }
 
 template <class T>
-bool set_forward(const Plan& plan, const NormArgs<T>& given) {
-  const AlignedParameters<T> parameters(plan, given);
-  const NormArgs<T>& args = parameters.args();
+bool forward_all_sets(const Plan& plan, const NormArgs<T>& args) {
   const int64_t run = shared_run<T>(plan, {&plan.x, &plan.y}), units = units_per_set(plan);
   if (!split_sets(plan)) {
     for_set_groups(plan, args, [&](int64_t begin, int64_t end) { forward_sets(plan, args, run, begin, end); });
@@ -130,6 +129,13 @@ bool set_forward(const Plan& plan, const NormArgs<T>& given) {
   for_results(plan, args, plan.sets * units,
               [&](int64_t i) { normalise_unit(plan, args, run, i / units, i % units, statistics[i / units]); });
   return true;
+}
+
+template <class T>
+bool set_forward(const Plan& plan, const NormArgs<T>& args) {
+  if (!AlignedParameters<T>::wanted(plan, args)) return forward_all_sets(plan, args);
+  const AlignedParameters<T> parameters(plan, args);
+  return forward_all_sets(plan, parameters.args());
 }
 
 template <class T>
