@@ -86,6 +86,19 @@ inline void load_parameters(const Plan& plan, const NormArgs<float>& args, Batch
   }
 }
 
+// A number of each set of a batch, stored where the caller wants it, if anywhere.
+template <class Batch>
+inline void store_numbers(const Plan& plan, const Batch& batch, const double* numbers, double* to) {
+  if (!to) return;
+  const Walk& places = plan.set_stat;
+  if (places.rank == 0 || (places.rank == 1 && places.stride[0] == 1)) {
+    std::memcpy(to + places.offset(batch.first), numbers, static_cast<size_t>(batch.count) * sizeof(double));
+    return;
+  }
+  Offsets offsets(places, batch.first);
+  for (int64_t lane = 0; lane < batch.count; ++lane) to[offsets.next()] = numbers[lane];
+}
+
 // The statistics of a batch from its sums of `packs` packs each, stored.
 inline void finish_batch(const Plan& plan, const NormArgs<float>& args, int64_t packs, Batch& batch) {
   // Lanes without a set get the sums of the first one.
@@ -100,13 +113,9 @@ inline void finish_batch(const Plan& plan, const NormArgs<float>& args, int64_t 
                                    static_cast<double>(packs + kPack));
   }
   if (!batch.in_float) return;
-  Offsets stats(plan.set_stat, batch.first);
-  for (int64_t lane = 0; lane < batch.count; ++lane) {
-    const int64_t stat = stats.next();
-    if (args.mean) args.mean[stat] = batch.mean[lane];
-    if (args.var) args.var[stat] = batch.var[lane];
-    if (args.rstd) args.rstd[stat] = batch.rstd[lane];
-  }
+  store_numbers(plan, batch, batch.mean, args.mean);
+  store_numbers(plan, batch, batch.var, args.var);
+  store_numbers(plan, batch, batch.rstd, args.rstd);
 }
 
 // The sets of a batch one by one, where float32 may not do.

@@ -46,7 +46,7 @@ struct DoubleBatch {
 };
 
 // Normalise for sets that need no scale.
-template <class Weight, class Bias>
+template <bool kCentred, class Weight, class Bias>
 struct DoubleFormula {
   Pack<double> pivot, factor, offset;
   Weight weight;
@@ -59,8 +59,9 @@ struct DoubleFormula {
 
   template <class At>
   FASTNORM_INLINE Pack<double> operator()(At at, const double* x) const {
-    const Pack<double> d = at.template load<double>(x) - pivot;
-    return plus(at, times(at, multiply_add(d, factor, offset), weight), bias);
+    Pack<double> v = at.template load<double>(x);
+    v = kCentred ? multiply_add(v - pivot, factor, offset) : v * factor;
+    return plus(at, times(at, v, weight), bias);
   }
 };
 
@@ -72,6 +73,7 @@ class DoubleBatches {
         run_(run),
         lines_(plan.elements / run),
         distance_(reading_ahead<double>(plan, plan.x, plan.whole.inner_size())),
+        whole_lines_(plan.family == Family::channel || !(args.weight || args.bias) || sets_alike(plan.y)),
         one_run_(plan.whole.rank == 0 || (plan.whole.rank == 1 && plan.whole.stride[0] == sizeof(double))) {}
 
   // Can the sets be read in place? A weight per value wants all values in one run.
@@ -169,18 +171,14 @@ class DoubleBatches {
       for (int64_t lane = 0; lane < lanes; lane += kStatisticLanes) measure_about_means(batch, lane);
     }
     batch.plain = true;
-    Offsets stats(plan_.set_stat, batch.first), params(plan_.set_param, batch.first);
+    store_numbers(plan_, batch, batch.mean, args_.mean);
+    store_numbers(plan_, batch, batch.mean_lo, args_.mean_lo);
+    store_numbers(plan_, batch, batch.var, args_.var);
+    store_numbers(plan_, batch, batch.rstd, args_.rstd);
+    Offsets params(plan_.set_param, batch.first);
     for (int64_t lane = 0; lane < batch.count; ++lane) {
-      const int64_t stat = stats.next();
       batch.param[lane] = params.next();
-      if (batch.near[lane] * batch.fine[lane] == 0) {
-        measure_alone(batch, lane);
-      } else {
-        if (args_.mean) args_.mean[stat] = batch.mean[lane];
-        if (args_.mean_lo) args_.mean_lo[stat] = batch.mean_lo[lane];
-        if (args_.var) args_.var[stat] = batch.var[lane];
-        if (args_.rstd) args_.rstd[stat] = batch.rstd[lane];
-      }
+      if (batch.near[lane] * batch.fine[lane] == 0) measure_alone(batch, lane);
     }
     if (plan_.family == Family::channel && args_.weight) take_weights(batch);
     if (batch.plain) batch.split_means(lanes);
@@ -268,15 +266,16 @@ class DoubleBatches {
                                                        const WeightOf& weight_of, const BiasOf& bias_of) const {
     const int64_t n = run_;
     const bool past_cache = args_.past_cache, in_turn = n > kLeaf && !past_cache;
-    const SetLines<double> from(plan_.x, n), to(plan_.y, n);
+    Offsets x_offsets(plan_.x.set, now.first), y_offsets(plan_.y.set, now.first);
+    Offsets coming_offsets(plan_.x.set, next.first);
     for (int64_t lane = 0; lane < now.count; ++lane) {
       const int64_t param = now.param[lane];
       const auto w = weight_of(param);
       const auto b = bias_of(param);
-      const DoubleFormula<decltype(w), decltype(b)> formula(now, lane, w, b);
-      const double* const x = reinterpret_cast<const double*>(from.set(now.first + lane));
-      double* const y = reinterpret_cast<double*>(to.set(now.first + lane));
-      const double* const coming_x = reinterpret_cast<const double*>(from.set(next.first + lane));
+      const DoubleFormula<kCentred, decltype(w), decltype(b)> formula(now, lane, w, b);
+      const double* const x = reinterpret_cast<const double*>(plan_.x.data + x_offsets.next());
+      double* const y = reinterpret_cast<double*>(plan_.y.data + y_offsets.next());
+      const double* const coming_x = reinterpret_cast<const double*>(plan_.x.data + coming_offsets.next());
       if (past_cache && lane < next.count) {
         Coming<kCentred> coming(coming_x, n, distance_);
         write_line(x, y, formula, [&] { coming.add_leaf(); });
@@ -321,7 +320,7 @@ class DoubleBatches {
       const auto w = weight_of(param);
       const auto b = bias_of(param);
       const double factor = weight ? now.rstd[lane] * weight[param] : now.rstd[lane];
-      const DoubleFormula<decltype(w), decltype(b)> formula(mean, factor, w, b);
+      const DoubleFormula<true, decltype(w), decltype(b)> formula(mean, factor, w, b);
       const char* x_line = x_segment;
       char* y_line = y_segment;
       for (int64_t line = 0; line < lines_; ++line) {
@@ -337,7 +336,7 @@ class DoubleBatches {
   template <class Formula, class Between>
   FASTNORM_INLINE void write_line(const double* x, double* y, const Formula& formula, const Between& between) const {
     const int64_t run = run_;
-    if (!args_.past_cache) return write_run<false>(y, run, [&](auto at) { return formula(at, x); });
+    if (!args_.past_cache) return write_run<false>(y, run, [&](auto at) { return formula(at, x); }, whole_lines_);
     int64_t i = unaligned_values(y);
     if (i > run) i = run;
     if (i > 0) Partial{0, i}.store(y, formula(Partial{0, i}, x));
@@ -353,6 +352,7 @@ class DoubleBatches {
   const NormArgs<double>& args_;
   const int64_t run_, lines_;
   const int64_t distance_;
+  const bool whole_lines_;  // of the cache are written
   const bool one_run_;
 };
 

@@ -78,18 +78,15 @@ FASTNORM_INLINE V less_mean(const V& v, const V& mean, const V& mean_lo) {
 // Runs from this length on are written in whole lines of the cache: two lines for a pack take twice as long.
 constexpr int64_t kAlignedRun = 4 * kPack;
 
-// The same where the parts of packs at the ends are stored as such, which costs more.
-template <class T>
-constexpr int64_t kAlignedLine = 1536 / sizeof(T);
-
 // Stores formula(place) along a run of n results at p. One that goes into the cache begins and ends with whole packs,
-// not with parts of them: some values are computed twice, from the operands as they were, should p be one.
+// not with parts of them: some values are computed twice, from the operands as they were, should p be one. In
+// whole lines of the cache, unless told to begin where the run does.
 template <bool kPastCache, class T, class Formula>
-FASTNORM_INLINE void write_run(T* p, int64_t n, const Formula& formula) {
+FASTNORM_INLINE void write_run(T* p, int64_t n, const Formula& formula, bool whole_lines = true) {
   if constexpr (kPastCache)
     return for_aligned_packs(PastCache{}, p, n, [&](auto at, auto out) { out.store(at, p, formula(at)); });
   if (n < kPack) return for_packs(n, [&](auto at) { at.store(p, formula(at)); });
-  const int64_t begin = n < kAlignedRun ? 0 : unaligned_values(p);
+  const int64_t begin = whole_lines && n >= kAlignedRun ? unaligned_values(p) : 0;
   const Whole first{0}, last{n - kPack};
   const auto tail = formula(last), head = begin > 0 ? formula(first) : tail;
   for (int64_t i = begin; i < last.start; i += kPack) Whole{i}.store(p, formula(Whole{i}));

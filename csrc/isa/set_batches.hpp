@@ -203,8 +203,7 @@ class SetBatches {
 
   // Two sets of one line each: every sum is a chain of additions that wait for each other, and two chains do not (RMS
   // norm 512 x 768: 41 us to 38, rows of 100: 60 to 56; instance norm 14 x 14: 51 to 46). Few registers do not hold the
-  // sums of both (AVX2: layer norm 512 x 768 83 us instead of 52). Results lie in whole lines of the cache, so that
-  // writing runs a few values ahead of measuring (layer norm 512 x 768: 44 us to 41).
+  // sums of both (AVX2: layer norm 512 x 768 83 us instead of 52).
   template <bool centred, class FormulaOf>
   FASTNORM_INLINE void normalise_and_measure_two(const Batch& now, Batch& next, int64_t lane,
                                                  const SetLines<float>& from, const SetLines<float>& to,
@@ -217,26 +216,12 @@ class SetBatches {
     float *y0 = values(to, now.first + lane), *y1 = values(to, now.first + lane + 1);
     const auto formula0 = formula_of(now, lane), formula1 = formula_of(now, lane + 1);
     PlainSums<centred> sums0, sums1;
-    const int64_t run = run_, lead = run >= kAlignedLine<float> ? unaligned_values(y0) : 0;
-    if (lead > 0) {
-      const Partial head{0, lead};
-      head.store(y0, formula0(head, x0));
-      head.store(y1, formula1(head, x1));
-    }
-    for_packs(run, [&](auto at) {
+    for_packs(run_, [&](auto at) {
       sums0.add(at, coming0);
       sums1.add(at, coming1);
-      const int64_t i = at.start + lead;
-      if (i + kPack <= run) {
-        const Pack<float> first = formula0(Whole{i}, x0), second = formula1(Whole{i}, x1);
-        Whole{i}.store(y0, first);
-        Whole{i}.store(y1, second);
-      } else if (i < run) {
-        const Partial end{i, run - i};
-        const Pack<float> first = formula0(end, x0), second = formula1(end, x1);
-        end.store(y0, first);
-        end.store(y1, second);
-      }
+      const Pack<float> first = formula0(at, x0), second = formula1(at, x1);
+      at.store(y0, first);
+      at.store(y1, second);
     });
     next.put(lane, sums0);
     next.put(lane + 1, sums1);

@@ -460,27 +460,35 @@ FASTNORM_INLINE void fold_eight_exactly(const Pack<double>* packs, double* sums,
   struct Exact {
     Part sum, lost;
   };
-  const auto add = [](const Part& a, const Part& b, const Part& lost) -> Exact {
-    const Part sum = a + b, part = sum - a;
-    return {sum, ((a - (sum - part)) + (b - part)) + lost};
+  // Every other addition is made by the units that multiply, which have nothing else to do here.
+  const Part one = _mm512_set1_pd(1);
+  const auto plus = [&](const Part& a, const Part& b) -> Part { return _mm512_fmadd_pd(a, one, b); };
+  const auto minus = [&](const Part& a, const Part& b) -> Part { return _mm512_fmsub_pd(a, one, b); };
+  const auto add_two = [&](const Part& a, const Part& b) -> Exact {
+    const Part sum = a + b, part = minus(sum, a);
+    return {sum, plus(minus(a, sum - part), b - part)};
+  };
+  const auto add = [&](const Part& a, const Part& b, const Part& lost) -> Exact {
+    const Exact both = add_two(a, b);
+    return {both.sum, both.lost + lost};
   };
   Exact half[8];  // lane + 8
   FASTNORM_UNROLL
-  for (int k = 0; k < 8; ++k) half[k] = add(packs[k].part[0], packs[k].part[1], Part{});
+  for (int k = 0; k < 8; ++k) half[k] = add_two(packs[k].part[0], packs[k].part[1]);
   const auto quarters = [&](const Exact& a, const Exact& b) {  // lane + 4
     const auto low = [](const Part& p, const Part& q) -> Part { return _mm512_maskz_shuffle_f64x2(0xff, p, q, 0x44); };
     const auto high = [](const Part& p, const Part& q) -> Part { return _mm512_maskz_shuffle_f64x2(0xff, p, q, 0xee); };
-    return add(low(a.sum, b.sum), high(a.sum, b.sum), low(a.lost, b.lost) + high(a.lost, b.lost));
+    return add(low(a.sum, b.sum), high(a.sum, b.sum), plus(low(a.lost, b.lost), high(a.lost, b.lost)));
   };
   const auto eighths = [&](const Exact& a, const Exact& b) {  // lane + 2
     const auto low = [](const Part& p, const Part& q) -> Part { return _mm512_maskz_shuffle_f64x2(0xff, p, q, 0x88); };
     const auto high = [](const Part& p, const Part& q) -> Part { return _mm512_maskz_shuffle_f64x2(0xff, p, q, 0xdd); };
-    return add(low(a.sum, b.sum), high(a.sum, b.sum), low(a.lost, b.lost) + high(a.lost, b.lost));
+    return add(low(a.sum, b.sum), high(a.sum, b.sum), plus(low(a.lost, b.lost), high(a.lost, b.lost)));
   };
   const auto last = [&](const Exact& a, const Exact& b) {  // lane + 1
     const auto low = [](const Part& p, const Part& q) -> Part { return _mm512_maskz_unpacklo_pd(0xff, p, q); };
     const auto high = [](const Part& p, const Part& q) -> Part { return _mm512_maskz_unpackhi_pd(0xff, p, q); };
-    return add(low(a.sum, b.sum), high(a.sum, b.sum), low(a.lost, b.lost) + high(a.lost, b.lost));
+    return add(low(a.sum, b.sum), high(a.sum, b.sum), plus(low(a.lost, b.lost), high(a.lost, b.lost)));
   };
   const Exact all = last(eighths(quarters(half[0], half[2]), quarters(half[4], half[6])),
                          eighths(quarters(half[1], half[3]), quarters(half[5], half[7])));
