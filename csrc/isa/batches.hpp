@@ -12,7 +12,8 @@ namespace {
 // Values of the sets of a batch: as many as leave room in the nearest cache for the next batch and for the results.
 constexpr int64_t kBatchElements = 4096;
 constexpr int64_t kMostSets = 32;
-// Sets whose statistics are computed together, one per lane: divisions and roots cost no more for eight than for one.
+// Statistics are computed side by side, a lane for each set, in multiples of this: divisions and roots cost no more for
+// eight than for one.
 constexpr int64_t kStatisticLanes = 8;
 
 inline bool fits_batch(const Plan& plan) { return plan.blocks.count <= kChunkBlocks && measured_units(plan) == 1; }
@@ -38,34 +39,35 @@ struct Batch {
   }
 };
 
-// What moments_of and statistic_of do, for eight sets. True if float32 will do for all of them (zeros included).
-[[gnu::noinline]] inline bool finish_lanes(Batch& batch, int64_t first, double count, double eps, double centred,
+// What moments_of and statistic_of do, for the first `lanes` sets. True if float32 will do for all of them (zeros
+// included).
+[[gnu::noinline]] inline bool finish_lanes(Batch& batch, int64_t lanes, double count, double eps, double centred,
                                            double additions) {
-  double *mean = batch.mean + first, *var = batch.var + first, *rstd = batch.rstd + first;
-  double *factor = batch.factor + first, *excess = batch.excess + first;
-  const double *sum = batch.sum + first, *squares = batch.squares + first, *weight = batch.weight + first;
+  double *const mean = batch.mean, *const var = batch.var, *const rstd = batch.rstd;
+  double *const factor = batch.factor, *const excess = batch.excess;
+  const double *const sum = batch.sum, *const squares = batch.squares, *const weight = batch.weight;
 #pragma omp simd
-  for (int64_t i = 0; i < kStatisticLanes; ++i) {
+  for (int64_t i = 0; i < lanes; ++i) {
     mean[i] = centred * (sum[i] / count);
     const double m2 = squares[i] - sum[i] * mean[i];
     var[i] = m2 / count;
     excess[i] = m2 * kPlainMargin - squares[i] * additions;
   }
 #pragma omp simd
-  for (int64_t i = 0; i < kStatisticLanes; ++i) {
+  for (int64_t i = 0; i < lanes; ++i) {
     rstd[i] = 1 / std::sqrt(var[i] + eps);
     factor[i] = rstd[i] * weight[i];
   }
 #pragma omp simd
-  for (int64_t i = 0; i < kStatisticLanes; ++i) {
+  for (int64_t i = 0; i < lanes; ++i) {
     const float high = static_cast<float>(mean[i]);
-    batch.high_mean[first + i] = high;
-    batch.low_mean[first + i] = static_cast<float>(mean[i] - static_cast<double>(high));
-    batch.scale[first + i] = static_cast<float>(factor[i]);
+    batch.high_mean[i] = high;
+    batch.low_mean[i] = static_cast<float>(mean[i] - static_cast<double>(high));
+    batch.scale[i] = static_cast<float>(factor[i]);
   }
   int64_t beyond = 0;
 #pragma omp simd reduction(| : beyond)
-  for (int64_t i = 0; i < kStatisticLanes; ++i) {
+  for (int64_t i = 0; i < lanes; ++i) {
     const bool short_way = (excess[i] >= 0) & (squares[i] < HUGE_VAL);
     const bool fit = moderate(rstd[i]) & (std::fabs(mean[i]) < kMostMean);
     beyond |= (short_way & fit & zero_or_moderate(factor[i])) ? 0 : 1;
@@ -73,13 +75,25 @@ struct Batch {
   return beyond == 0;
 }
 
-// Where the parameters of each set are; and the parameters of sets of one segment of Family::channel, which have one of
-// each: a factor of 1 for the others.
+// Where the parameters of each set are.
+template <class Batch>
+inline void find_parameters(const Plan& plan, Batch& batch) {
+  const Walk& places = plan.set_param;
+  if (places.rank > 1) {
+    Offsets offsets(places, batch.first);
+    for (int64_t lane = 0; lane < batch.count; ++lane) batch.param[lane] = offsets.next();
+    return;
+  }
+  const int64_t first = places.offset(batch.first), step = inner_stride(places);
+  for (int64_t lane = 0; lane < batch.count; ++lane) batch.param[lane] = first + lane * step;
+}
+
+// The same, and the parameters of sets of one segment of Family::channel, which have one of each: a factor of 1 for the
+// others.
 inline void load_parameters(const Plan& plan, const NormArgs<float>& args, Batch& batch) {
   for (int64_t lane = 0; lane < kMostSets; ++lane) batch.weight[lane] = 1;
   if (!(args.weight || args.bias)) return;
-  Offsets params(plan.set_param, batch.first);
-  for (int64_t lane = 0; lane < batch.count; ++lane) batch.param[lane] = params.next();
+  find_parameters(plan, batch);
   if (plan.family != Family::channel || plan.segments > 1 || !args.weight) return;
   for (int64_t lane = 0; lane < batch.count; ++lane) {
     batch.weight[lane] = static_cast<double>(args.weight[batch.param[lane]]);
@@ -102,16 +116,14 @@ inline void store_numbers(const Plan& plan, const Batch& batch, const double* nu
 // The statistics of a batch from its sums of `packs` packs each, stored.
 inline void finish_batch(const Plan& plan, const NormArgs<float>& args, int64_t packs, Batch& batch) {
   // Lanes without a set get the sums of the first one.
-  for (int64_t lane = batch.count; lane % kStatisticLanes != 0; ++lane) {
-    batch.sum[lane] = batch.sum[0];
-    batch.squares[lane] = batch.squares[0];
+  int64_t lanes = batch.count;
+  for (; lanes % kStatisticLanes != 0; ++lanes) {
+    batch.sum[lanes] = batch.sum[0];
+    batch.squares[lanes] = batch.squares[0];
   }
   load_parameters(plan, args, batch);
-  batch.in_float = true;
-  for (int64_t lane = 0; lane < batch.count; lane += kStatisticLanes) {
-    batch.in_float &= finish_lanes(batch, lane, static_cast<double>(plan.set_size()), args.eps, args.centred ? 1 : 0,
-                                   static_cast<double>(packs + kPack));
-  }
+  batch.in_float = finish_lanes(batch, lanes, static_cast<double>(plan.set_size()), args.eps, args.centred ? 1 : 0,
+                                static_cast<double>(packs + kPack));
   if (!batch.in_float) return;
   store_numbers(plan, batch, batch.mean, args.mean);
   store_numbers(plan, batch, batch.var, args.var);

@@ -167,7 +167,7 @@ class DoubleBatches {
       if (!args_.centred) batch.sum[lane] = batch.lost_sum[lane] = batch.lost_squares[lane] = 0;
     }
     finish_lanes(batch, 0, lanes);
-    if (args_.centred) {
+    if (args_.centred && !all_ones(batch.near, batch.count)) {
       for (int64_t lane = 0; lane < lanes; lane += kStatisticLanes) measure_about_means(batch, lane);
     }
     batch.plain = true;
@@ -175,10 +175,11 @@ class DoubleBatches {
     store_numbers(plan_, batch, batch.mean_lo, args_.mean_lo);
     store_numbers(plan_, batch, batch.var, args_.var);
     store_numbers(plan_, batch, batch.rstd, args_.rstd);
-    Offsets params(plan_.set_param, batch.first);
-    for (int64_t lane = 0; lane < batch.count; ++lane) {
-      batch.param[lane] = params.next();
-      if (batch.near[lane] * batch.fine[lane] == 0) measure_alone(batch, lane);
+    find_parameters(plan_, batch);
+    if (!all_ones(batch.near, batch.count) || !all_ones(batch.fine, batch.count)) {
+      for (int64_t lane = 0; lane < batch.count; ++lane) {
+        if (batch.near[lane] * batch.fine[lane] == 0) measure_alone(batch, lane);
+      }
     }
     if (plan_.family == Family::channel && args_.weight) take_weights(batch);
     if (batch.plain) batch.split_means(lanes);
@@ -191,6 +192,13 @@ class DoubleBatches {
                            {batch.mean + first, batch.mean_lo + first, batch.var + first, batch.rstd + first,
                             batch.near + first, batch.fine + first},
                            lanes, count, args_.eps, kMostSquaresOfSet);
+  }
+
+  static bool all_ones(const double* ones_and_zeros, int64_t count) {
+    double sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < count; ++i) sum += ones_and_zeros[i];
+    return sum == static_cast<double>(count);
   }
 
   // The second reading of those of eight sets that want one.
