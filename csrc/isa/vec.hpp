@@ -495,11 +495,38 @@ FASTNORM_INLINE void fold_eight_exactly(const Pack<double>* packs, double* sums,
   std::memcpy(sums, &all.sum, sizeof all.sum);
   std::memcpy(lost, &all.lost, sizeof all.lost);
 #else
+  // The parts of each pack, and then the lanes of what is left of all eight side by side.
+  using Part = Pack<double>::Part;
+  constexpr int kParts = Pack<double>::kParts, kWidth = Pack<double>::kWidth;
+  alignas(64) double lanes[kWidth][8], lanes_lost[kWidth][8];
   for (int k = 0; k < 8; ++k) {
-    const TwoTerm sum = fold_exactly(packs[k]);
-    sums[k] = sum.hi;
-    lost[k] = sum.lo;
+    Part sum[kParts], gone[kParts];
+    FASTNORM_UNROLL
+    for (int i = 0; i < kParts; ++i) sum[i] = packs[k].part[i], gone[i] = Part{};
+    FASTNORM_UNROLL
+    for (int half = kParts / 2; half > 0; half /= 2) {
+      FASTNORM_UNROLL
+      for (int i = 0; i < half; ++i) {
+        const Part a = sum[i], b = sum[i + half], both = a + b, part = both - a;
+        sum[i] = both;
+        gone[i] = ((a - (both - part)) + (b - part)) + (gone[i] + gone[i + half]);
+      }
+    }
+    FASTNORM_UNROLL
+    for (int i = 0; i < kWidth; ++i) lanes[i][k] = sum[0][i], lanes_lost[i][k] = gone[0][i];
   }
+  for (int half = kWidth / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) {
+#pragma omp simd
+      for (int k = 0; k < 8; ++k) {
+        const TwoTerm both = two_sum(lanes[i][k], lanes[i + half][k]);
+        lanes[i][k] = both.hi;
+        lanes_lost[i][k] = both.lo + (lanes_lost[i][k] + lanes_lost[i + half][k]);
+      }
+    }
+  }
+  std::memcpy(sums, lanes[0], sizeof lanes[0]);
+  std::memcpy(lost, lanes_lost[0], sizeof lanes_lost[0]);
 #endif
 }
 

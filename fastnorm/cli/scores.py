@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import exp, log
 from pathlib import Path
@@ -155,7 +155,8 @@ def summary(results: Iterable[Result]) -> list[str]:
         lines.append(
             f"{dtype}, {counted(threads, 'thread')}, {counted(len(group), 'norm cell')} from 64 KB of input up"
         )
-        lines += ["  " + line for line in (*_against(group), *_movement(group), *_scaling(group))]
+        alone = {cell.own.case: cell.ceiling for cell in every if cell.own.threads == 1 and cell.own.dtype == dtype}
+        lines += ["  " + line for line in (*_against(group), *_movement(group), *_scaling(group, alone))]
     return lines
 
 
@@ -181,16 +182,19 @@ def _movement(group: Sequence[Cell]) -> list[str]:
     return [f"median share of the ceiling from 0.5 MB up: {statistics.median(shares):.0%}"] if shares else []
 
 
-def _scaling(group: Sequence[Cell]) -> list[str]:
+def _scaling(group: Sequence[Cell], ceilings_of_one: Mapping[str, Result | None]) -> list[str]:
     ratios = {cell.own.case: cell.ratio(OWN_ONE) for cell in group if cell.own.bytes >= _THREADS_FROM}
     known = {case: ratio for case, ratio in ratios.items() if ratio is not None}
     if not known:
         return []
     worst = min(known, key=lambda case: known[case])
-    return [
+    line = (
         f"one thread's time over {counted(group[0].own.threads, 'thread')}' from 1 MB up: geometric mean "
         f"{_geometric_mean(known.values()):.2f}x, least {known[worst]:.2f}x ({worst})"
-    ]
+    )
+    pairs = [(ceilings_of_one.get(cell.own.case), cell.ceiling) for cell in group if cell.own.case in known]
+    gains = [many.rate / one.rate for one, many in pairs if one is not None and many is not None]
+    return [line, f"the same of the ceiling: geometric mean {_geometric_mean(gains):.2f}x"] if gains else [line]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
