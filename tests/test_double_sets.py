@@ -160,7 +160,7 @@ def test_weights_of_any_size(weight: float, scale: float) -> None:
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("offset", range(0, 64, 8))
 def test_bits_do_not_depend_on_where_arrays_begin(dtype: type, offset: int) -> None:
-    """Long rows are written in whole lines of the cache, and their parameters copied to lie as the results do."""
+    """Rows may be written in whole lines of the cache, and their parameters are copied to where lines begin."""
     rng = np.random.default_rng(13)
     for shape in ((40, 384), (17, 768), (16, 515), (33, 1032), (3, 2048)):
         x = rng.standard_normal(shape).astype(dtype)

@@ -460,7 +460,8 @@ FASTNORM_INLINE void fold_eight_exactly(const Pack<double>* packs, double* sums,
   struct Exact {
     Part sum, lost;
   };
-  // Every other addition is made by the units that multiply, which have nothing else to do here.
+  // Every other addition is made as a product and a sum: processors with units of their own for those have them idle
+  // here.
   const Part one = _mm512_set1_pd(1);
   const auto plus = [&](const Part& a, const Part& b) -> Part { return _mm512_fmadd_pd(a, one, b); };
   const auto minus = [&](const Part& a, const Part& b) -> Part { return _mm512_fmsub_pd(a, one, b); };
