@@ -150,7 +150,7 @@ FASTNORM_INLINE void normalise_panel(const Columns<T>& columns, int64_t outer, c
     T* to = y.data;
     const int64_t x_step = x.stride, y_step = y.stride, count = lines;
     [[maybe_unused]] const int64_t distance =
-        lines_ahead_of_group<T, kPacks>(columns.lines_ahead(), n) * x_step * static_cast<int64_t>(sizeof(T));
+        ahead_of_group<T>(columns.lines_ahead(), n) * x_step * static_cast<int64_t>(sizeof(T));
     if (all_plain(space, column + at.start, kPacks)) {
       for (int64_t line = 0; line < count; ++line, from += x_step, to += y_step) {
         FASTNORM_UNROLL

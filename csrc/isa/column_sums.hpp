@@ -298,7 +298,7 @@ FASTNORM_INLINE void add_plainly(const ColumnSums& to, int64_t count, int64_t wi
       sums[k].squares = at.template load<double>(to.second + k * kPack);
     }
     const float* from = x.data;
-    const int64_t step = x.stride, lines = count, far = lines_ahead_of_group<float, kPacks>(distance, width);
+    const int64_t step = x.stride, lines = count, far = ahead_of_group<float>(distance, width);
     for (int64_t line = 0; line < lines; ++line, from += step) {
       FASTNORM_UNROLL
       for (int k = 0; k < kPacks; ++k) {

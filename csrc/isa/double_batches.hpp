@@ -73,7 +73,7 @@ class DoubleBatches {
         run_(run),
         lines_(plan.elements / run),
         distance_(reading_ahead<double>(plan, plan.x, plan.whole.inner_size())),
-        whole_lines_(plan.family == Family::channel || !(args.weight || args.bias) || sets_alike(plan.y)),
+        whole_lines_(in_whole_lines(plan, args.weight || args.bias)),
         one_run_(plan.whole.rank == 0 || (plan.whole.rank == 1 && plan.whole.stride[0] == sizeof(double))) {}
 
   // Can the sets be read in place? A weight per value wants all values in one run.
@@ -152,7 +152,7 @@ class DoubleBatches {
   // What measure_chunk and finish_set do, for all sets of a batch.
   void finish(DoubleBatch& batch) const {
     const int64_t lanes = (batch.count + kStatisticLanes - 1) / kStatisticLanes * kStatisticLanes;
-    for (int64_t lane = batch.count; lane < lanes; ++lane) batch.put(lane, Pack<double>(1.0));
+    for (int64_t lane = batch.count; lane < lanes; ++lane) batch.put(lane, PackPair{1.0, 1.0});
     for (int64_t lane = 0; lane < lanes; lane += kStatisticLanes) {
       if (args_.centred) {
         fold_eight_exactly(batch.sum_lanes + lane, batch.sum + lane, batch.lost_sum + lane);

@@ -36,11 +36,6 @@ inline int64_t reading_ahead(const Plan& plan, const Operand& operand, int64_t r
   return (kAheadBytes + run_bytes - 1) / run_bytes * operand.element.stride[0];
 }
 
-// Do all sets lie in their lines of the cache as the first one does?
-inline bool sets_alike(const Operand& operand) {
-  return operand.set.rank == 1 && operand.set.stride[0] % kLineBytes == 0;
-}
-
 struct Range {
   int64_t begin, end;
 };

@@ -78,6 +78,14 @@ FASTNORM_INLINE V less_mean(const V& v, const V& mean, const V& mean_lo) {
 // Runs from this length on are written in whole lines of the cache: two lines for a pack take twice as long.
 constexpr int64_t kAlignedRun = 4 * kPack;
 
+// Are float64 results written in whole lines, if they go into the cache? Not where parameters are read along with rows
+// that lie differently: those are read from where lines begin instead (AlignedParameters).
+inline bool in_whole_lines(const Plan& plan, bool params) {
+  if (plan.family == Family::channel || !params) return true;
+  const Walk& rows = plan.y.set;
+  return plan.elements >= kAlignedRun && rows.rank == 1 && rows.stride[0] % kLineBytes == 0;
+}
+
 // Stores formula(place) along a run of n results at p. One that goes into the cache begins and ends with whole packs,
 // not with parts of them: some values are computed twice, from the operands as they were, should p be one. In
 // whole lines of the cache, unless told to begin where the run does.

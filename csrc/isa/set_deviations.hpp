@@ -30,8 +30,7 @@ class DeviationTree {
   FASTNORM_INLINE Lanes leaf(const double* x, int64_t n) const {
     constexpr bool kAboutZero = std::is_same<Pivot, AboutZero>::value;
     return leaf_sums<kAboutZero>(0, n, [&](auto at) -> Lanes {
-      Pack<double> v = at.template load<double>(x);
-      if constexpr (kCentred) v = in_register(v);
+      const Pack<double> loaded = at.template load<double>(x), v = kCentred ? in_register(loaded) : loaded;
       if constexpr (!kCentred) {
         return v * v;
       } else if constexpr (kAboutZero) {

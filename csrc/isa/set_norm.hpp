@@ -36,7 +36,7 @@ class AlignedParameters {
 
  private:
   const T* copy(const T* values, T* room, const Plan& plan) const {
-    const bool whole_lines = args_.past_cache || (kMayOverflow<T> && sets_alike(plan.y));
+    const bool whole_lines = args_.past_cache || (kMayOverflow<T> && in_whole_lines(plan, true));
     T* const to = whole_lines ? in_lines_of(room, plan.y.data) : aligned(room);
     std::memcpy(to, values, static_cast<size_t>(plan.elements) * sizeof(T));
     return to;
