@@ -23,10 +23,17 @@ struct Batch {
   int64_t first = 0, count = 0;
   bool in_float = false;     // are all of them measured the short way, and to be normalised in float32?
   int64_t param[kMostSets];  // of a set's first weight and bias
-  alignas(64) double sum[kMostSets], squares[kMostSets], weight[kMostSets];
-  double mean[kMostSets], var[kMostSets], rstd[kMostSets], factor[kMostSets], excess[kMostSets];
-  // The same in float32: the mean in two parts, and the factor.
-  float high_mean[kMostSets], low_mean[kMostSets], scale[kMostSets];
+  alignas(64) double sum[kMostSets], squares[kMostSets];
+  double weight[kMostSets], bias[kMostSets];  // of sets of one of each for all values
+  double mean[kMostSets], var[kMostSets], rstd[kMostSets];
+  float pivot[kMostSets], factor[kMostSets], offset[kMostSets];  // FloatFactors
+
+  FASTNORM_INLINE void put(int64_t lane, const FloatFactors& factors) {
+    pivot[lane] = factors.pivot;
+    factor[lane] = factors.factor;
+    offset[lane] = factors.offset;
+  }
+  FASTNORM_INLINE FloatFactors factors(int64_t lane) const { return {pivot[lane], factor[lane], offset[lane]}; }
 
   template <bool centred>
   FASTNORM_INLINE void put(int64_t lane, const PlainSums<centred>& sums) {
@@ -41,38 +48,38 @@ struct Batch {
 
 // What moments_of and statistic_of do, for the first `lanes` sets. True if float32 will do for all of them (zeros
 // included).
-[[gnu::noinline]] inline bool finish_lanes(Batch& batch, int64_t lanes, double count, double eps, double centred,
-                                           double additions) {
+template <bool kCentred>
+FASTNORM_INLINE bool finish_lanes(Batch& batch, int64_t lanes, double count, double eps, double additions) {
   double *const mean = batch.mean, *const var = batch.var, *const rstd = batch.rstd;
-  double *const factor = batch.factor, *const excess = batch.excess;
-  const double *const sum = batch.sum, *const squares = batch.squares, *const weight = batch.weight;
-#pragma omp simd
-  for (int64_t i = 0; i < lanes; ++i) {
-    mean[i] = centred * (sum[i] / count);
-    const double m2 = squares[i] - sum[i] * mean[i];
-    var[i] = m2 / count;
-    excess[i] = m2 * kPlainMargin - squares[i] * additions;
-  }
-#pragma omp simd
-  for (int64_t i = 0; i < lanes; ++i) {
-    rstd[i] = 1 / std::sqrt(var[i] + eps);
-    factor[i] = rstd[i] * weight[i];
-  }
-#pragma omp simd
-  for (int64_t i = 0; i < lanes; ++i) {
-    const float high = static_cast<float>(mean[i]);
-    batch.high_mean[i] = high;
-    batch.low_mean[i] = static_cast<float>(mean[i] - static_cast<double>(high));
-    batch.scale[i] = static_cast<float>(factor[i]);
-  }
+  float *const pivot = batch.pivot, *const factor = batch.factor, *const offset = batch.offset;
+  const double *const sum = batch.sum, *const squares = batch.squares;
+  const double *const weight = batch.weight, *const bias = batch.bias;
+  const double share = 1 / count;
   int64_t beyond = 0;
 #pragma omp simd reduction(| : beyond)
   for (int64_t i = 0; i < lanes; ++i) {
-    const bool short_way = (excess[i] >= 0) & (squares[i] < HUGE_VAL);
-    const bool fit = moderate(rstd[i]) & (std::fabs(mean[i]) < kMostMean);
-    beyond |= (short_way & fit & zero_or_moderate(factor[i])) ? 0 : 1;
+    const double mean_of = kCentred ? sum[i] * share : 0, m2 = kCentred ? squares[i] - sum[i] * mean_of : squares[i];
+    const double var_of = m2 * share, rstd_of = 1 / std::sqrt(var_of + eps);
+    mean[i] = mean_of;
+    var[i] = var_of;
+    rstd[i] = rstd_of;
+    const bool short_way = kCentred ? m2 * kPlainMargin >= squares[i] * additions : true;
+    const bool fit = moderate(rstd_of) & (std::fabs(mean_of) < kMostMean) & (squares[i] < HUGE_VAL);
+    beyond |= (short_way & fit & zero_or_moderate(rstd_of * weight[i])) ? 0 : 1;
+  }
+#pragma omp simd
+  for (int64_t i = 0; i < lanes; ++i) {
+    const FloatFactors factors = FloatFactors::of(mean[i], 0, rstd[i] * weight[i], bias[i]);
+    pivot[i] = factors.pivot;
+    factor[i] = factors.factor;
+    offset[i] = factors.offset;
   }
   return beyond == 0;
+}
+[[gnu::noinline]] inline bool finish_lanes(Batch& batch, int64_t lanes, double count, double eps, bool centred,
+                                           double additions) {
+  return centred ? finish_lanes<true>(batch, lanes, count, eps, additions)
+                 : finish_lanes<false>(batch, lanes, count, eps, additions);
 }
 
 // Where the parameters of each set are.
@@ -91,12 +98,15 @@ inline void find_parameters(const Plan& plan, Batch& batch) {
 // The same, and the parameters of sets of one segment of Family::channel, which have one of each: a factor of 1 for the
 // others.
 inline void load_parameters(const Plan& plan, const NormArgs<float>& args, Batch& batch) {
-  for (int64_t lane = 0; lane < kMostSets; ++lane) batch.weight[lane] = 1;
+  for (int64_t lane = 0; lane < kMostSets; ++lane) batch.weight[lane] = 1, batch.bias[lane] = 0;
   if (!(args.weight || args.bias)) return;
   find_parameters(plan, batch);
-  if (plan.family != Family::channel || plan.segments > 1 || !args.weight) return;
-  for (int64_t lane = 0; lane < batch.count; ++lane) {
+  if (plan.family != Family::channel || plan.segments > 1) return;
+  for (int64_t lane = 0; args.weight && lane < batch.count; ++lane) {
     batch.weight[lane] = static_cast<double>(args.weight[batch.param[lane]]);
+  }
+  for (int64_t lane = 0; args.bias && lane < batch.count; ++lane) {
+    batch.bias[lane] = static_cast<double>(args.bias[batch.param[lane]]);
   }
 }
 
@@ -122,7 +132,7 @@ inline void finish_batch(const Plan& plan, const NormArgs<float>& args, int64_t 
     batch.squares[lanes] = batch.squares[0];
   }
   load_parameters(plan, args, batch);
-  batch.in_float = finish_lanes(batch, lanes, static_cast<double>(plan.set_size()), args.eps, args.centred ? 1 : 0,
+  batch.in_float = finish_lanes(batch, lanes, static_cast<double>(plan.set_size()), args.eps, args.centred,
                                 static_cast<double>(packs + kPack));
   if (!batch.in_float) return;
   store_numbers(plan, batch, batch.mean, args.mean);

@@ -60,6 +60,15 @@ inline void repeat(const Lines& lines, V* values) {
   }
 }
 
+// Numbers per column from numbers per set.
+inline const double* spread_sets(const double* of_sets, int64_t sets, int64_t width, double* to) {
+  if (width == 1) return of_sets;
+  for (int64_t set = 0; set < sets; ++set) {
+    for (int64_t c = set * width; c < (set + 1) * width; ++c) to[c] = of_sets[set];
+  }
+  return to;
+}
+
 // Workspace of one group of outer indices, and of what is known of the outer index at hand. Arrays "per place" have
 // the length of a line.
 template <class T>
@@ -70,10 +79,9 @@ struct ColumnSpace {
   double *first, *second, *size;                // sums per set
   double *mean_g, *mean_g_xhat;                 // means of gradients per set
   double* of_column[4];                         // numbers of sets, per column
-  double *weight, *dy, *dy_xhat;                // per column
+  double *weight, *bias, *dy, *dy_xhat;         // per column
   double* centre[4];                            // mean, rstd, and for float64 mean_lo and scale, per place
-  T *subtract, *offset, *factor, *bias;         // y = ((x - subtract) - offset) * factor + bias, per place, or, in
-                                                // float64, y = ((x - subtract) * factor + offset) + bias (SplitMean)
+  T *subtract, *factor, *offset;                // y = (x - subtract) * factor + offset, per place
   T *a, *b;         // dx = (dy * factor - a) - (x - subtract) * b: more arrays would be more than half of the time
   T* plain;         // 0 where a place wants double, or a scale
   double* careful;  // per pack of places: some of them are not plain
@@ -94,11 +102,11 @@ struct ColumnSpace {
          {&mean, &mean_lo, &rstd, &scale, &var, &pivot, &done, &first, &second, &size, &mean_g, &mean_g_xhat}) {
       *array = take(sets);
     }
-    for (double** array : {&of_column[0], &of_column[1], &of_column[2], &of_column[3], &weight, &dy, &dy_xhat,
+    for (double** array : {&of_column[0], &of_column[1], &of_column[2], &of_column[3], &weight, &bias, &dy, &dy_xhat,
                            &centre[0], &centre[1], &centre[2], &centre[3]}) {
       *array = columns.template line_at<double>(take(per_line));
     }
-    for (T** array : {&subtract, &offset, &factor, &bias, &a, &b, &plain}) {
+    for (T** array : {&subtract, &factor, &offset, &a, &b, &plain}) {
       *array = columns.template line_at<T>(take(per_line));
     }
     careful = take(per_line / kPack + 2);
@@ -126,14 +134,17 @@ struct ColumnSpace {
   }
   // Marks the packs that have columns of sets that are not done; false if there are none.
   bool find_undone(const Columns<T>& columns) const {
-    const int64_t width = columns.plan().columns_per_set;
-    bool all = true;
-    for (int64_t set = 0; set < columns.sets_in_outer(); ++set) {
-      for (int64_t c = set * width; c < (set + 1) * width; ++c) plain[c] = static_cast<T>(done[set]);
-      all = all && done[set] != 0;
-    }
-    if (!all) find_careful(columns.lines());
-    return !all;
+    const int64_t width = columns.plan().columns_per_set, sets = columns.sets_in_outer();
+    double all = 0;
+#pragma omp simd reduction(+ : all)
+    for (int64_t set = 0; set < sets; ++set) all += done[set];
+    if (all == static_cast<double>(sets)) return false;
+    const double* const of_columns = spread_sets(done, sets, width, of_column[0]);
+    const int64_t n = columns.columns();
+#pragma omp simd
+    for (int64_t c = 0; c < n; ++c) plain[c] = static_cast<T>(of_columns[c]);
+    find_careful(columns.lines());
+    return true;
   }
 };
 
@@ -168,15 +179,6 @@ inline SetSums add_up_exactly(const double* hi, const double* lo, int64_t sets, 
     }
   }
   return {sum, lost};
-}
-
-// Numbers per column from numbers per set.
-inline const double* spread_sets(const double* of_sets, int64_t sets, int64_t width, double* to) {
-  if (width == 1) return of_sets;
-  for (int64_t set = 0; set < sets; ++set) {
-    for (int64_t c = set * width; c < (set + 1) * width; ++c) to[c] = of_sets[set];
-  }
-  return to;
 }
 
 // Pivots: the mean of some rows of each set, from all over it. Their number is a power of two, so that a constant set's
@@ -258,9 +260,8 @@ inline void sum_deviations(const Columns<T>& columns, int64_t outer, const Colum
   const int64_t width = columns.plan().columns_per_set, sets = columns.sets_in_outer(), ahead = columns.lines_ahead();
   double* const pivots = space.centre[0];
   if constexpr (!kAboutZero) {
-    for (int64_t set = 0; set < sets; ++set) {
-      for (int64_t c = set * width; c < (set + 1) * width; ++c) pivots[c] = space.pivot[set];
-    }
+    const double* const of_columns = spread_sets(space.pivot, sets, width, pivots);
+    if (of_columns != pivots) std::memcpy(pivots, of_columns, static_cast<size_t>(sets) * sizeof(double));
     repeat(columns.lines(), pivots);
   }
   const bool few = kMayOverflow<T> && columns.rows() <= kFewLines;
@@ -293,6 +294,19 @@ inline void sum_deviations(const Columns<T>& columns, int64_t outer, const Colum
                                   });
                             }
                           });
+}
+
+// Numbers of sets [begin, end) for the caller, if that wants them.
+template <class T>
+inline void hand_out(const Columns<T>& columns, int64_t outer, double* to, const double* from, int64_t begin,
+                     int64_t end) {
+  if (to == nullptr) return;
+  const int64_t base = columns.stat(outer, 0), step = columns.plan().column_stat;
+  if (step == 1) {
+    std::memcpy(to + base + begin, from + begin, static_cast<size_t>(end - begin) * sizeof(double));
+  } else {
+    for (int64_t set = begin; set < end; ++set) to[base + set * step] = from[set];
+  }
 }
 
 // The statistic of a set from its moments, kept in the space and for the caller.
@@ -358,21 +372,17 @@ inline void finish_sets(const Columns<double>& columns, int64_t outer, const Col
     plain[set] *= near[set] * (1 - space.done[set]);
     taken += plain[set];
   }
-  const int64_t base = columns.stat(outer, 0), step = columns.plan().column_stat;
   const auto take = [&](int64_t set) {
     space.mean[set] = mean[set];
     space.mean_lo[set] = std::fabs(mean_lo[set]) * rstd[set] < 0x1p-56 ? 0 : mean_lo[set];  // drop_negligible
     space.rstd[set] = rstd[set];
     space.scale[set] = space.done[set] = 1;
   };
-  const auto hand_out = [&](double* to, const double* from, int64_t begin, int64_t end) {
-    for (int64_t set = begin; to != nullptr && set < end; ++set) to[base + set * step] = from[set];
-  };
   const auto hand_out_all = [&](int64_t begin, int64_t end) {
-    hand_out(args.mean, mean, begin, end);
-    hand_out(args.mean_lo, mean_lo, begin, end);
-    hand_out(args.var, var, begin, end);
-    hand_out(args.rstd, rstd, begin, end);
+    hand_out(columns, outer, args.mean, mean, begin, end);
+    hand_out(columns, outer, args.mean_lo, mean_lo, begin, end);
+    hand_out(columns, outer, args.var, var, begin, end);
+    hand_out(columns, outer, args.rstd, rstd, begin, end);
   };
   if (taken == static_cast<double>(sets)) {
 #pragma omp simd
@@ -422,15 +432,10 @@ inline void measure_outer(const Columns<T>& columns, int64_t outer, const Column
     for (int64_t set = 0; set < sets; ++set) space.done[set] = 0;
   } else {
     const bool all = plain_moments(columns, outer, space);
-    const int64_t base = columns.stat(outer, 0), step = columns.plan().column_stat;
-    const auto hand_out = [&](double* to, const double* from) {
-      if (to == nullptr) return;
-      for (int64_t set = 0; set < sets; ++set) to[base + set * step] = from[set];
-    };
-    hand_out(args.mean, space.mean);
-    hand_out(args.mean_lo, space.mean_lo);
-    hand_out(args.var, space.var);
-    hand_out(args.rstd, space.rstd);
+    hand_out(columns, outer, args.mean, space.mean, 0, sets);
+    hand_out(columns, outer, args.mean_lo, space.mean_lo, 0, sets);
+    hand_out(columns, outer, args.var, space.var, 0, sets);
+    hand_out(columns, outer, args.rstd, space.rstd, 0, sets);
     if (all) return;
   }
   exact_moments(columns, outer, space);
@@ -442,7 +447,11 @@ inline void take_statistics(const Columns<T>& columns, int64_t outer, const Colu
   const NormArgs<T>& args = columns.args();
   const int64_t sets = columns.sets_in_outer(), base = columns.stat(outer, 0), step = columns.plan().column_stat;
   const auto take = [&](double* to, const double* from, double otherwise) {
-    for (int64_t set = 0; set < sets; ++set) to[set] = from ? from[base + set * step] : otherwise;
+    if (from && step == 1) {
+      std::memcpy(to, from + base, static_cast<size_t>(sets) * sizeof(double));
+    } else {
+      for (int64_t set = 0; set < sets; ++set) to[set] = from ? from[base + set * step] : otherwise;
+    }
   };
   take(space.mean, args.mean, 0);
   take(space.mean_lo, args.mean_lo, 0);

@@ -10,22 +10,26 @@
 namespace fastnorm {
 namespace {
 
-// The weights of the columns, in double.
+// Parameters of the columns, in double; `usual` for those that are not given.
 template <class T>
-inline void take_weights(const Columns<T>& columns, int64_t outer, double* to) {
-  const T* const weight = columns.args().weight;
+inline void take_parameters(const Columns<T>& columns, int64_t outer, const T* params, double usual, double* to) {
   const int64_t n = columns.columns(), step = columns.plan().column_param;
-  if (weight == nullptr) {
-    for (int64_t c = 0; c < n; ++c) to[c] = 1;
+  if (params == nullptr) {
+    for (int64_t c = 0; c < n; ++c) to[c] = usual;
     return;
   }
-  const T* const from = weight + columns.param(outer, 0);
+  const T* const from = params + columns.param(outer, 0);
   if (step == 1) {
 #pragma omp simd
     for (int64_t c = 0; c < n; ++c) to[c] = static_cast<double>(from[c]);
   } else {
     for (int64_t c = 0; c < n; ++c) to[c] = static_cast<double>(from[c * step]);
   }
+}
+
+template <class T>
+inline void take_weights(const Columns<T>& columns, int64_t outer, double* to) {
+  take_parameters(columns, outer, columns.args().weight, 1, to);
 }
 
 // Statistics that data can be normalised with in its own dtype, without a branch.
@@ -45,28 +49,25 @@ inline void prepare_normalise(const Columns<T>& columns, int64_t outer, const Co
   const double* const rstd = spread_sets(space.rstd, sets, width, space.of_column[2]);
   const double* const scale = spread_sets(space.scale, sets, width, space.of_column[3]);
   take_weights(columns, outer, space.weight);
+  take_parameters(columns, outer, args.bias, 0, space.bias);
 #pragma omp simd
   for (int64_t c = 0; c < n; ++c) {
-    const double factor = rstd[c] * space.weight[c];
-    const bool plain = kMayOverflow<T> ? as_one_factor(rstd[c], space.weight[c]) : zero_or_moderate(factor);
+    const double factor = rstd[c] * space.weight[c], bias = space.bias[c];
+    const bool plain = kMayOverflow<T> ? as_one_step(rstd[c], space.weight[c], bias) : zero_or_moderate(factor);
     if constexpr (kMayOverflow<T>) {
       const SplitMean split = SplitMean::of({mean[c], mean_lo[c], rstd[c], scale[c], of_x});
       space.subtract[c] = split.pivot;
-      space.offset[c] = split.offset(factor);
+      space.factor[c] = factor;
+      space.offset[c] = split.offset(factor, bias);
     } else {
-      const T subtract = static_cast<T>(mean[c]);
-      space.subtract[c] = subtract;
-      space.offset[c] = static_cast<T>((mean[c] - static_cast<double>(subtract)) + mean_lo[c]);
+      const FloatFactors factors = FloatFactors::of(mean[c], mean_lo[c], factor, bias);
+      space.subtract[c] = factors.pivot;
+      space.factor[c] = factors.factor;
+      space.offset[c] = factors.offset;
     }
-    space.factor[c] = static_cast<T>(factor);
     space.plain[c] = plain_statistic<T>(mean[c], rstd[c], scale[c]) & plain ? T(1) : T(0);
   }
-  const int64_t param = columns.param(outer, 0), step = columns.plan().column_param;
-  if (args.bias && step == 1) std::memcpy(space.bias, args.bias + param, static_cast<size_t>(n) * sizeof(T));
-  for (int64_t c = 0; (!args.bias || step != 1) && c < n; ++c) {
-    space.bias[c] = args.bias ? args.bias[param + c * step] : T(0);
-  }
-  for (T* array : {space.subtract, space.offset, space.factor, space.bias}) repeat(columns.lines(), array);
+  for (T* array : {space.subtract, space.offset, space.factor}) repeat(columns.lines(), array);
   space.find_careful(columns.lines());
 }
 
@@ -128,21 +129,20 @@ FASTNORM_INLINE void normalise_panel(const Columns<T>& columns, int64_t outer, c
                                      Out out) {
   for_pack_groups<T>(0, n, [&](auto at, auto packs) {
     constexpr int kPacks = decltype(packs)::value;
-    Pack<T> mean[kPacks], offset[kPacks], factor[kPacks], bias[kPacks];
+    Pack<T> pivot[kPacks], factor[kPacks], offset[kPacks];
     FASTNORM_UNROLL
     for (int k = 0; k < kPacks; ++k) {
       const int64_t place = column + k * kPack;
-      mean[k] = in_register(at.template load<T>(space.subtract + place));
-      offset[k] = in_register(at.template load<T>(space.offset + place));
+      pivot[k] = in_register(at.template load<T>(space.subtract + place));
       factor[k] = in_register(at.template load<T>(space.factor + place));
-      bias[k] = in_register(at.template load<T>(space.bias + place));
+      offset[k] = in_register(at.template load<T>(space.offset + place));
     }
     const auto result = [&](const T* from, int k) FASTNORM_LOOPS {
-      const Pack<T> d = at.template load<T>(from + k * kPack) - mean[k];
+      const Pack<T> d = at.template load<T>(from + k * kPack) - pivot[k];
       if constexpr (kMayOverflow<T>) {
-        return multiply_add(d, factor[k], offset[k]) + bias[k];
+        return multiply_add(d, factor[k], offset[k]);
       } else {
-        return (d - offset[k]) * factor[k] + bias[k];
+        return d * factor[k] + offset[k];
       }
     };
     // Copies, for the compiler to keep them in registers.

@@ -21,8 +21,9 @@ struct DoubleBatch {
   alignas(64) double pivot[kMostSets], sum[kMostSets], lost_sum[kMostSets], squares[kMostSets], lost_squares[kMostSets];
   double mean[kMostSets], mean_lo[kMostSets], var[kMostSets], rstd[kMostSets], near[kMostSets], fine[kMostSets];
   double scale[kMostSets];
-  double from[kMostSets], rest[kMostSets], rest_lo[kMostSets];     // SplitMean
-  double weight[kMostSets], factor[kMostSets], offset[kMostSets];  // of sets of one weight for all values
+  double from[kMostSets], rest[kMostSets], rest_lo[kMostSets];  // SplitMean
+  double weight[kMostSets], bias[kMostSets];                    // of sets of one of each for all values
+  double factor[kMostSets], offset[kMostSets];
 
   void put(int64_t lane, const PackPair& lanes) {
     sum_lanes[lane] = lanes.first;
@@ -40,7 +41,7 @@ struct DoubleBatch {
       rest[lane] = split.rest;
       rest_lo[lane] = split.rest_lo;
       factor[lane] = rstd[lane] * weight[lane];
-      offset[lane] = split.offset(factor[lane]);
+      offset[lane] = split.offset(factor[lane], bias[lane]);
     }
   }
 };
@@ -54,14 +55,13 @@ struct DoubleFormula {
 
   DoubleFormula(const DoubleBatch& batch, int64_t lane, Weight w, Bias b)
       : pivot(batch.from[lane]), factor(batch.factor[lane]), offset(batch.offset[lane]), weight(w), bias(b) {}
-  DoubleFormula(const SplitMean& mean, double by, Weight w, Bias b)
-      : pivot(mean.pivot), factor(by), offset(mean.offset(by)), weight(w), bias(b) {}
+  DoubleFormula(const SplitMean& mean, double by, double shift, Weight w, Bias b)
+      : pivot(mean.pivot), factor(by), offset(mean.offset(by, shift)), weight(w), bias(b) {}
 
   template <class At>
   FASTNORM_INLINE Pack<double> operator()(At at, const double* x) const {
-    Pack<double> v = at.template load<double>(x);
-    v = kCentred ? multiply_add(v - pivot, factor, offset) : v * factor;
-    return plus(at, times(at, v, weight), bias);
+    const Pack<double> v = at.template load<double>(x);
+    return plus(at, times(at, kCentred ? multiply_add(v - pivot, factor, offset) : v * factor, weight), bias);
   }
 };
 
@@ -164,6 +164,7 @@ class DoubleBatches {
     for (int64_t lane = 0; lane < lanes; ++lane) {
       batch.pivot[lane] = 0;
       batch.scale[lane] = batch.weight[lane] = 1;
+      batch.bias[lane] = 0;
       if (!args_.centred) batch.sum[lane] = batch.lost_sum[lane] = batch.lost_squares[lane] = 0;
     }
     finish_lanes(batch, 0, lanes);
@@ -181,7 +182,7 @@ class DoubleBatches {
         if (batch.near[lane] * batch.fine[lane] == 0) measure_alone(batch, lane);
       }
     }
-    if (plan_.family == Family::channel && args_.weight) take_weights(batch);
+    if (plan_.family == Family::channel) take_parameters(batch);
     if (batch.plain) batch.split_means(lanes);
   }
 
@@ -226,15 +227,23 @@ class DoubleBatches {
     batch.plain = batch.plain && s.scale == 1;
   }
 
-  // Sets whose weights do not go into a factor are normalised one by one.
-  void take_weights(DoubleBatch& batch) const {
+  // Sets whose parameters do not go into the one step are normalised one by one.
+  void take_parameters(DoubleBatch& batch) const {
+    if (!(args_.weight || args_.bias)) return;
     for (int64_t lane = 0; lane < batch.count; ++lane) {
-      if (plan_.segments == 1) batch.weight[lane] = args_.weight[batch.param[lane]];
+      const int64_t param = batch.param[lane];
+      if (plan_.segments == 1) {
+        batch.weight[lane] = weight(param);
+        batch.bias[lane] = bias(param);
+      }
       for (int64_t segment = 0; segment < plan_.segments; ++segment) {
-        batch.plain = batch.plain && as_one_factor(batch.rstd[lane], args_.weight[batch.param[lane] + segment]);
+        const bool plain = as_one_step(batch.rstd[lane], weight(param + segment), bias(param + segment));
+        batch.plain = batch.plain && plain;
       }
     }
   }
+  double weight(int64_t param) const { return args_.weight ? args_.weight[param] : 1; }
+  double bias(int64_t param) const { return args_.bias ? args_.bias[param] : 0; }
 
   // ---- results
 
@@ -245,7 +254,7 @@ class DoubleBatches {
     const auto weights = [w](int64_t param) { return Each<double>{w + param}; };
     const auto biases = [b](int64_t param) { return Each<double>{b + param}; };
     if (plan_.family == Family::channel) {
-      normalise<kCentred>(now, next, none, [b](int64_t param) { return Same<double>(b ? b[param] : 0); });
+      normalise<kCentred>(now, next, none, none);
     } else if (w && b) {
       normalise<kCentred>(now, next, weights, biases);
     } else if (w) {
@@ -320,15 +329,15 @@ class DoubleBatches {
     const SplitMean mean{now.from[lane], now.rest[lane], now.rest_lo[lane]};
     const int64_t set = now.first + lane;
     const SegmentLines<double> from(plan_.x, set, run_), to(plan_.y, set, run_);
-    const double* const weight = plan_.family == Family::channel ? args_.weight : nullptr;
+    const bool by_segment = plan_.family == Family::channel;
     const char* x_segment = from.base;
     char* y_segment = to.base;
     for (int64_t segment = 0; segment < plan_.segments; ++segment) {
       const int64_t param = now.param[lane] + segment;
       const auto w = weight_of(param);
       const auto b = bias_of(param);
-      const double factor = weight ? now.rstd[lane] * weight[param] : now.rstd[lane];
-      const DoubleFormula<true, decltype(w), decltype(b)> formula(mean, factor, w, b);
+      const double factor = by_segment ? now.rstd[lane] * weight(param) : now.rstd[lane];
+      const DoubleFormula<true, decltype(w), decltype(b)> formula(mean, factor, by_segment ? bias(param) : 0, w, b);
       const char* x_line = x_segment;
       char* y_line = y_segment;
       for (int64_t line = 0; line < lines_; ++line) {

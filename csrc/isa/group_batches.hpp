@@ -109,16 +109,15 @@ class GroupBatches {
     const SegmentLines<float> from(plan_.x, set, run), to(plan_.y, set, run);
     const char* x_segment = from.base;
     char* y_segment = to.base;
-    SetFormula<true, None, Same<float>> formula{now.high_mean[lane], now.low_mean[lane], 0.0f, None{}, Same<float>(0)};
     const float* weight = args_.weight ? args_.weight + now.param[lane] : nullptr;
     const float* bias = args_.bias ? args_.bias + now.param[lane] : nullptr;
-    const double rstd = now.rstd[lane];
+    const double mean = now.mean[lane], rstd = now.rstd[lane];
     for (int64_t segment = 0; segment < segments; ++segment) {
       before_segment(segment);
       const double factor = weight ? rstd * static_cast<double>(weight[segment]) : rstd;
       if (zero_or_moderate(factor)) {
-        formula.factor = static_cast<float>(factor);
-        if (bias) formula.bias.value = bias[segment];
+        const double shift = bias ? static_cast<double>(bias[segment]) : 0;
+        const FloatFormula<true, None, None> formula(FloatFactors::of(mean, 0, factor, shift), None{}, None{});
         const char* x_line = x_segment;
         char* y_line = y_segment;
         for (int64_t line = 0; line < lines; ++line) {
@@ -129,7 +128,7 @@ class GroupBatches {
         }
       } else {
         const int64_t units = chunks_per_segment(plan_);
-        normalise_units(set, segment * units, (segment + 1) * units, Statistic{now.mean[lane], 0, rstd, 1});
+        normalise_units(set, segment * units, (segment + 1) * units, Statistic{mean, 0, rstd, 1});
       }
       x_segment += from.segment_step;
       y_segment += to.segment_step;

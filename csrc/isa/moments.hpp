@@ -165,8 +165,7 @@ struct PlainSums {
   template <class At>
   FASTNORM_INLINE void add(At at, const float* x) {
     const Pack<double> v = at.template load<double>(x);
-    if constexpr (centred)
-      sum = add_exact_product(v, Pack<double>(1.0), sum);  // an addition, on the units that multiply
+    if constexpr (centred) sum += v;
     squares = add_exact_product(v, v, squares);
   }
 };
@@ -198,9 +197,9 @@ inline bool moments_of(const PlainTotals& totals, double count, bool centred, Mo
     moments.m2.hi = totals.squares;
     return totals.squares < HUGE_VAL;
   }
-  moments.mean = totals.sum / count;
+  moments.mean = totals.sum * (1 / count);
   moments.m2.hi = totals.squares - totals.sum * moments.mean;
-  return moments.m2.hi * kPlainMargin - totals.squares * (totals.additions + kPack) >= 0;
+  return moments.m2.hi * kPlainMargin >= totals.squares * (totals.additions + kPack);
 }
 
 // What turns x into xhat: ((x * scale - mean) - mean_lo) * rstd.
@@ -217,8 +216,11 @@ struct Statistic {
 template <class T>
 inline double reciprocal_std(const Sum& m2, double count, double eps) {
   const double total = m2.value();
+  if (!kMayOverflow<T>) {
+    const double var = total * (1 / count) + eps;
+    return var == 0 ? 0 : 1 / std::sqrt(var);
+  }
   const double quotient = total / count;
-  if (!kMayOverflow<T>) return quotient + eps == 0 ? 0 : 1 / std::sqrt(quotient + eps);
   const TwoTerm var = two_sum(quotient, eps);
   if (var.hi == 0) return 0;
   double rstd = 1 / std::sqrt(var.hi);
@@ -284,7 +286,10 @@ template <class T>
 inline void store_statistic(const NormArgs<T>& args, int64_t index, const Moments& moments, const Statistic& s) {
   if (args.mean) args.mean[index] = moments.mean / s.scale;
   if (args.mean_lo) args.mean_lo[index] = moments.mean_lo / s.scale;
-  if (args.var) args.var[index] = moments.m2.value() / moments.count / s.scale / s.scale;
+  if (args.var) {
+    const double m2 = moments.m2.value(), count = moments.count;
+    args.var[index] = (kMayOverflow<T> ? m2 / count : m2 * (1 / count)) / s.scale / s.scale;
+  }
   if (args.rstd) args.rstd[index] = s.true_rstd();
 }
 

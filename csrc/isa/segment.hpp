@@ -1,12 +1,13 @@
 // The formulas on one contiguous run of values, a pack at a time.
 //
-//   xhat = ((x * scale - mean) - mean_lo) * rstd
+//   xhat = (x * scale - mean) * rstd
 //   y    = xhat * weight + bias
 //   dx   = rstd * (dy * weight - a - xhat * b),   a = mean(dy * weight), b = mean(dy * weight * xhat) over the set
 //
-// C is what a formula computes in. Statistics are always double; with them, float32 data can be normalised in float32
-// within the contract: mean + mean_lo is then the mean to twice that precision, and every step rounds once. Sets whose
-// statistics say that float32 might overflow or underflow are computed in double (`fits`), and rounded at the end.
+// C is what a formula computes in. Statistics are always double; with them, data can be normalised in their own type
+// within the contract: x - mean is split into x - pivot and what the pivot leaves of the mean, which becomes part of
+// the offset in (x - pivot) * rstd + offset. Float32 sets whose statistics say that float32 might overflow or underflow
+// are computed in double (`fits`), and rounded at the end.
 //
 // x may be y, and dy may be dx: every value is read before its place is written.
 #pragma once
@@ -128,9 +129,22 @@ class Centre {
   bool exact_;
 };
 
-// Float64 data are normalised as (x - pivot) * factor + offset, the second step rounded once. The pivot is the mean,
-// and the offset its low part; or 0, from which nothing is lost, and the offset all of the mean, where that lies within
-// a standard deviation of 0, so that the offset is no larger than what it is added to.
+// Data are normalised as (x - pivot) * factor + offset, in their own type. For float32 the pivot is the float next to
+// the mean, and the offset what that leaves of it: where that is anything, the difference is exact.
+struct FloatFactors {
+  float pivot, factor, offset;
+
+  // `shift`: a bias for all of the set. (-0 changes no result, not even -0.)
+  FASTNORM_INLINE static FloatFactors of(double mean, double mean_lo, double factor, double shift) {
+    const float pivot = static_cast<float>(mean);
+    const double rest = (mean - static_cast<double>(pivot)) + mean_lo;
+    return {pivot, static_cast<float>(factor), static_cast<float>((shift == 0 ? -0.0 : shift) - rest * factor)};
+  }
+};
+
+// For float64 the second step rounds once. The pivot is the mean, and the offset its low part; or the pivot is 0, from
+// which nothing is lost, and the offset all of the mean, where that lies within a standard deviation of 0, so that the
+// offset is no larger than what it is added to.
 struct SplitMean {
   double pivot, rest, rest_lo;
 
@@ -142,44 +156,73 @@ struct SplitMean {
     const double lo = std::fabs(s.mean_lo) * s.rstd < kNegligible ? 0 : s.mean_lo;
     return {near != 0 ? 0 : s.mean, near != 0 ? s.mean : 0, lo};
   }
-  FASTNORM_INLINE double offset(double factor) const {
+  FASTNORM_INLINE double offset(double factor, double shift) const {
     const TwoTerm product = two_product(rest, factor);
-    const double offset = product.hi + (product.lo + rest_lo * factor);
-    return offset == 0 ? -0.0 : -offset;
+    return (shift == 0 ? -0.0 : shift) - (product.hi + (product.lo + rest_lo * factor));
   }
 };
 
-// rstd * weight as one factor saves a rounding, where the weight leaves it and the offset in range.
-inline bool as_one_factor(double rstd, double weight) {
-  const double size = std::fabs(weight), factor = std::fabs(rstd * weight);
-  return weight == 0 || (size > 0x1p-300 && size < 0x1p300 && factor > 0x1p-900 && factor < 0x1p900);
+// rstd * weight as one factor and the bias as a part of the offset save a rounding each, where they leave both in
+// range.
+FASTNORM_INLINE bool as_one_step(double rstd, double weight, double bias) {
+  const double size = std::fabs(weight), factor = std::fabs(rstd * weight), shift = std::fabs(bias);
+  const bool factor_fits = (size > 0x1p-300) & (size < 0x1p300) & (factor > 0x1p-900) & (factor < 0x1p900);
+  const bool shift_fits = (shift > 0x1p-300) & (shift < 0x1p900);
+  return ((weight == 0) | factor_fits) & ((bias == 0) | shift_fits);
 }
 
+// y = ((x - mean) * factor + shift) * weight + bias: `factor` is rstd, or its product with a weight for all values, and
+// `shift` a bias for all of them. Float32 data, in double.
 template <class T, class C, class Weight, class Bias>
 struct Normalise {
   Centre<T, C> centre;
-  Pack<C> rstd;
+  Pack<C> factor, shift;
   Weight weight;
   Bias bias;
 
-  Normalise(const Statistic& s, double factor, Weight w, Bias b)
-      : centre(s), rstd(static_cast<C>(factor)), weight(w), bias(b) {}
+  Normalise(const Statistic& s, double by, double more, Weight w, Bias b)
+      : centre(s), factor(by), shift(more == 0 ? -0.0 : more), weight(w), bias(b) {}
 
   template <class At>
   FASTNORM_INLINE Pack<C> operator()(At at, const T* x) const {
-    return plus(at, times(at, centre(at, x) * rstd, weight), bias);
+    return plus(at, times(at, centre(at, x) * factor + shift, weight), bias);
   }
 };
 
+// In their own type; kCentred = false: with no mean.
+template <bool kCentred, class Weight, class Bias>
+struct FloatFormula {
+  Pack<float> pivot, factor, offset;
+  Weight weight;
+  Bias bias;
+
+  FloatFormula(const FloatFactors& f, Weight w, Bias b)
+      : pivot(f.pivot), factor(f.factor), offset(f.offset), weight(w), bias(b) {}
+
+  template <class At>
+  FASTNORM_INLINE Pack<float> operator()(At at, const float* x) const {
+    const Pack<float> v = at.template load<float>(x);
+    return plus(at, times(at, kCentred ? (v - pivot) * factor + offset : v * factor, weight), bias);
+  }
+};
+
+template <class Weight, class Bias>
+struct Normalise<float, float, Weight, Bias> : FloatFormula<true, Weight, Bias> {
+  Normalise(const Statistic& s, double factor, double shift, Weight w, Bias b)
+      : FloatFormula<true, Weight, Bias>(FloatFactors::of(s.mean, s.mean_lo, factor, shift), w, b) {}
+};
+
+// Float64 data, with a scale.
 template <class Weight, class Bias>
 struct Normalise<double, double, Weight, Bias> {
   Pack<double> scale, pivot, factor, offset;
   Weight weight;
   Bias bias;
 
-  Normalise(const Statistic& s, double factor, Weight w, Bias b) : Normalise(s, SplitMean::of(s), factor, w, b) {}
-  Normalise(const Statistic& s, const SplitMean& mean, double factor, Weight w, Bias b)
-      : scale(s.scale), pivot(mean.pivot), factor(factor), offset(mean.offset(factor)), weight(w), bias(b) {}
+  Normalise(const Statistic& s, double factor, double shift, Weight w, Bias b)
+      : Normalise(s, SplitMean::of(s), factor, shift, w, b) {}
+  Normalise(const Statistic& s, const SplitMean& mean, double factor, double shift, Weight w, Bias b)
+      : scale(s.scale), pivot(mean.pivot), factor(factor), offset(mean.offset(factor, shift)), weight(w), bias(b) {}
 
   template <class At>
   FASTNORM_INLINE Pack<double> operator()(At at, const double* x) const {

@@ -11,21 +11,6 @@ namespace {
 // Values that a thread takes at a time where statistics are given.
 constexpr int64_t kAppliedElements = 65536;
 
-// y = (x - mean) * factor * weight + bias of a set.
-template <bool centred, class Weight, class Bias>
-struct SetFormula {
-  Pack<float> mean, mean_lo, factor;
-  Weight weight;
-  Bias bias;
-
-  template <class At>
-  FASTNORM_INLINE Pack<float> operator()(At at, const float* x) const {
-    Pack<float> v = at.template load<float>(x);
-    if constexpr (centred) v = (v - mean) - mean_lo;
-    return plus(at, times(at, v * factor, weight), bias);
-  }
-};
-
 class SetBatches {
  public:
   SetBatches(const Plan& plan, const NormArgs<float>& args, int64_t run)
@@ -94,8 +79,7 @@ class SetBatches {
     auto operator()(const Batch& batch, int64_t lane) const {
       const auto w = weight_of(batch, lane);
       const auto b = bias_of(batch, lane);
-      return SetFormula<centred, decltype(w), decltype(b)>{batch.high_mean[lane], batch.low_mean[lane],
-                                                           batch.scale[lane], w, b};
+      return FloatFormula<centred, decltype(w), decltype(b)>(batch.factors(lane), w, b);
     }
   };
 
@@ -107,11 +91,7 @@ class SetBatches {
     };
     const float *w = args_.weight, *b = args_.bias;
     const auto none = [](const Batch&, int64_t) { return None{}; };
-    if (plan_.family == Family::channel) {
-      return make(std::true_type{}, none, [b](const Batch& batch, int64_t lane) {
-        return Same<float>(b ? static_cast<double>(b[batch.param[lane]]) : 0);
-      });
-    }
+    if (plan_.family == Family::channel) return make(std::true_type{}, none, none);
     const auto weights = [w](const Batch& batch, int64_t lane) { return Each<float>{w + batch.param[lane]}; };
     const auto biases = [b](const Batch& batch, int64_t lane) { return Each<float>{b + batch.param[lane]}; };
     const auto by_row = [&](auto centred) {
@@ -256,10 +236,7 @@ class SetBatches {
     for (int64_t lane = 0; lane < batch.count; ++lane) {
       const Statistic s = given_statistic(args_, stats.next());
       const double factor = s.rstd * batch.weight[lane];
-      const float high = static_cast<float>(s.mean);
-      batch.high_mean[lane] = high;
-      batch.low_mean[lane] = static_cast<float>((s.mean - static_cast<double>(high)) + s.mean_lo);
-      batch.scale[lane] = static_cast<float>(factor);
+      batch.put(lane, FloatFactors::of(s.mean, s.mean_lo, factor, batch.bias[lane]));
       fit[lane] = fits(s) && zero_or_moderate(factor);
     }
   }

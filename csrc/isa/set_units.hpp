@@ -18,25 +18,24 @@ inline void with_normalise(const Plan& plan, const NormArgs<T>& args, const Stat
                            const Call& call) {
   const T* weight = args.weight ? args.weight + param : nullptr;
   const T* bias = args.bias ? args.bias + param : nullptr;
-  const auto make = [&](double factor, auto w, auto b) {
-    call(Normalise<T, C, decltype(w), decltype(b)>(s, factor, w, b));
+  const auto make = [&](double factor, double shift, auto w, auto b) {
+    call(Normalise<T, C, decltype(w), decltype(b)>(s, factor, shift, w, b));
   };
   if (plan.family == Family::channel) {
-    const double w = weight ? static_cast<double>(*weight) : 1;
-    const Same<C> b(bias ? static_cast<double>(*bias) : 0);
-    if (kMayOverflow<T> && !as_one_factor(s.rstd, w)) {
-      make(s.rstd, Same<C>(w), b);
+    const double w = weight ? static_cast<double>(*weight) : 1, b = bias ? static_cast<double>(*bias) : 0;
+    if (kMayOverflow<T> && !as_one_step(s.rstd, w, b)) {
+      make(s.rstd, 0, Same<C>(w), Same<C>(b));
     } else {
-      make(s.rstd * w, None{}, b);
+      make(s.rstd * w, b, None{}, None{});
     }
   } else if (weight && bias) {
-    make(s.rstd, Each<T>{weight + first}, Each<T>{bias + first});
+    make(s.rstd, 0, Each<T>{weight + first}, Each<T>{bias + first});
   } else if (weight) {
-    make(s.rstd, Each<T>{weight + first}, None{});
+    make(s.rstd, 0, Each<T>{weight + first}, None{});
   } else if (bias) {
-    make(s.rstd, None{}, Each<T>{bias + first});
+    make(s.rstd, 0, None{}, Each<T>{bias + first});
   } else {
-    make(s.rstd, None{}, None{});
+    make(s.rstd, 0, None{}, None{});
   }
 }
 
