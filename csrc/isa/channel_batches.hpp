@@ -195,7 +195,7 @@ class ChannelBatches {
   }
 
   struct Lanes {
-    Pack<double> dy[kFoldedSegments], product[kFoldedSegments], size[kFoldedSegments];
+    HalfPack dy[kFoldedSegments], product[kFoldedSegments], size[kFoldedSegments];
     double off[kFoldedSegments], mean[kFoldedSegments], rstd[kFoldedSegments];
 
     FASTNORM_INLINE void put(int64_t lane, const TreeGradientSums<T>& sums) {

@@ -12,31 +12,6 @@
 namespace fastnorm {
 namespace {
 
-// A pack in half as many registers: lane + 8, with which its fold begins. Sums of them leave room for those of four
-// rows.
-struct HalfPack {
-  static constexpr int kParts = Pack<double>::kParts / 2;
-  Pack<double>::Part part[kParts];
-
-  FASTNORM_INLINE HalfPack& operator+=(const HalfPack& other) {
-    FASTNORM_UNROLL
-    for (int k = 0; k < kParts; ++k) part[k] += other.part[k];
-    return *this;
-  }
-  FASTNORM_INLINE HalfPack& operator+=(const Pack<double>& pack) {
-    FASTNORM_UNROLL
-    for (int k = 0; k < kParts; ++k) part[k] += pack.part[k] + pack.part[k + kParts];
-    return *this;
-  }
-  // With zeros for the other half.
-  FASTNORM_INLINE Pack<double> whole() const {
-    Pack<double> pack(0.0);
-    FASTNORM_UNROLL
-    for (int k = 0; k < kParts; ++k) pack.part[k] = part[k];
-    return pack;
-  }
-};
-
 constexpr int64_t kLongestDoubleRow = 8192;
 
 // Rows that are summed up before any dx of them is written, a lane for each: what is read of them, and what that gives.
@@ -45,10 +20,10 @@ struct DoubleRows {
 
   const double *x[kMost], *dy[kMost];
   alignas(64) double mean[kMost], mean_lo[kMost], rstd[kMost];
-  Pack<double> g_lanes[kMost], product_lanes[kMost];  // sums of g and of g * xhat, in lanes,
-  alignas(64) double g[kMost], product[kMost];        // and folded
-  alignas(64) double a[kMost], b[kMost];  // dx = rstd * ((g - a) - (x - mean) * b); RMS norm: rstd * g - x * b
-  alignas(64) double size[kMost];         // of b; infinite where it is beyond the ordinary
+  HalfPack g_lanes[kMost], product_lanes[kMost];  // sums of g and of g * xhat, in lanes,
+  alignas(64) double g[kMost], product[kMost];    // and folded
+  alignas(64) double a[kMost], b[kMost];          // dx = rstd * ((g - a) - (x - mean) * b); RMS norm: rstd * g - x * b
+  alignas(64) double size[kMost];                 // of b; infinite where it is beyond the ordinary
 
   void set(int r, const double* row_x, const double* row_dy, const Statistic& s) {
     x[r] = row_x, dy[r] = row_dy;
@@ -92,7 +67,7 @@ struct DoubleRows {
           const TwoTerm twice = two_product(once.hi, rstd[k]);
           factor = twice.hi + (twice.lo + rest * rstd[k]);
         }
-        a[k] = kCentred ? g[k] / n : 0;
+        a[k] = kCentred ? g[k] / n - mean_lo[k] * factor : 0;  // what the mean leaves is a part of a
         b[k] = factor;
         size[k] = (sum == 0) | (std::fabs(factor) > 0x1p-900) ? std::fabs(factor) : HUGE_VAL;
       }
@@ -131,7 +106,7 @@ class DoubleRowTiles {
   // dx of a row, as InputGradient has it. What is read next is asked for here.
   FASTNORM_LOOPS void write(const DoubleRows& rows, int r, double* dx, bool past_cache) const {
     const double *const x = rows.x[r], *const dy = rows.dy[r], *const weight = weight_;
-    const Pack<double> mean(rows.mean[r]), mean_lo(rows.mean_lo[r]), rstd(rows.rstd[r]), a(rows.a[r]), b(rows.b[r]);
+    const Pack<double> mean(rows.mean[r]), rstd(rows.rstd[r]), a(rows.a[r]), b(rows.b[r]);
     const int64_t ahead = ahead_;
     const auto gradient = [&](auto at) {
       if (ahead != 0) {
@@ -141,7 +116,7 @@ class DoubleRowTiles {
       Pack<double> g = at.template load<double>(dy), centred = at.template load<double>(x);
       if constexpr (kParams) g *= at.template load<double>(weight);
       if constexpr (!kCentred) return rstd * g - centred * b;
-      return rstd * ((g - a) - ((centred - mean) - mean_lo) * b);
+      return rstd * ((g - a) - (centred - mean) * b);
     };
     past_cache ? write_run<true>(dx, n_, gradient) : write_run<false>(dx, n_, gradient);
   }
@@ -202,8 +177,8 @@ class DoubleRowTiles {
       levels[level] = chains;
     }
     for_constants<kRows>([&](auto r) {
-      if constexpr (kCentred) rows.g_lanes[first + r] = chains.g[r].whole();
-      rows.product_lanes[first + r] = chains.product[r].whole();
+      if constexpr (kCentred) rows.g_lanes[first + r] = chains.g[r];
+      rows.product_lanes[first + r] = chains.product[r];
     });
   }
 
@@ -217,15 +192,17 @@ class DoubleRowTiles {
       Pack<double> xhat = at.template load<double>(group.x[r]);
       if constexpr (kCentred) xhat = (xhat - group.mean[r]) - group.mean_lo[r];
       xhat *= group.rstd[r];
-      Pack<double> g = in_register(at.template load<double>(group.dy[r]));
+      const Pack<double> g = in_register(at.template load<double>(group.dy[r]));
       if constexpr (kParams) {
         const Pack<double> term = g * xhat;
         dweight = r == 0 ? term : dweight + term;
         if constexpr (kCentred) dbias = r == 0 ? g : dbias + g;
-        g *= weight;
+        if constexpr (kCentred) chains.g[r].add_products(g, weight);
+        chains.product[r].add_products(term, weight);
+      } else {
+        if constexpr (kCentred) chains.g[r] += g;
+        chains.product[r].add_products(g, xhat);
       }
-      if constexpr (kCentred) chains.g[r] += g;
-      chains.product[r] += g * xhat;
     });
     if constexpr (kParams) {
       whole.store(group.dweight, whole.template load<double>(group.dweight) + dweight);

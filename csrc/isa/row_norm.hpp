@@ -61,7 +61,9 @@ struct RowKernels<float> {
 
   static bool suit(int64_t elements) { return elements >= kPack && elements <= kBlock * kChunkBlocks; }
   static int side_by_side(int64_t elements) { return elements <= 1280 ? kMostRows : 2; }
-  static int together(int64_t elements) { return elements <= 200 ? Rows::kMost : side_by_side(elements); }
+  static int together(int64_t elements) {
+    return elements <= 200 ? Rows::kMost : elements <= 512 ? 8 : side_by_side(elements);
+  }
   static bool suits(float weight) { return tile_weight(weight); }
   static Statistic statistic(const NormArgs<float>& args, int64_t stat) { return given_statistic(args, stat); }
 };
@@ -169,11 +171,12 @@ class RowBackward {
   // Are the weights from `param` on such that float32 does? (Those of a set
   // alone: others must not change its bits.)
   bool plain_weights(int64_t param) const {
-    bool plain = true;
-    for (int64_t p = 0; !kMayOverflow<T> && args_.weight && p < plan_.params_per_set; ++p) {
-      plain = plain && moderate(static_cast<double>(args_.weight[param + p]));
-    }
-    return plain;
+    if (kMayOverflow<T> || !args_.weight) return true;
+    const T* const weight = args_.weight + param;
+    int beyond = 0;
+#pragma omp simd reduction(| : beyond)
+    for (int64_t p = 0; p < plan_.params_per_set; ++p) beyond |= moderate(static_cast<double>(weight[p])) ? 0 : 1;
+    return beyond == 0;
   }
 
   GradientMeans means_of(int64_t set, const Statistic& s, const SegmentSums& total) const {
@@ -211,8 +214,11 @@ class RowBackward {
   }
 
   bool tile_weights() const {
+    if (!args_.weight) return true;
+    const T* const weight = args_.weight;
     int wrong = 0;
-    for (int64_t p = 0; args_.weight && p < plan_.params; ++p) wrong |= !Kernels::suits(args_.weight[p]);
+#pragma omp simd reduction(| : wrong)
+    for (int64_t p = 0; p < plan_.params; ++p) wrong |= Kernels::suits(weight[p]) ? 0 : 1;
     return wrong == 0;
   }
 
@@ -380,11 +386,15 @@ class GroupedGradients {
   template <class T>
   void store_half(int64_t first, int64_t n, T* gradient) const {
     if (!gradient) return;
-    const bool compensated = groups_ > 1 || in_parts_;
-    const double *sums = (groups_ > 1 ? totals() : group_sums(0)) + first, *rests = sums + width_;
+    const double *const sums = (groups_ > 1 ? totals() : group_sums(0)) + first, *const rests = sums + width_;
+    if (groups_ == 1 && !in_parts_) {
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) gradient[i] = static_cast<T>(sums[i]);
+      return;
+    }
+#pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
-      // Of an infinite sum nothing is lost.
-      const double rest = compensated && std::fabs(sums[i]) < HUGE_VAL ? rests[i] : 0;
+      const double rest = std::fabs(sums[i]) < HUGE_VAL ? rests[i] : 0;  // of an infinite sum nothing is lost
       gradient[i] = static_cast<T>(sums[i] + rest);
     }
   }
@@ -434,7 +444,11 @@ bool row_backward(const Plan& plan, const NormArgs<T>& args) {
   T* weight = nullptr;
   if (want_params) {
     weight = in_lines_of(work.data(), plan.dx.data);
-    for (int64_t p = 0; p < params; ++p) weight[p] = args.weight ? args.weight[p] : 1;
+    if (args.weight) {
+      std::memcpy(weight, args.weight, static_cast<size_t>(params) * sizeof(T));
+    } else {
+      for (int64_t p = 0; p < params; ++p) weight[p] = 1;
+    }
   }
   const RowBackward<T> backward(plan, args, weight);
 

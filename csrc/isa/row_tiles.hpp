@@ -40,7 +40,7 @@ constexpr int64_t kChain = kTreePacks;
 constexpr int64_t kRowTile = 2 * kChain * kPack;
 constexpr int64_t kRowStrip = 10 * kRowTile;
 
-inline bool tile_weight(float w) { return w == 0 || (std::fabs(w) > 0x1p-30f && std::fabs(w) < 0x1p30f); }
+inline bool tile_weight(float w) { return (w == 0) | ((std::fabs(w) > 0x1p-30f) & (std::fabs(w) < 0x1p30f)); }
 
 // dweight += dy * xhat, dbias += dy, in double, for one set after the other. dbias: nullptr where it is not wanted.
 struct ParameterSums {
@@ -69,7 +69,7 @@ struct TiledRows {
   const float *x[kMost], *dy[kMost];
   alignas(64) double mean[kMost], mean_lo[kMost], rstd[kMost];
   alignas(64) float pivot[kMost], pivot_lo[kMost], float_rstd[kMost];  // pivot + pivot_lo: the mean
-  Pack<double> g_lanes[kMost], product_lanes[kMost];                   // sums of g and of g * (x - mean), in lanes,
+  HalfPack g_lanes[kMost], product_lanes[kMost];                       // sums of g and of g * (x - mean), in lanes,
   alignas(64) double g[kMost], product[kMost];                         // and folded
   alignas(64) float a[kMost], b[kMost];  // dx = rstd * ((g - a) - (x - pivot) * b); RMS norm: rstd * g - x * b
   alignas(64) double size[kMost];        // of the means of g and g * xhat
@@ -257,7 +257,7 @@ class RowTiles {
     });
     if constexpr (kParams) group.weight = weight_ + column;
     group.columns = columns_[waiting_].sums;
-    Pack<double>*const g = rows.g_lanes + first, *const product = rows.product_lanes + first;
+    HalfPack *const g = rows.g_lanes + first, *const product = rows.product_lanes + first;
     const int64_t whole = n / kPack, rest = n % kPack;
     bool first_tile = column == 0, second = false;
     Chains<kRows> chains{}, kept;
@@ -286,8 +286,7 @@ class RowTiles {
 
   // The sums along the rows: those of a tile, widened.
   template <int kRows>
-  FASTNORM_INLINE static void add_chains(const Chains<kRows>& chains, bool first_tile, Pack<double>* g,
-                                         Pack<double>* product) {
+  FASTNORM_INLINE static void add_chains(const Chains<kRows>& chains, bool first_tile, HalfPack* g, HalfPack* product) {
     if (first_tile) {
       for_constants<kRows>([&](auto r) {
         if constexpr (kCentred) g[r] = widen(chains.g[r]);

@@ -406,10 +406,31 @@ FASTNORM_INLINE double fold(const Vector<double, kBytes>& v) {
   }
 }
 
+// A pack in half as many registers: lane + 8, with which its fold begins.
+struct HalfPack {
+  static constexpr int kParts = Pack<double>::kParts / 2;
+  Pack<double>::Part part[kParts];
+
+  HalfPack() = default;
+  FASTNORM_INLINE HalfPack(const Pack<double>& pack) {  // NOLINT: they stand for the same sum
+    FASTNORM_UNROLL
+    for (int k = 0; k < kParts; ++k) part[k] = pack.part[k] + pack.part[k + kParts];
+  }
+  FASTNORM_INLINE HalfPack& operator+=(const HalfPack& other) {
+    FASTNORM_UNROLL
+    for (int k = 0; k < kParts; ++k) part[k] += other.part[k];
+    return *this;
+  }
+  FASTNORM_INLINE void add_products(const Pack<double>& a, const Pack<double>& b) {
+    FASTNORM_UNROLL
+    for (int k = 0; k < kParts; ++k) part[k] += a.part[k] * b.part[k] + a.part[k + kParts] * b.part[k + kParts];
+  }
+};
+
 // The parts of a pack from kFirst on, kStep apart, in a tree (in a loop they would go through memory).
-template <int kFirst, int kStep>
-FASTNORM_INLINE Pack<double>::Part fold_parts(const Pack<double>& pack) {
-  if constexpr (kFirst + kStep >= Pack<double>::kParts) {
+template <int kFirst, int kStep, class P>
+FASTNORM_INLINE Pack<double>::Part fold_parts(const P& pack) {
+  if constexpr (kFirst + kStep >= P::kParts) {
     return pack.part[kFirst];
   } else {
     return fold_parts<kFirst, 2 * kStep>(pack) + fold_parts<kFirst + kStep, 2 * kStep>(pack);
@@ -417,14 +438,16 @@ FASTNORM_INLINE Pack<double>::Part fold_parts(const Pack<double>& pack) {
 }
 
 FASTNORM_INLINE double fold(const Pack<double>& pack) { return fold<kVectorBytes>(fold_parts<0, 1>(pack)); }
+FASTNORM_INLINE double fold(const HalfPack& pack) { return fold<kVectorBytes>(fold_parts<0, 1>(pack)); }
 
-// The folds of eight packs.
-FASTNORM_INLINE void fold_eight(const Pack<double>* packs, double* sums) {
+// The folds of eight packs, or halves of them.
+template <class P>
+FASTNORM_INLINE void fold_eight(const P* packs, double* sums) {
 #if defined(__AVX512F__) && defined(__AVX512DQ__)
   using Part = Pack<double>::Part;
   Part half[8];  // lane + 8
   FASTNORM_UNROLL
-  for (int k = 0; k < 8; ++k) half[k] = packs[k].part[0] + packs[k].part[1];
+  for (int k = 0; k < 8; ++k) half[k] = fold_parts<0, 1>(packs[k]);
   const auto quarters = [](const Part& a, const Part& b) {  // lane + 4
     return _mm512_maskz_shuffle_f64x2(0xff, a, b, 0x44) + _mm512_maskz_shuffle_f64x2(0xff, a, b, 0xee);
   };
