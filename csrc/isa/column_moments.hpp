@@ -139,10 +139,13 @@ struct ColumnSpace {
 #pragma omp simd reduction(+ : all)
     for (int64_t set = 0; set < sets; ++set) all += done[set];
     if (all == static_cast<double>(sets)) return false;
-    const double* const of_columns = spread_sets(done, sets, width, of_column[0]);
-    const int64_t n = columns.columns();
+    if (width == 1) {
 #pragma omp simd
-    for (int64_t c = 0; c < n; ++c) plain[c] = static_cast<T>(of_columns[c]);
+      for (int64_t set = 0; set < sets; ++set) plain[set] = static_cast<T>(done[set]);
+    }
+    for (int64_t set = 0; width > 1 && set < sets; ++set) {
+      for (int64_t c = set * width; c < (set + 1) * width; ++c) plain[c] = static_cast<T>(done[set]);
+    }
     find_careful(columns.lines());
     return true;
   }
