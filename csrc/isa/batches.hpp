@@ -25,7 +25,7 @@ struct Batch {
   int64_t param[kMostSets];  // of a set's first weight and bias
   alignas(64) double sum[kMostSets], squares[kMostSets];
   double weight[kMostSets], bias[kMostSets];  // of sets of one of each for all values
-  double mean[kMostSets], var[kMostSets], rstd[kMostSets];
+  double mean[kMostSets], m2[kMostSets], rstd[kMostSets];
   float pivot[kMostSets], factor[kMostSets], offset[kMostSets];  // FloatFactors
 
   FASTNORM_INLINE void put(int64_t lane, const FloatFactors& factors) {
@@ -50,7 +50,7 @@ struct Batch {
 // included).
 template <bool kCentred>
 FASTNORM_INLINE bool finish_lanes(Batch& batch, int64_t lanes, double count, double eps, double additions) {
-  double *const mean = batch.mean, *const var = batch.var, *const rstd = batch.rstd;
+  double *const mean = batch.mean, *const m2 = batch.m2, *const rstd = batch.rstd;
   float *const pivot = batch.pivot, *const factor = batch.factor, *const offset = batch.offset;
   const double *const sum = batch.sum, *const squares = batch.squares;
   const double *const weight = batch.weight, *const bias = batch.bias;
@@ -58,12 +58,13 @@ FASTNORM_INLINE bool finish_lanes(Batch& batch, int64_t lanes, double count, dou
   int64_t beyond = 0;
 #pragma omp simd reduction(| : beyond)
   for (int64_t i = 0; i < lanes; ++i) {
-    const double mean_of = kCentred ? sum[i] * share : 0, m2 = kCentred ? squares[i] - sum[i] * mean_of : squares[i];
-    const double var_of = m2 * share, rstd_of = 1 / std::sqrt(var_of + eps);
+    const double mean_of = kCentred ? sum[i] / count : 0;
+    const double m2_of = kCentred ? squares[i] - sum[i] * mean_of : squares[i];
+    const double rstd_of = 1 / std::sqrt(m2_of * share + eps);
     mean[i] = mean_of;
-    var[i] = var_of;
+    m2[i] = m2_of;
     rstd[i] = rstd_of;
-    const bool short_way = kCentred ? m2 * kPlainMargin >= squares[i] * additions : true;
+    const bool short_way = kCentred ? m2_of * kPlainMargin >= squares[i] * additions : true;
     const bool fit = moderate(rstd_of) & (std::fabs(mean_of) < kMostMean) & (squares[i] < HUGE_VAL);
     beyond |= (short_way & fit & zero_or_moderate(rstd_of * weight[i])) ? 0 : 1;
   }
@@ -98,7 +99,7 @@ inline void find_parameters(const Plan& plan, Batch& batch) {
 // The same, and the parameters of sets of one segment of Family::channel, which have one of each: a factor of 1 for the
 // others.
 inline void load_parameters(const Plan& plan, const NormArgs<float>& args, Batch& batch) {
-  for (int64_t lane = 0; lane < kMostSets; ++lane) batch.weight[lane] = 1, batch.bias[lane] = 0;
+  for (int64_t lane = 0; lane < kMostSets; ++lane) batch.weight[lane] = 1, batch.bias[lane] = kNoBias;
   if (!(args.weight || args.bias)) return;
   find_parameters(plan, batch);
   if (plan.family != Family::channel || plan.segments > 1) return;
@@ -136,7 +137,12 @@ inline void finish_batch(const Plan& plan, const NormArgs<float>& args, int64_t 
                                 static_cast<double>(packs + kPack));
   if (!batch.in_float) return;
   store_numbers(plan, batch, batch.mean, args.mean);
-  store_numbers(plan, batch, batch.var, args.var);
+  if (args.var) {
+    const double count = static_cast<double>(plan.set_size());
+    double var[kMostSets];
+    for (int64_t lane = 0; lane < batch.count; ++lane) var[lane] = batch.m2[lane] / count;
+    store_numbers(plan, batch, var, args.var);
+  }
   store_numbers(plan, batch, batch.rstd, args.rstd);
 }
 

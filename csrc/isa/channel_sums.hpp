@@ -211,7 +211,7 @@ template <class T, class WeightAt>
 FASTNORM_LOOPS inline SegmentSums unit_sums(const Plan& plan, int64_t run, int64_t set, int64_t unit,
                                             const Statistic& s, const WeightAt& weight_at) {
   const Operands<2, false> operands{{&plan.x, &plan.dy}, nullptr};
-  const Centre<T, double> centre(s);
+  const Centre<T> centre(s);
   const Pack<double> rstd(s.rstd);
   const int64_t x_ahead = reading_ahead<T>(plan, plan.x, run), dy_ahead = reading_ahead<T>(plan, plan.dy, run);
   SegmentSums total;

@@ -25,22 +25,22 @@ struct GradientTerms {
   }
   template <class At>
   FASTNORM_INLINE FloatTerms operator()(At at, int64_t line, const Pack<float>& mean) const {
-    const Line here = load(at, line, mean);
+    const Values here = load(at, line, mean);
     return {here.g, here.g * here.centred, magnitude(here.g)};
   }
   // The same, added to those of another line.
   template <class At>
   FASTNORM_INLINE FloatTerms operator()(At at, int64_t line, const Pack<float>& mean, const FloatTerms& other) const {
-    const Line here = load(at, line, mean);
+    const Values here = load(at, line, mean);
     return {other.first + here.g, other.second + here.g * here.centred, other.size + magnitude(here.g)};
   }
 
  private:
-  struct Line {
+  struct Values {
     Pack<float> g, centred;
   };
   template <class At>
-  FASTNORM_INLINE Line load(At at, int64_t line, const Pack<float>& mean) const {
+  FASTNORM_INLINE Values load(At at, int64_t line, const Pack<float>& mean) const {
     const float *const values = x + line * x_stride, *const gradients = dy + line * dy_stride;
     if constexpr (kAhead) {
       prefetch(values + at.start, x_distance);

@@ -324,6 +324,7 @@ inline void finish_column_set(const Columns<T>& columns, int64_t outer, const Co
     s = statistic_of<T>(moments, eps, 1);
   }
   space.keep(set, s);
+  space.var[set] = moments.m2.value();
   space.done[set] = 1;
   store_statistic(columns.args(), columns.stat(outer, set), moments, s);
 }
@@ -379,6 +380,7 @@ inline void finish_sets(const Columns<double>& columns, int64_t outer, const Col
     space.mean[set] = mean[set];
     space.mean_lo[set] = std::fabs(mean_lo[set]) * rstd[set] < 0x1p-56 ? 0 : mean_lo[set];  // drop_negligible
     space.rstd[set] = rstd[set];
+    space.var[set] = var[set];
     space.scale[set] = space.done[set] = 1;
   };
   const auto hand_out_all = [&](int64_t begin, int64_t end) {

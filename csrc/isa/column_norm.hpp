@@ -39,23 +39,25 @@ FASTNORM_INLINE bool plain_statistic(double mean, double rstd, double scale) {
   return moderate(rstd) & (std::fabs(mean) < kMostMean);
 }
 
-// What normalises each place, from the statistics of its set: of x itself (of_x = 1), or given by the caller (0).
+// What normalises each place, from the statistics of its set: of x itself (own), or given by the caller.
 template <class T>
-inline void prepare_normalise(const Columns<T>& columns, int64_t outer, const ColumnSpace<T>& space, double of_x) {
+inline void prepare_normalise(const Columns<T>& columns, int64_t outer, const ColumnSpace<T>& space, bool own) {
   const NormArgs<T>& args = columns.args();
   const int64_t width = columns.plan().columns_per_set, sets = columns.sets_in_outer(), n = columns.columns();
   const double* const mean = spread_sets(space.mean, sets, width, space.of_column[0]);
   const double* const mean_lo = spread_sets(space.mean_lo, sets, width, space.of_column[1]);
   const double* const rstd = spread_sets(space.rstd, sets, width, space.of_column[2]);
   const double* const scale = spread_sets(space.scale, sets, width, space.of_column[3]);
+  if (!own) std::memset(space.var, 0, static_cast<size_t>(sets) * sizeof(double));
+  [[maybe_unused]] const double* const var = spread_sets(space.var, sets, width, space.dy);
   take_weights(columns, outer, space.weight);
-  take_parameters(columns, outer, args.bias, 0, space.bias);
+  take_parameters(columns, outer, args.bias, kNoBias, space.bias);
 #pragma omp simd
   for (int64_t c = 0; c < n; ++c) {
     const double factor = rstd[c] * space.weight[c], bias = space.bias[c];
     const bool plain = kMayOverflow<T> ? as_one_step(rstd[c], space.weight[c], bias) : zero_or_moderate(factor);
     if constexpr (kMayOverflow<T>) {
-      const SplitMean split = SplitMean::of({mean[c], mean_lo[c], rstd[c], scale[c], of_x});
+      const SplitMean split = SplitMean::of({mean[c], mean_lo[c], rstd[c], scale[c], var[c] > 0 ? 1.0 : 0.0});
       space.subtract[c] = split.pivot;
       space.factor[c] = factor;
       space.offset[c] = split.offset(factor, bias);
@@ -67,7 +69,7 @@ inline void prepare_normalise(const Columns<T>& columns, int64_t outer, const Co
     }
     space.plain[c] = plain_statistic<T>(mean[c], rstd[c], scale[c]) & plain ? T(1) : T(0);
   }
-  for (T* array : {space.subtract, space.offset, space.factor}) repeat(columns.lines(), array);
+  for (T* array : {space.subtract, space.factor, space.offset}) repeat(columns.lines(), array);
   space.find_careful(columns.lines());
 }
 
@@ -214,7 +216,7 @@ bool column_forward(const Plan& plan, const NormArgs<T>& args) {
   const Columns<T> columns(plan, args);
   return for_outer_spaces(columns, [&](const ColumnSpace<T>& space, int64_t, int64_t outer) {
     measure_outer(columns, outer, space);
-    prepare_normalise(columns, outer, space, 1);
+    prepare_normalise(columns, outer, space, true);
     normalise_outer(columns, outer, space);
   });
 }
@@ -224,7 +226,7 @@ bool column_apply(const Plan& plan, const NormArgs<T>& args) {
   const Columns<T> columns(plan, args);
   return for_outer_spaces(columns, [&](const ColumnSpace<T>& space, int64_t, int64_t outer) {
     take_statistics(columns, outer, space, false);
-    prepare_normalise(columns, outer, space, 0);
+    prepare_normalise(columns, outer, space, false);
     normalise_outer(columns, outer, space);
   });
 }

@@ -15,7 +15,7 @@ constexpr int64_t kRowsElements = 4096, kPlanesElements = 3072;
 // Some sets, their sums, and what normalises them.
 struct DoubleBatch {
   int64_t first = 0, count = 0;
-  bool plain = false;        // has no set a scale, or a factor that may overflow?
+  bool plain = false;        // has no set a scale, or parameters that are not for one step?
   int64_t param[kMostSets];  // of a set's first weight and bias
   Pack<double> sum_lanes[kMostSets], squares_lanes[kMostSets];
   alignas(64) double pivot[kMostSets], sum[kMostSets], lost_sum[kMostSets], squares[kMostSets], lost_squares[kMostSets];
@@ -31,7 +31,7 @@ struct DoubleBatch {
   }
   void put(int64_t lane, const Pack<double>& squares) { squares_lanes[lane] = squares; }
   FASTNORM_INLINE Statistic statistic(int64_t lane) const {
-    return {mean[lane], mean_lo[lane], rstd[lane], scale[lane], 1};
+    return {mean[lane], mean_lo[lane], rstd[lane], scale[lane], var[lane] > 0 ? 1.0 : 0.0};
   }
   [[gnu::noinline]] void split_means(int64_t lanes) {
 #pragma omp simd
@@ -164,7 +164,7 @@ class DoubleBatches {
     for (int64_t lane = 0; lane < lanes; ++lane) {
       batch.pivot[lane] = 0;
       batch.scale[lane] = batch.weight[lane] = 1;
-      batch.bias[lane] = 0;
+      batch.bias[lane] = kNoBias;
       if (!args_.centred) batch.sum[lane] = batch.lost_sum[lane] = batch.lost_squares[lane] = 0;
     }
     finish_lanes(batch, 0, lanes);
@@ -223,7 +223,7 @@ class DoubleBatches {
     Moments moments = measure_chunk(plan_, set, 0, args_.centred);
     const Statistic s = finish_set(plan_, args_, set, moments);
     batch.mean[lane] = s.mean, batch.mean_lo[lane] = s.mean_lo;
-    batch.rstd[lane] = s.rstd, batch.scale[lane] = s.scale;
+    batch.rstd[lane] = s.rstd, batch.scale[lane] = s.scale, batch.var[lane] = moments.m2.value();
     batch.plain = batch.plain && s.scale == 1;
   }
 
@@ -243,7 +243,7 @@ class DoubleBatches {
     }
   }
   double weight(int64_t param) const { return args_.weight ? args_.weight[param] : 1; }
-  double bias(int64_t param) const { return args_.bias ? args_.bias[param] : 0; }
+  double bias(int64_t param) const { return args_.bias ? args_.bias[param] : kNoBias; }
 
   // ---- results
 
@@ -337,7 +337,8 @@ class DoubleBatches {
       const auto w = weight_of(param);
       const auto b = bias_of(param);
       const double factor = by_segment ? now.rstd[lane] * weight(param) : now.rstd[lane];
-      const DoubleFormula<true, decltype(w), decltype(b)> formula(mean, factor, by_segment ? bias(param) : 0, w, b);
+      const DoubleFormula<true, decltype(w), decltype(b)> formula(mean, factor, by_segment ? bias(param) : kNoBias, w,
+                                                                  b);
       const char* x_line = x_segment;
       char* y_line = y_segment;
       for (int64_t line = 0; line < lines_; ++line) {

@@ -192,17 +192,15 @@ class DoubleRowTiles {
       Pack<double> xhat = at.template load<double>(group.x[r]);
       if constexpr (kCentred) xhat = (xhat - group.mean[r]) - group.mean_lo[r];
       xhat *= group.rstd[r];
-      const Pack<double> g = in_register(at.template load<double>(group.dy[r]));
+      Pack<double> g = in_register(at.template load<double>(group.dy[r]));
       if constexpr (kParams) {
         const Pack<double> term = g * xhat;
         dweight = r == 0 ? term : dweight + term;
         if constexpr (kCentred) dbias = r == 0 ? g : dbias + g;
-        if constexpr (kCentred) chains.g[r].add_products(g, weight);
-        chains.product[r].add_products(term, weight);
-      } else {
-        if constexpr (kCentred) chains.g[r] += g;
-        chains.product[r].add_products(g, xhat);
+        g *= weight;
       }
+      if constexpr (kCentred) chains.g[r] += g;
+      chains.product[r].add_products(g, xhat);
     });
     if constexpr (kParams) {
       whole.store(group.dweight, whole.template load<double>(group.dweight) + dweight);

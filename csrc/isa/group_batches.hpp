@@ -116,7 +116,7 @@ class GroupBatches {
       before_segment(segment);
       const double factor = weight ? rstd * static_cast<double>(weight[segment]) : rstd;
       if (zero_or_moderate(factor)) {
-        const double shift = bias ? static_cast<double>(bias[segment]) : 0;
+        const double shift = bias ? static_cast<double>(bias[segment]) : kNoBias;
         const FloatFormula<true, None, None> formula(FloatFactors::of(mean, 0, factor, shift), None{}, None{});
         const char* x_line = x_segment;
         char* y_line = y_segment;

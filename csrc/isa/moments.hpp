@@ -197,7 +197,7 @@ inline bool moments_of(const PlainTotals& totals, double count, bool centred, Mo
     moments.m2.hi = totals.squares;
     return totals.squares < HUGE_VAL;
   }
-  moments.mean = totals.sum * (1 / count);
+  moments.mean = totals.sum / count;
   moments.m2.hi = totals.squares - totals.sum * moments.mean;
   return moments.m2.hi * kPlainMargin >= totals.squares * (totals.additions + kPack);
 }
@@ -206,7 +206,8 @@ inline bool moments_of(const PlainTotals& totals, double count, bool centred, Mo
 struct Statistic {
   double mean = 0, mean_lo = 0, rstd = 0;
   double scale = 1;  // a power of two other than 1 only where x - mean could overflow
-  double of_x = 0;   // 1 if x gave these numbers, 0 if the caller did: then x may be anything
+  // 1 if x gave these numbers and is not constant; 0 if the caller gave them: then x may be anything.
+  double of_x = 0;
 
   double true_rstd() const { return rstd * scale; }  // may overflow where rstd * (something small) * scale does not
 };
@@ -257,7 +258,7 @@ inline Statistic statistic_of(const Moments& moments, double eps, double scale) 
   s.mean_lo = moments.mean_lo;
   s.rstd = reciprocal_std<T>(moments.m2, moments.count, eps * scale * scale);
   s.scale = scale;
-  s.of_x = 1;
+  s.of_x = moments.m2.value() > 0 ? 1 : 0;
   drop_negligible(s);
   return s;
 }
@@ -286,10 +287,7 @@ template <class T>
 inline void store_statistic(const NormArgs<T>& args, int64_t index, const Moments& moments, const Statistic& s) {
   if (args.mean) args.mean[index] = moments.mean / s.scale;
   if (args.mean_lo) args.mean_lo[index] = moments.mean_lo / s.scale;
-  if (args.var) {
-    const double m2 = moments.m2.value(), count = moments.count;
-    args.var[index] = (kMayOverflow<T> ? m2 / count : m2 * (1 / count)) / s.scale / s.scale;
-  }
+  if (args.var) args.var[index] = moments.m2.value() / moments.count / s.scale / s.scale;
   if (args.rstd) args.rstd[index] = s.true_rstd();
 }
 

@@ -53,7 +53,7 @@ struct ParameterSums {
 template <class T>
 FASTNORM_LOOPS inline void add_parameter_gradients(const T* x, const T* dy, int64_t n, const Statistic& s,
                                                    ParameterSums sums) {
-  const Centre<T, double> centre(s);
+  const Centre<T> centre(s);
   const Pack<double> rstd(s.rstd);
   for_packs(n, [&](auto at) {
     const PackPair terms = gradient_terms(at, x, dy, centre, rstd, None{});

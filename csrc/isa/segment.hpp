@@ -103,42 +103,38 @@ FASTNORM_INLINE void write_run(T* p, int64_t n, const Formula& formula, bool who
   last.store(p, tail);
 }
 
-// x - mean.
-template <class T, class C>
+// x - mean, in double.
+template <class T>
 class Centre {
  public:
-  explicit Centre(const Statistic& s)
-      : mean_(static_cast<C>(s.mean)),
-        mean_lo_(static_cast<C>((s.mean - static_cast<double>(static_cast<C>(s.mean))) + s.mean_lo)),
-        scale_(static_cast<C>(s.scale)),
-        exact_(s.mean_lo == 0) {}
+  explicit Centre(const Statistic& s) : mean_(s.mean), mean_lo_(s.mean_lo), scale_(s.scale), exact_(s.mean_lo == 0) {}
 
   template <class At>
-  FASTNORM_INLINE Pack<C> operator()(At at, const T* x) const {
-    const Pack<C> v = at.template load<C>(x);
-    if constexpr (sizeof(C) > sizeof(T)) return v - mean_;  // a double holds the mean of float32 data
-    if constexpr (kMayOverflow<T>) {
-      const Pack<C> scaled = v * scale_;
-      return exact_ ? scaled - mean_ : less_mean(scaled, mean_, mean_lo_);
-    }
-    return (v - mean_) - mean_lo_;
+  FASTNORM_INLINE Pack<double> operator()(At at, const T* x) const {
+    const Pack<double> v = at.template load<double>(x);
+    if constexpr (!kMayOverflow<T>) return v - mean_;  // a double holds the mean of float32 data
+    const Pack<double> scaled = v * scale_;
+    return exact_ ? scaled - mean_ : less_mean(scaled, mean_, mean_lo_);
   }
 
  private:
-  Pack<C> mean_, mean_lo_, scale_;
+  Pack<double> mean_, mean_lo_, scale_;
   bool exact_;
 };
 
+// Added to a number it leaves it as it is, be that -0.
+constexpr double kNoBias = -0.0;
+
 // Data are normalised as (x - pivot) * factor + offset, in their own type. For float32 the pivot is the float next to
-// the mean, and the offset what that leaves of it: where that is anything, the difference is exact.
+// the mean, and the offset what that leaves of it: where that is more than a unit or two, the difference is exact.
 struct FloatFactors {
   float pivot, factor, offset;
 
-  // `shift`: a bias for all of the set. (-0 changes no result, not even -0.)
+  // `shift`: a bias for all of the set, or kNoBias.
   FASTNORM_INLINE static FloatFactors of(double mean, double mean_lo, double factor, double shift) {
     const float pivot = static_cast<float>(mean);
     const double rest = (mean - static_cast<double>(pivot)) + mean_lo;
-    return {pivot, static_cast<float>(factor), static_cast<float>((shift == 0 ? -0.0 : shift) - rest * factor)};
+    return {pivot, static_cast<float>(factor), static_cast<float>(shift - rest * factor)};
   }
 };
 
@@ -158,7 +154,7 @@ struct SplitMean {
   }
   FASTNORM_INLINE double offset(double factor, double shift) const {
     const TwoTerm product = two_product(rest, factor);
-    return (shift == 0 ? -0.0 : shift) - (product.hi + (product.lo + rest_lo * factor));
+    return shift - (product.hi + (product.lo + rest_lo * factor));
   }
 };
 
@@ -172,16 +168,16 @@ FASTNORM_INLINE bool as_one_step(double rstd, double weight, double bias) {
 }
 
 // y = ((x - mean) * factor + shift) * weight + bias: `factor` is rstd, or its product with a weight for all values, and
-// `shift` a bias for all of them. Float32 data, in double.
+// `shift` a bias for all of them, or kNoBias. Float32 data, in double.
 template <class T, class C, class Weight, class Bias>
 struct Normalise {
-  Centre<T, C> centre;
+  Centre<T> centre;
   Pack<C> factor, shift;
   Weight weight;
   Bias bias;
 
   Normalise(const Statistic& s, double by, double more, Weight w, Bias b)
-      : centre(s), factor(by), shift(more == 0 ? -0.0 : more), weight(w), bias(b) {}
+      : centre(s), factor(by), shift(more), weight(w), bias(b) {}
 
   template <class At>
   FASTNORM_INLINE Pack<C> operator()(At at, const T* x) const {
@@ -189,7 +185,7 @@ struct Normalise {
   }
 };
 
-// In their own type; kCentred = false: with no mean.
+// Float32 data, in float32; kCentred = false: with no mean.
 template <bool kCentred, class Weight, class Bias>
 struct FloatFormula {
   Pack<float> pivot, factor, offset;
@@ -233,7 +229,7 @@ struct Normalise<double, double, Weight, Bias> {
 
 // What the backward sums up: of g = dy * weight and of g * xhat, in double, which holds the products of float32 data.
 template <class T, class At, class Weight>
-FASTNORM_INLINE PackPair gradient_terms(At at, const T* x, const T* dy, const Centre<T, double>& centre,
+FASTNORM_INLINE PackPair gradient_terms(At at, const T* x, const T* dy, const Centre<T>& centre,
                                         const Pack<double>& rstd, Weight weight) {
   const Pack<double> g = times(at, at.template load<double>(dy), weight);
   return {g, g * (centre(at, x) * rstd)};
@@ -242,7 +238,7 @@ FASTNORM_INLINE PackPair gradient_terms(At at, const T* x, const T* dy, const Ce
 // dx from x, dy and the two means.
 template <class T, class C, class Weight>
 struct InputGradient {
-  Centre<T, C> centre;
+  Centre<T> centre;
   Pack<C> rstd, a, b, scale;
   Weight weight;
 

@@ -22,20 +22,20 @@ inline void with_normalise(const Plan& plan, const NormArgs<T>& args, const Stat
     call(Normalise<T, C, decltype(w), decltype(b)>(s, factor, shift, w, b));
   };
   if (plan.family == Family::channel) {
-    const double w = weight ? static_cast<double>(*weight) : 1, b = bias ? static_cast<double>(*bias) : 0;
+    const double w = weight ? static_cast<double>(*weight) : 1, b = bias ? static_cast<double>(*bias) : kNoBias;
     if (kMayOverflow<T> && !as_one_step(s.rstd, w, b)) {
-      make(s.rstd, 0, Same<C>(w), Same<C>(b));
+      make(s.rstd, kNoBias, Same<C>(w), Same<C>(b));
     } else {
       make(s.rstd * w, b, None{}, None{});
     }
   } else if (weight && bias) {
-    make(s.rstd, 0, Each<T>{weight + first}, Each<T>{bias + first});
+    make(s.rstd, kNoBias, Each<T>{weight + first}, Each<T>{bias + first});
   } else if (weight) {
-    make(s.rstd, 0, Each<T>{weight + first}, None{});
+    make(s.rstd, kNoBias, Each<T>{weight + first}, None{});
   } else if (bias) {
-    make(s.rstd, 0, None{}, Each<T>{bias + first});
+    make(s.rstd, kNoBias, None{}, Each<T>{bias + first});
   } else {
-    make(s.rstd, 0, None{}, None{});
+    make(s.rstd, kNoBias, None{}, None{});
   }
 }
 

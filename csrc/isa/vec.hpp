@@ -184,18 +184,24 @@ inline Pack<double> add_to_odd(const Pack<double>& a, const Pack<double>& b) {
   const Pack<double> sum = product + low, rest = sum - product;
   const Pack<double> sum_lost = (product - (sum - rest)) + (low - rest);
   Pack<double> result = sum + add_to_odd(sum_lost, low_lost);
-  for (int k = 0; k < Pack<double>::kParts; ++k) {  // infinities may pass where there is nothing to add
-    const Bits nothing = reinterpret_cast<Bits>(c.part[k] == Pack<double>(0.0).part[k]);
-    const Bits bits =
-        (reinterpret_cast<Bits>(plain.part[k]) & nothing) | (reinterpret_cast<Bits>(result.part[k]) & ~nothing);
+  for (int k = 0; k < Pack<double>::kParts; ++k) {
+    const auto none = Pack<double>(0.0).part[k], x = a.part[k], sums = plain.part[k];
+    const Bits nothing = reinterpret_cast<Bits>(c.part[k] == none);
+    const Bits bits = (reinterpret_cast<Bits>(sums) & nothing) | (reinterpret_cast<Bits>(result.part[k]) & ~nothing);
     result.part[k] = reinterpret_cast<Pack<double>::Part>(bits);
+    // What the steps may overflow with, where there is something to add, is left to the C library.
+    const Bits bounded =
+        (x < none + 0x1p500) & (x > none - 0x1p500) & (sums < none + 0x1p900) & (sums > none - 0x1p900);
+    for (int i = 0; i < Pack<double>::kWidth; ++i) {
+      if ((bounded[i] | nothing[i]) == 0) result.part[k][i] = __builtin_fma(x[i], b.part[k][i], c.part[k][i]);
+    }
   }
   return result;
 }
 #endif
 
 // a * b + c rounded once, by the fused instruction, or by many where there is none: those want c to be 0, or no smaller
-// than 2^-400 and |a| and |b| below 2^990.
+// than 2^-400, and |b| below 2^990.
 FASTNORM_INLINE Pack<double> multiply_add(const Pack<double>& a, const Pack<double>& b, const Pack<double>& c) {
 #if defined(__AVX512F__) || defined(__FMA__)
   return add_exact_product(a, b, c);
