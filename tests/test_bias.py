@@ -121,3 +121,9 @@ def test_a_constant_row_or_a_single_value_is_zero(value: float, dtype: Any) -> N
         if x.ndim == 3:
             assert not _at_every_level("instance_norm", {"x": x}).any(), shape
             assert not _at_every_level("group_norm", {"x": x, "num_groups": 1}).any(), shape
+
+
+def test_a_row_of_one_value_has_the_sign_of_zero_that_it_has_alone() -> None:
+    for dtype in (np.float32, np.float64):
+        x, weight = np.full((3, 1), 5, dtype), np.array([-1], dtype)
+        assert fn.layer_norm(x, weight, eps=0).tobytes() == fn.layer_norm(x[:1], weight, eps=0).tobytes() * 3

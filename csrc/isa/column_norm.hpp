@@ -81,7 +81,7 @@ inline T normalised(const Columns<T>& columns, int64_t outer, const Statistic& s
   const double scaled = static_cast<double>(x) * s.scale;
   const double xhat = (s.mean_lo == 0 ? scaled - s.mean : less_mean(scaled, s.mean, s.mean_lo)) * s.rstd;
   return static_cast<T>(xhat * (args.weight ? static_cast<double>(args.weight[param]) : 1) +
-                        (args.bias ? static_cast<double>(args.bias[param]) : 0));
+                        (args.bias ? static_cast<double>(args.bias[param]) : kNoBias));
 }
 
 // Lanes of a pack, one value at a time: result[lane] = value(lane) for those that are not plain.
