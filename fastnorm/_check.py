@@ -49,8 +49,8 @@ def _conversion(name: str, value: Any, dtype: str) -> str:
     return f"{name}.astype({dtype})" if hasattr(value, "astype") else f"np.asarray({name}, dtype={dtype})"
 
 
-def array(name: str, value: Any) -> np.ndarray[Any, Any]:
-    """`value` as an ndarray of float32 or float64 in native byte order."""
+def array(name: str, value: Any, like: np.dtype[Any] | None = None) -> np.ndarray[Any, Any]:
+    """`value` as an ndarray of float32 or float64 in native byte order; `like`: the dtype that is wanted in the end."""
     found = as_ndarray(name, value)
     dtype = found.dtype
     if dtype not in FLOATS:
@@ -62,6 +62,8 @@ def array(name: str, value: Any) -> np.ndarray[Any, Any]:
             want, to = "float32 or float64 (half precision is not supported yet)", "np.float32"
         elif dtype.kind == "c":
             want = f"real numbers of float32 or float64 ({name}.real, or both parts)"
+        if like is not None and to.startswith("np."):
+            to = f"np.{like}"
         raise TypeError(
             f"{name} has dtype {dtype.str if dtype.byteorder == '>' else dtype}; expected {want}: "
             f"use {_conversion(name, value, to)}"
@@ -73,7 +75,7 @@ def array(name: str, value: Any) -> np.ndarray[Any, Any]:
 
 def same(name: str, value: Any, shape: tuple[int, ...], dtype: np.dtype[Any], of: str = "x") -> np.ndarray[Any, Any]:
     """An array that must have exactly the shape and dtype of another (dy of x's)."""
-    found = array(name, value)
+    found = array(name, value, dtype)
     if found.dtype != dtype:
         raise TypeError(
             f"{name} has dtype {found.dtype}; expected {dtype}, the dtype of {of}: "
@@ -90,7 +92,7 @@ def parameter(
     """An optional weight or bias; `meaning` says where the expected shape comes from."""
     if value is None:
         return None
-    found = array(name, value)
+    found = array(name, value, dtype)
     if found.shape != shape:
         raise ValueError(f"{name} has shape {_shape(found.shape)}; expected {_shape(shape)}, {meaning}")
     if found.dtype != dtype:
@@ -103,10 +105,11 @@ def parameter(
 
 def channels(name: str, value: Any, size: int, dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
     """Statistics per channel: x's dtype or, kept more precisely, float64."""
-    found = array(name, value)
+    found = array(name, value, dtype)
     if found.dtype not in (dtype, np.dtype(np.float64)):
+        either = "" if dtype == np.float64 else ", or float64"
         raise TypeError(
-            f"{name} has dtype {found.dtype}; expected {dtype}, the dtype of x, or float64: "
+            f"{name} has dtype {found.dtype}; expected {dtype}, the dtype of x{either}: "
             f"use {_conversion(name, value, f'np.{dtype}')}"
         )
     if found.shape != (size,):

@@ -386,3 +386,19 @@ def test_the_reference_refuses_what_the_functions_refuse() -> None:
     for name, change in [("layer_norm", {"eps": -1.0}), ("group_norm", {"num_groups": 4}), ("dropout", {"p": 1.5})]:
         with pytest.raises(ValueError, match=next(iter(change))):
             OPERATIONS[name].make(fn.reference, SHAPE)(**change)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_what_to_convert_to_is_the_dtype_of_x(dtype: type) -> None:
+    x = np.ones((4, 3), dtype)
+    _, cache = fn.layer_norm_forward(x)
+    calls = [
+        lambda: fn.layer_norm(x, np.ones(3, int)),
+        lambda: fn.layer_norm(x, None, [1, 1, 1]),
+        lambda: fn.layer_norm(x, np.ones(3, np.float16)),
+        lambda: fn.batch_norm(x, np.zeros(3, int), np.ones(3)),
+        lambda: fn.layer_norm_backward(np.ones((4, 3), int), cache),
+    ]
+    for call in calls:
+        with pytest.raises(TypeError, match=rf"np\.{np.dtype(dtype)}\)$"):
+            call()
