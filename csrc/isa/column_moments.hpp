@@ -74,7 +74,7 @@ inline const double* spread_sets(const double* of_sets, int64_t sets, int64_t wi
 template <class T>
 struct ColumnSpace {
   double* sums;
-  double *mean, *mean_lo, *rstd, *scale, *var;  // per set: its Statistic, and the variance
+  double *mean, *mean_lo, *rstd, *scale, *var;  // per set: its Statistic, and its variance (0: given, or constant)
   double *pivot, *done;                         // per set; done: 1 once its moments, or sums of gradients, are known
   double *first, *second, *size;                // sums per set
   double *mean_g, *mean_g_xhat;                 // means of gradients per set
@@ -324,7 +324,7 @@ inline void finish_column_set(const Columns<T>& columns, int64_t outer, const Co
     s = statistic_of<T>(moments, eps, 1);
   }
   space.keep(set, s);
-  space.var[set] = moments.m2.value();
+  space.var[set] = moments.m2.value() / moments.count;
   space.done[set] = 1;
   store_statistic(columns.args(), columns.stat(outer, set), moments, s);
 }
@@ -469,6 +469,7 @@ inline void take_statistics(const Columns<T>& columns, int64_t outer, const Colu
     odd += plain ? 0.0 : 1.0;
     space.mean_lo[set] = std::fabs(space.mean_lo[set]) * rstd < 0x1p-56 ? 0 : space.mean_lo[set];  // drop_negligible
     space.scale[set] = 1;
+    space.var[set] = 0;
   }
   if constexpr (kMayOverflow<T>) {
     for (int64_t set = 0; odd > 0 && set < sets; ++set) {

@@ -39,17 +39,16 @@ FASTNORM_INLINE bool plain_statistic(double mean, double rstd, double scale) {
   return moderate(rstd) & (std::fabs(mean) < kMostMean);
 }
 
-// What normalises each place, from the statistics of its set: of x itself (own), or given by the caller.
+// What normalises each place, from the statistics of its set.
 template <class T>
-inline void prepare_normalise(const Columns<T>& columns, int64_t outer, const ColumnSpace<T>& space, bool own) {
+inline void prepare_normalise(const Columns<T>& columns, int64_t outer, const ColumnSpace<T>& space) {
   const NormArgs<T>& args = columns.args();
   const int64_t width = columns.plan().columns_per_set, sets = columns.sets_in_outer(), n = columns.columns();
   const double* const mean = spread_sets(space.mean, sets, width, space.of_column[0]);
   const double* const mean_lo = spread_sets(space.mean_lo, sets, width, space.of_column[1]);
   const double* const rstd = spread_sets(space.rstd, sets, width, space.of_column[2]);
   const double* const scale = spread_sets(space.scale, sets, width, space.of_column[3]);
-  if (!own) std::memset(space.var, 0, static_cast<size_t>(sets) * sizeof(double));
-  [[maybe_unused]] const double* const var = spread_sets(space.var, sets, width, space.dy);
+  const double* const var = kMayOverflow<T> ? spread_sets(space.var, sets, width, space.dy) : nullptr;
   take_weights(columns, outer, space.weight);
   take_parameters(columns, outer, args.bias, kNoBias, space.bias);
 #pragma omp simd
@@ -216,7 +215,7 @@ bool column_forward(const Plan& plan, const NormArgs<T>& args) {
   const Columns<T> columns(plan, args);
   return for_outer_spaces(columns, [&](const ColumnSpace<T>& space, int64_t, int64_t outer) {
     measure_outer(columns, outer, space);
-    prepare_normalise(columns, outer, space, true);
+    prepare_normalise(columns, outer, space);
     normalise_outer(columns, outer, space);
   });
 }
@@ -226,7 +225,7 @@ bool column_apply(const Plan& plan, const NormArgs<T>& args) {
   const Columns<T> columns(plan, args);
   return for_outer_spaces(columns, [&](const ColumnSpace<T>& space, int64_t, int64_t outer) {
     take_statistics(columns, outer, space, false);
-    prepare_normalise(columns, outer, space, false);
+    prepare_normalise(columns, outer, space);
     normalise_outer(columns, outer, space);
   });
 }

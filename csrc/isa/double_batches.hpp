@@ -223,7 +223,8 @@ class DoubleBatches {
     Moments moments = measure_chunk(plan_, set, 0, args_.centred);
     const Statistic s = finish_set(plan_, args_, set, moments);
     batch.mean[lane] = s.mean, batch.mean_lo[lane] = s.mean_lo;
-    batch.rstd[lane] = s.rstd, batch.scale[lane] = s.scale, batch.var[lane] = moments.m2.value();
+    batch.rstd[lane] = s.rstd, batch.scale[lane] = s.scale;
+    batch.var[lane] = moments.m2.value() / moments.count;
     batch.plain = batch.plain && s.scale == 1;
   }
 

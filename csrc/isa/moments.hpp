@@ -258,7 +258,7 @@ inline Statistic statistic_of(const Moments& moments, double eps, double scale) 
   s.mean_lo = moments.mean_lo;
   s.rstd = reciprocal_std<T>(moments.m2, moments.count, eps * scale * scale);
   s.scale = scale;
-  s.of_x = moments.m2.value() > 0 ? 1 : 0;
+  s.of_x = moments.m2.value() / moments.count > 0 ? 1 : 0;
   drop_negligible(s);
   return s;
 }

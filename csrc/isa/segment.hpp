@@ -170,9 +170,12 @@ FASTNORM_INLINE bool as_one_step(double rstd, double weight, double bias) {
 // y = ((x - mean) * factor + shift) * weight + bias: `factor` is rstd, or its product with a weight for all values, and
 // `shift` a bias for all of them, or kNoBias. Float32 data, in double.
 template <class T, class C, class Weight, class Bias>
-struct Normalise {
-  Centre<T> centre;
-  Pack<C> factor, shift;
+struct Normalise;
+
+template <class Weight, class Bias>
+struct Normalise<float, double, Weight, Bias> {
+  Centre<float> centre;
+  Pack<double> factor, shift;
   Weight weight;
   Bias bias;
 
@@ -180,7 +183,7 @@ struct Normalise {
       : centre(s), factor(by), shift(more), weight(w), bias(b) {}
 
   template <class At>
-  FASTNORM_INLINE Pack<C> operator()(At at, const T* x) const {
+  FASTNORM_INLINE Pack<double> operator()(At at, const float* x) const {
     return plus(at, times(at, centre(at, x) * factor + shift, weight), bias);
   }
 };
