@@ -46,8 +46,25 @@ struct Batch {
   }
 };
 
-// What moments_of and statistic_of do, for the first `lanes` sets. True if float32 will do for all of them (zeros
-// included).
+// What moments_of and statistic_of make of a set's sums.
+struct SetNumbers {
+  double mean, m2, rstd;
+  bool in_float;  // measured the short way, and to be normalised in float32 (zeros included)
+
+  // No branches: it is computed for several sets side by side.
+  template <bool kCentred>
+  FASTNORM_INLINE static SetNumbers of(double sum, double squares, double weight, double count, double share,
+                                       double eps, double additions) {
+    const double mean = kCentred ? sum / count : 0;
+    const double m2 = kCentred ? squares - sum * mean : squares;
+    const double rstd = 1 / std::sqrt(m2 * share + eps);
+    const bool short_way = kCentred ? m2 * kPlainMargin >= squares * additions : true;
+    const bool fit = moderate(rstd) & (std::fabs(mean) < kMostMean) & (squares < HUGE_VAL);
+    return {mean, m2, rstd, static_cast<bool>(short_way & fit & zero_or_moderate(rstd * weight))};
+  }
+};
+
+// The same for the first `lanes` sets of a batch, and what normalises them. True if float32 will do for all of them.
 template <bool kCentred>
 FASTNORM_INLINE bool finish_lanes(Batch& batch, int64_t lanes, double count, double eps, double additions) {
   double *const mean = batch.mean, *const m2 = batch.m2, *const rstd = batch.rstd;
@@ -58,15 +75,11 @@ FASTNORM_INLINE bool finish_lanes(Batch& batch, int64_t lanes, double count, dou
   int64_t beyond = 0;
 #pragma omp simd reduction(| : beyond)
   for (int64_t i = 0; i < lanes; ++i) {
-    const double mean_of = kCentred ? sum[i] / count : 0;
-    const double m2_of = kCentred ? squares[i] - sum[i] * mean_of : squares[i];
-    const double rstd_of = 1 / std::sqrt(m2_of * share + eps);
-    mean[i] = mean_of;
-    m2[i] = m2_of;
-    rstd[i] = rstd_of;
-    const bool short_way = kCentred ? m2_of * kPlainMargin >= squares[i] * additions : true;
-    const bool fit = moderate(rstd_of) & (std::fabs(mean_of) < kMostMean) & (squares[i] < HUGE_VAL);
-    beyond |= (short_way & fit & zero_or_moderate(rstd_of * weight[i])) ? 0 : 1;
+    const SetNumbers set = SetNumbers::of<kCentred>(sum[i], squares[i], weight[i], count, share, eps, additions);
+    mean[i] = set.mean;
+    m2[i] = set.m2;
+    rstd[i] = set.rstd;
+    beyond |= set.in_float ? 0 : 1;
   }
 #pragma omp simd
   for (int64_t i = 0; i < lanes; ++i) {
@@ -146,14 +159,17 @@ inline void finish_batch(const Plan& plan, const NormArgs<float>& args, int64_t 
   store_numbers(plan, batch, batch.rstd, args.rstd);
 }
 
-// The sets of a batch one by one, where float32 may not do.
-inline void normalise_one_by_one(const Plan& plan, const NormArgs<float>& args, int64_t run, int64_t packs,
-                                 const Batch& batch) {
+// A set of which float32 may not do, from its sums.
+[[gnu::noinline]] inline void normalise_alone(const Plan& plan, const NormArgs<float>& args, int64_t run, int64_t set,
+                                              const PlainTotals& totals) {
+  const Statistic s = finish_plain(plan, args, set, totals);
+  for (int64_t unit = 0; unit < units_per_set(plan); ++unit) normalise_unit(plan, args, run, set, unit, s);
+}
+inline void normalise_each(const Plan& plan, const NormArgs<float>& args, int64_t run, int64_t packs,
+                           const Batch& batch) {
   for (int64_t lane = 0; lane < batch.count; ++lane) {
-    const int64_t set = batch.first + lane;
-    const PlainTotals totals{batch.sum[lane], batch.squares[lane], static_cast<double>(packs)};
-    const Statistic s = finish_plain(plan, args, set, totals);
-    for (int64_t unit = 0; unit < units_per_set(plan); ++unit) normalise_unit(plan, args, run, set, unit, s);
+    normalise_alone(plan, args, run, batch.first + lane,
+                    PlainTotals{batch.sum[lane], batch.squares[lane], static_cast<double>(packs)});
   }
 }
 

@@ -61,7 +61,7 @@ class GroupBatches {
         [&](Batch& batch) { finish_batch(plan_, args_, packs, batch); },
         [&](const Batch& now, Batch& next) {
           if (!now.in_float) {
-            normalise_one_by_one(plan_, args_, run_, packs, now);
+            normalise_each(plan_, args_, run_, packs, now);
             return measure(next);
           }
           args_.past_cache ? normalise<true>(now, next) : normalise<false>(now, next);
