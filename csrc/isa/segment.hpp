@@ -103,6 +103,32 @@ FASTNORM_INLINE void write_run(T* p, int64_t n, const Formula& formula, bool who
   last.store(p, tail);
 }
 
+// The same with between() before every kLeaf results.
+template <bool kPastCache, class T, class Formula, class Between>
+FASTNORM_INLINE void write_run_between(T* p, int64_t n, const Formula& formula, bool whole_lines,
+                                       const Between& between) {
+  if (!kPastCache && n < kPack) return write_run<false>(p, n, formula);
+  const int64_t unaligned = whole_lines ? unaligned_values(p) : 0, begin = unaligned < n ? unaligned : n;
+  const int64_t end = kPastCache ? begin + (n - begin) / kPack * kPack : n - kPack;
+  const auto along = [&](const auto& store) {
+    for (int64_t i = begin; i < end;) {
+      between();
+      for (const int64_t stop = end - i < kLeaf ? end : i + kLeaf; i < stop; i += kPack) store(Whole{i});
+    }
+  };
+  if constexpr (kPastCache) {
+    if (begin > 0) Partial{0, begin}.store(p, formula(Partial{0, begin}));
+    along([&](Whole at) { at.store_past(p, formula(at)); });
+    if (end < n) Partial{end, n - end}.store(p, formula(Partial{end, n - end}));
+  } else {
+    const Whole first{0}, last{end};
+    const auto tail = formula(last), head = begin > 0 ? formula(first) : tail;
+    along([&](Whole at) { at.store(p, formula(at)); });
+    if (begin > 0) first.store(p, head);
+    last.store(p, tail);
+  }
+}
+
 // x - mean, in double.
 template <class T>
 class Centre {

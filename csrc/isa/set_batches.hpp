@@ -12,9 +12,9 @@ namespace {
 constexpr int64_t kAppliedElements = 65536;
 
 // Sets from this length on go one by one: what a set costs once then is hidden by the loop over its values, of which
-// those that are normalised lie in the nearest cache (512 x 768: layer norm 55 us to 43, RMS norm 47 to 35). Squares
-// alone cost less; with few registers (AVX2) layer norm of rows of 768 takes 5 % more, of 1024 2 % less.
-constexpr int64_t kLongSet = kManyRegisters ? 512 : 1024, kLongSquares = 200;
+// those that are normalised lie in the nearest cache (512 x 768: layer norm 55 us to 43, RMS norm 47 to 35). With few
+// registers (AVX2) layer norm of rows of 768 takes 5 % more, of 1024 2 % less.
+constexpr int64_t kLongSet = kManyRegisters ? 512 : 1024;
 
 class SetBatches {
  public:
