@@ -25,10 +25,6 @@ struct DoubleRows {
   alignas(64) double a[kMost], b[kMost];          // dx = rstd * ((g - a) - (x - mean) * b); RMS norm: rstd * g - x * b
   alignas(64) double size[kMost];                 // of b; infinite where it is beyond the ordinary
 
-  void set(int r, const double* row_x, const double* row_dy, const Statistic& s) {
-    x[r] = row_x, dy[r] = row_dy;
-    mean[r] = s.mean, mean_lo[r] = s.mean_lo, rstd[r] = s.rstd;
-  }
   // A row that does not fit takes part in sums as one whose xhat is 0.
   void blank(int r, const double* zeros) {
     x[r] = zeros;

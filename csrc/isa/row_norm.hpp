@@ -65,7 +65,6 @@ struct RowKernels<float> {
     return elements <= 200 ? Rows::kMost : elements <= 256 ? 8 : side_by_side(elements);
   }
   static bool suits(float weight) { return tile_weight(weight); }
-  static Statistic statistic(const NormArgs<float>& args, int64_t stat) { return given_statistic(args, stat); }
 };
 
 // Float64 rows: up to a length whose copies, where a row is not in one piece,
@@ -80,11 +79,6 @@ struct RowKernels<double> {
   static int side_by_side(int64_t) { return kMostRows; }
   static int together(int64_t elements) { return elements <= 128 ? Rows::kMost : elements <= 256 ? 8 : kMostRows; }
   static bool suits(double) { return true; }
-  // As it was kept: of rows that `fit` nothing is scaled, and nothing of the
-  // mean left out.
-  static Statistic statistic(const NormArgs<double>& args, int64_t stat) {
-    return {args.mean ? args.mean[stat] : 0, args.mean_lo ? args.mean_lo[stat] : 0, args.rstd[stat], 1};
-  }
 };
 
 template <class T>
@@ -305,18 +299,21 @@ class RowBackward {
 
   void give_rows(Rows& rows, int64_t set, int count, T* copies) const {
     const int64_t n = plan_.elements;
-    Offsets x(plan_.x.set, set), dy(plan_.dy.set, set), stats(plan_.set_stat, set);
+    Offsets x(plan_.x.set, set), dy(plan_.dy.set, set);
     for (int r = 0; r < count; ++r, copies += in_place_ ? 0 : 2 * n) {
       char *const from = plan_.x.data + x.next(), *const gradient = plan_.dy.data + dy.next();
-      const Statistic s = Kernels::statistic(args_, stats.next());
       if (in_place_) {
-        rows.set(r, reinterpret_cast<T*>(from), reinterpret_cast<T*>(gradient), s);
+        rows.x[r] = reinterpret_cast<T*>(from), rows.dy[r] = reinterpret_cast<T*>(gradient);
       } else {
         const Port<T> port{from, plan_.x.element, plan_.x.aligned};
         const Port<T> gradient_port{gradient, plan_.dy.element, plan_.dy.aligned};
-        rows.set(r, port.read(0, n, copies), gradient_port.read(0, n, copies + n), s);
+        rows.x[r] = port.read(0, n, copies), rows.dy[r] = gradient_port.read(0, n, copies + n);
       }
     }
+    // As they were kept: of rows that `fit` nothing is scaled.
+    load_numbers(plan_.set_stat, set, count, args_.mean, rows.mean);
+    load_numbers(plan_.set_stat, set, count, args_.mean_lo, rows.mean_lo);
+    load_numbers(plan_.set_stat, set, count, args_.rstd, rows.rstd);
   }
 
   const Plan& plan_;

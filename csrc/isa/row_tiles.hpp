@@ -74,10 +74,6 @@ struct TiledRows {
   alignas(64) float a[kMost], b[kMost];  // dx = rstd * ((g - a) - (x - pivot) * b); RMS norm: rstd * g - x * b
   alignas(64) double size[kMost];        // of the means of g and g * xhat
 
-  void set(int r, const float* row_x, const float* row_dy, const Statistic& s) {
-    x[r] = row_x, dy[r] = row_dy;
-    mean[r] = s.mean, mean_lo[r] = s.mean_lo, rstd[r] = s.rstd;
-  }
   Statistic statistic(int r) const { return {mean[r], mean_lo[r], rstd[r], 1}; }
 
   // Does float32 do for the sums? What `holds` allows for lies below these powers, with a unit of float32 to spare.
