@@ -9,7 +9,7 @@ import pytest
 
 import fastnorm as fn
 
-LENGTHS = [199, 200, 511, 512, 515, 768, 1024, 1030]
+LENGTHS = [199, 200, 511, 512, 515, 768, 1023, 1024, 1030, 2062]
 
 
 def _sets(rng: Any, n: int, dtype: Any) -> Any:
@@ -43,6 +43,15 @@ def _calls(x: Any, weight: Any, bias: Any) -> list[tuple[str, Any]]:
     def instance_norm(sets: Any, out: Any = None) -> Any:
         return fn.instance_norm(sets[:, None], out=None if out is None else out[:, None])[:, 0]
 
+    def group_norm(sets: Any, out: Any = None) -> Any:
+        n = sets.shape[1] // 2  # two channels to a group, and perhaps a value left over
+        y = sets.copy()
+        y[:, : 2 * n] = fn.group_norm(sets[:, : 2 * n].reshape(-1, 2, n), 1, weight[:2], bias[:2]).reshape(-1, 2 * n)
+        if out is None:
+            return y
+        out[...] = y
+        return out
+
     calls: list[tuple[str, Any]] = [
         ("layer_norm", lambda sets, out=None: fn.layer_norm(sets, out=out)),
         ("layer_norm weight", lambda sets, out=None: fn.layer_norm(sets, weight, out=out)),
@@ -51,6 +60,7 @@ def _calls(x: Any, weight: Any, bias: Any) -> list[tuple[str, Any]]:
         ("rms_norm", lambda sets, out=None: fn.rms_norm(sets, out=out)),
         ("rms_norm weight", lambda sets, out=None: fn.rms_norm(sets, weight, out=out)),
         ("instance_norm", instance_norm),
+        ("group_norm", group_norm),
     ]
     assert weight.shape == shape
     return calls

@@ -99,6 +99,12 @@ FASTNORM_INLINE bool finish_lanes(Batch& batch, int64_t lanes, double count, dou
                  : finish_lanes<false>(batch, lanes, count, eps, additions);
 }
 
+inline void store_numbers(const NormArgs<float>& args, int64_t stat, const SetNumbers& set, double count) {
+  if (args.mean) args.mean[stat] = set.mean;
+  if (args.var) args.var[stat] = set.m2 / count;
+  if (args.rstd) args.rstd[stat] = set.rstd;
+}
+
 // Where the parameters of each set are.
 template <class Batch>
 inline void find_parameters(const Plan& plan, Batch& batch) {

@@ -39,6 +39,9 @@ class RunInParts {
   PlainSums<> sums_;
 };
 
+// Sets from this size on go one by one: then those that are normalised lie in the nearest cache (14 x 14: 53 us to 46).
+constexpr int64_t kLongGroup = 1024;
+
 class GroupBatches {
  public:
   GroupBatches(const Plan& plan, const NormArgs<float>& args, int64_t run)
@@ -56,6 +59,9 @@ class GroupBatches {
 
   void forward(int64_t begin, int64_t end) const {
     const int64_t packs = (plan_.set_size() + kPack - 1) / kPack;
+    if (one_run_ && distance_ == 0 && !args_.past_cache && plan_.set_size() >= kLongGroup) {
+      return one_by_one(begin, end, packs);
+    }
     for_batches<Batch>(
         plan_, kBatchElements, begin, end, [&](Batch& batch) { measure(batch); },
         [&](Batch& batch) { finish_batch(plan_, args_, packs, batch); },
@@ -69,6 +75,34 @@ class GroupBatches {
   }
 
  private:
+  // As SetBatches::forward_one_by_one.
+  [[gnu::noinline]] FASTNORM_LOOPS void one_by_one(int64_t begin, int64_t end, int64_t packs) const {
+    const double count = static_cast<double>(plan_.set_size()), share = 1 / count;
+    const double additions = static_cast<double>(packs + kPack);
+    Offsets stats(plan_.set_stat, begin), params(plan_.set_param, begin);
+    RunInParts run = run_of(begin);
+    PlainSums<> sums = run.total();
+    for (int64_t set = begin; set < end; ++set) {
+      const int64_t stat = stats.next(), param = params.next();
+      const double sum = fold(sums.sum), squares = fold(sums.squares);
+      const SetNumbers numbers = SetNumbers::of<true>(sum, squares, 1, count, share, args_.eps, additions);
+      const bool last = set + 1 == end;
+      RunInParts coming = run_of(last ? set : set + 1);
+      if (!numbers.in_float) {
+        normalise_alone(plan_, args_, run_, set, PlainTotals{sum, squares, static_cast<double>(packs)});
+      } else {
+        store_numbers(args_, stat, numbers, count);
+        if (last) {
+          normalise_set<false>(set, param, numbers.mean, numbers.rstd, [](int64_t) {});
+        } else {
+          normalise_set<false>(set, param, numbers.mean, numbers.rstd,
+                               [&](int64_t segment) { coming.add_up_to((segment + 1) * plan_.elements); });
+        }
+      }
+      if (!last) sums = coming.total();
+    }
+  }
+
   RunInParts run_of(int64_t set) const {
     return RunInParts(Line<float>(plan_.x, set, 0, run_).at(0, 0), plan_.whole.count, distance_);
   }
@@ -88,12 +122,12 @@ class GroupBatches {
       const bool measures = lane < next.count;
       if (measures && one_run_) {
         RunInParts coming = run_of(next.first + lane);
-        normalise_set<kPastCache>(now, lane,
+        normalise_set<kPastCache>(now.first + lane, now.param[lane], now.mean[lane], now.rstd[lane],
                                   [&](int64_t segment) { coming.add_up_to((segment + 1) * plan_.elements); });
         next.put(lane, coming.total());
       } else {
         if (measures) measure(next, lane);
-        normalise_set<kPastCache>(now, lane, [](int64_t) {});
+        normalise_set<kPastCache>(now.first + lane, now.param[lane], now.mean[lane], now.rstd[lane], [](int64_t) {});
       }
     }
   }
@@ -104,14 +138,14 @@ class GroupBatches {
 
   // before_segment(i) comes before each.
   template <bool kPastCache, class Before>
-  FASTNORM_INLINE void normalise_set(const Batch& now, int64_t lane, const Before& before_segment) const {
-    const int64_t set = now.first + lane, segments = plan_.segments, run = run_, lines = lines_;
+  FASTNORM_INLINE void normalise_set(int64_t set, int64_t param, double mean, double rstd,
+                                     const Before& before_segment) const {
+    const int64_t segments = plan_.segments, run = run_, lines = lines_;
     const SegmentLines<float> from(plan_.x, set, run), to(plan_.y, set, run);
     const char* x_segment = from.base;
     char* y_segment = to.base;
-    const float* weight = args_.weight ? args_.weight + now.param[lane] : nullptr;
-    const float* bias = args_.bias ? args_.bias + now.param[lane] : nullptr;
-    const double mean = now.mean[lane], rstd = now.rstd[lane];
+    const float* weight = args_.weight ? args_.weight + param : nullptr;
+    const float* bias = args_.bias ? args_.bias + param : nullptr;
     for (int64_t segment = 0; segment < segments; ++segment) {
       before_segment(segment);
       const double factor = weight ? rstd * static_cast<double>(weight[segment]) : rstd;

@@ -155,9 +155,7 @@ class SetBatches {
         normalise_alone(plan_, args_, run, set, PlainTotals{sum, squares, static_cast<double>(additions_)});
         if (coming) add_line(coming, next);
       } else {
-        if (args_.mean) args_.mean[stat] = numbers.mean;
-        if (args_.var) args_.var[stat] = numbers.m2 / count;
-        if (args_.rstd) args_.rstd[stat] = numbers.rstd;
+        store_numbers(args_, stat, numbers, count);
         if (coming) {
           PlainSums<centred> inner;
           for_packs(run, [&](auto at) {
