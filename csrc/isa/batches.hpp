@@ -1,5 +1,6 @@
 // Batches of small float32 sets: their statistics are computed side by side, and one batch is normalised while the next
-// is measured. What is done with a set is for others to say (set_batches.hpp, group_batches.hpp).
+// is measured; and what longer sets need that come one by one. What is done with a set is for others to say
+// (set_batches.hpp, group_batches.hpp).
 #pragma once
 
 #include <utility>
@@ -122,7 +123,6 @@ inline void find_parameters(const Plan& plan, Batch& batch) {
 // others.
 inline void load_parameters(const Plan& plan, const NormArgs<float>& args, Batch& batch) {
   for (int64_t lane = 0; lane < kMostSets; ++lane) batch.weight[lane] = 1, batch.bias[lane] = kNoBias;
-  if (!(args.weight || args.bias)) return;
   find_parameters(plan, batch);
   if (plan.family != Family::channel || plan.segments > 1) return;
   for (int64_t lane = 0; args.weight && lane < batch.count; ++lane) {

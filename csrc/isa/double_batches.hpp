@@ -1,5 +1,6 @@
-// Float64 sets of up to a chunk that are read in place, in batches: the long chains of dependent operations that a
-// statistic is (lane_statistics.hpp) run side by side, and what is read twice is still in a near cache.
+// Float64 sets of up to a chunk that are read in place, in batches (long rows of RMS norm one by one): the long chains
+// of dependent operations that a statistic is (lane_statistics.hpp) run side by side, and what is read twice is still
+// in a near cache.
 #pragma once
 
 #include "isa/batches.hpp"
@@ -113,9 +114,9 @@ class DoubleBatches {
 
   template <bool kCentred>
   void forward(int64_t begin, int64_t end) const {
-    if (!kCentred && run_ >= kLongSquares && !args_.past_cache) {
-      if (args_.weight) return rows_one_by_one(begin, end, Each<double>{args_.weight});
-      return rows_one_by_one(begin, end, None{});
+    if (!kCentred && run_ >= kLongSquares && !args_.past_cache && !args_.bias) {
+      if (args_.weight) return rows_one_by_one(begin, end, [&](int64_t p) { return Each<double>{args_.weight + p}; });
+      return rows_one_by_one(begin, end, [](int64_t) { return None{}; });
     }
     for_batches<DoubleBatch>(
         plan_, one_run_ ? kRowsElements : kPlanesElements, begin, end,
@@ -127,28 +128,27 @@ class DoubleBatches {
         });
   }
 
-  void normalise_units(int64_t set, const Statistic& s) const {
+  [[gnu::noinline]] void normalise_units(int64_t set, const Statistic& s) const {
     for (int64_t unit = 0; unit < units_per_set(plan_); ++unit) normalise_unit(plan_, args_, run_, set, unit, s);
   }
 
-  // Rows of RMS norm, each written between the leaves of the next (512 x 768: 95 us to 76). Statistics with a mean take
+  // Rows of RMS norm, each written between the leaves of the next (512 x 768: 95 us to 79). Statistics with a mean take
   // too long for this.
-  template <class Weight>
-  [[gnu::noinline]] FASTNORM_LOOPS void rows_one_by_one(int64_t begin, int64_t end, Weight weight) const {
-    Offsets xs(plan_.x.set, begin), ys(plan_.y.set, begin);
+  template <class WeightOf>
+  [[gnu::noinline]] FASTNORM_LOOPS void rows_one_by_one(int64_t begin, int64_t end, const WeightOf& weight_of) const {
+    Offsets xs(plan_.x.set, begin), ys(plan_.y.set, begin), params(plan_.set_param, begin);
     const auto next_x = [&] { return reinterpret_cast<const double*>(plan_.x.data + xs.next()); };
     const double* x = next_x();
     Pack<double> squares = Coming<false>(x, run_, distance_).total();
     for (int64_t set = begin; set < end; ++set) {
       const double* const coming_x = set + 1 < end ? next_x() : nullptr;
       double* const y = reinterpret_cast<double*>(plan_.y.data + ys.next());
-      Moments moments;
-      moments.count = static_cast<double>(run_);
-      moments.m2.hi = fold(squares);
-      const Statistic s = finish_set(plan_, args_, set, moments);
+      const auto weight = weight_of(params.next());
+      const Statistic s = finish_row(set, fold(squares));
       Coming<false> coming(coming_x, coming_x ? run_ : 0, distance_);
       if (s.scale == 1) {
-        const DoubleFormula<false, Weight, None> formula(SplitMean{}, s.rstd, kNoBias, weight, None{});
+        const DoubleFormula<false, std::decay_t<decltype(weight)>, None> formula(SplitMean{}, s.rstd, kNoBias, weight,
+                                                                                 None{});
         write_run_between<false>(
             y, run_, [&](auto at) { return formula(at, x); }, whole_lines_, [&] { coming.add_leaf(); });
       } else {
@@ -157,6 +157,13 @@ class DoubleBatches {
       squares = coming.total();
       x = coming_x;
     }
+  }
+
+  [[gnu::noinline]] Statistic finish_row(int64_t set, double squares) const {
+    Moments moments;
+    moments.count = static_cast<double>(run_);
+    moments.m2.hi = squares;
+    return finish_set(plan_, args_, set, moments);
   }
 
   const double* run_of(int64_t set) const {

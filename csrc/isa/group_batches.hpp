@@ -1,5 +1,5 @@
 // Forward of small float32 sets of several segments with a weight each (group norm): the statistics of a batch are
-// computed side by side, and the next set is measured between the segments of this one.
+// computed side by side, and the next set is measured between the segments of this one. Large sets come one by one.
 #pragma once
 
 #include "isa/set_batches.hpp"

@@ -310,7 +310,7 @@ class RowBackward {
         rows.x[r] = port.read(0, n, copies), rows.dy[r] = gradient_port.read(0, n, copies + n);
       }
     }
-    // As they were kept: of rows that `fit` nothing is scaled.
+    // As they were kept: of rows that `fit` nothing is scaled, and float32 keeps no mean_lo to be left out.
     load_numbers(plan_.set_stat, set, count, args_.mean, rows.mean);
     load_numbers(plan_.set_stat, set, count, args_.mean_lo, rows.mean_lo);
     load_numbers(plan_.set_stat, set, count, args_.rstd, rows.rstd);

@@ -108,7 +108,8 @@ template <bool kPastCache, class T, class Formula, class Between>
 FASTNORM_INLINE void write_run_between(T* p, int64_t n, const Formula& formula, bool whole_lines,
                                        const Between& between) {
   if (!kPastCache && n < kPack) return write_run<false>(p, n, formula);
-  const int64_t unaligned = whole_lines ? unaligned_values(p) : 0, begin = unaligned < n ? unaligned : n;
+  const bool aligned = kPastCache || (whole_lines && n >= kAlignedRun);
+  const int64_t unaligned = aligned ? unaligned_values(p) : 0, begin = unaligned < n ? unaligned : n;
   const int64_t end = kPastCache ? begin + (n - begin) / kPack * kPack : n - kPack;
   const auto along = [&](const auto& store) {
     for (int64_t i = begin; i < end;) {

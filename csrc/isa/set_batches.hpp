@@ -1,4 +1,5 @@
-// Small float32 sets of one segment that are read in place, in batches; and sets of any size through given statistics.
+// Float32 sets of one segment that are read in place, short ones in batches, long ones one by one; and sets of any size
+// through given statistics.
 #pragma once
 
 #include <type_traits>
@@ -91,7 +92,7 @@ class SetBatches {
     auto operator()(const Batch& batch, int64_t lane) const { return (*this)(batch.factors(lane), batch.param[lane]); }
   };
 
-  // call(formula_of), formula_of(batch, lane) giving what normalises that set.
+  // call(formula_of), formula_of(batch, lane) or (factors, first parameter) giving what normalises a set.
   template <class Call>
   void with_formula(const Call& call) const {
     const auto make = [&](auto centred, auto weight_of, auto bias_of) {
@@ -240,7 +241,7 @@ class SetBatches {
   }
 
   // Two sets of one line each: every sum is a chain of additions that wait for each other, and two chains do not (RMS
-  // norm 512 x 768: 41 us to 38, rows of 100: 60 to 56; instance norm 14 x 14: 51 to 46). Few registers do not hold the
+  // norm of rows of 100: 60 us to 56; instance norm 14 x 14: 51 to 46). Few registers do not hold the
   // sums of both (AVX2: layer norm 512 x 768 83 us instead of 52).
   template <bool centred, class FormulaOf>
   FASTNORM_INLINE void normalise_and_measure_two(const Batch& now, Batch& next, int64_t lane,

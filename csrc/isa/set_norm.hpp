@@ -50,6 +50,7 @@ class AlignedParameters {
 // Forward of sets [begin, end).
 template <class T>
 inline void forward_sets(const Plan& plan, const NormArgs<T>& args, int64_t run, int64_t begin, int64_t end) {
+  if (begin == end) return;  // a first set is what they begin with
   if constexpr (kMayOverflow<T>) {
     if (DoubleBatches::suit(plan, run)) return DoubleBatches(plan, args, run).forward(begin, end);
   } else {

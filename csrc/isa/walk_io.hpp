@@ -4,6 +4,7 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <type_traits>
 
 #include "plan.hpp"
 
@@ -150,11 +151,11 @@ template <class T>
 class Workspace {
  public:
   explicit Workspace(int64_t count) {
-    const size_t bytes = static_cast<size_t>(count > 0 ? count : 0) * sizeof(T);
-    if (bytes <= sizeof own_) {
-      std::memset(own_, 0, bytes);
+    const size_t wanted = count > 0 ? static_cast<size_t>(count) : 0;
+    if (wanted <= sizeof own_ / sizeof(T)) {
+      std::memset(own_, 0, wanted * sizeof(T));
     } else {
-      allocated_ = std::calloc(bytes, 1);
+      allocated_ = std::calloc(wanted, sizeof(T));
       data_ = static_cast<T*>(allocated_);
     }
   }
@@ -166,7 +167,8 @@ class Workspace {
   T* data() const { return data_; }
 
  private:
-  alignas(kLineBytes) unsigned char own_[8192];
+  static_assert(alignof(T) <= kLineBytes && std::is_trivially_destructible<T>::value, "plain numbers");
+  alignas(kLineBytes) mutable unsigned char own_[8192];  // what a const workspace holds may change
   void* allocated_ = nullptr;
   T* data_ = reinterpret_cast<T*>(own_);
 };
