@@ -185,23 +185,22 @@ inline Pack<double> add_to_odd(const Pack<double>& a, const Pack<double>& b) {
   const Pack<double> sum_lost = (product - (sum - rest)) + (low - rest);
   Pack<double> result = sum + add_to_odd(sum_lost, low_lost);
   for (int k = 0; k < Pack<double>::kParts; ++k) {
-    const auto none = Pack<double>(0.0).part[k], x = a.part[k], sums = plain.part[k];
-    const Bits nothing = reinterpret_cast<Bits>(c.part[k] == none);
+    const auto none = Pack<double>(0.0).part[k], x = a.part[k], y = c.part[k], sums = plain.part[k];
+    const Bits nothing = reinterpret_cast<Bits>(y == none);
     const Bits bits = (reinterpret_cast<Bits>(sums) & nothing) | (reinterpret_cast<Bits>(result.part[k]) & ~nothing);
     result.part[k] = reinterpret_cast<Pack<double>::Part>(bits);
-    // What the steps may overflow with, where there is something to add, is left to the C library.
-    const Bits bounded =
-        (x < none + 0x1p500) & (x > none - 0x1p500) & (sums < none + 0x1p900) & (sums > none - 0x1p900);
+    // What the steps may overflow or underflow with, where there is something to add, is left to the C library.
+    const Bits bounded = (x < none + 0x1p500) & (x > none - 0x1p500) & (sums < none + 0x1p900) &
+                         (sums > none - 0x1p900) & ((y >= none + 0x1p-400) | (y <= none - 0x1p-400));
     for (int i = 0; i < Pack<double>::kWidth; ++i) {
-      if ((bounded[i] | nothing[i]) == 0) result.part[k][i] = __builtin_fma(x[i], b.part[k][i], c.part[k][i]);
+      if ((bounded[i] | nothing[i]) == 0) result.part[k][i] = __builtin_fma(x[i], b.part[k][i], y[i]);
     }
   }
   return result;
 }
 #endif
 
-// a * b + c rounded once, by the fused instruction, or by many where there is none: those want c to be 0, or no smaller
-// than 2^-400, and |b| below 2^990.
+// a * b + c rounded once, by the fused instruction, or by many where there is none: those want |b| below 2^990.
 FASTNORM_INLINE Pack<double> multiply_add(const Pack<double>& a, const Pack<double>& b, const Pack<double>& c) {
 #if defined(__AVX512F__) || defined(__FMA__)
   return add_exact_product(a, b, c);
