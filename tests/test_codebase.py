@@ -44,7 +44,8 @@ def tracked_files() -> list[Path]:
     else:
         hidden = {"build", "__pycache__"}
         files = [p for p in ROOT.rglob("*") if not any(part in hidden or part.startswith(".") for part in p.parts)]
-    return [path for path in files if path.is_file()]
+    environments = {path.parent for path in files if path.name == "pyvenv.cfg"}  # whatever their names
+    return [path for path in files if path.is_file() and not environments.intersection(path.parents)]
 
 
 def sources(*suffixes: str) -> list[Path]:
