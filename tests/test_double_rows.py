@@ -204,3 +204,18 @@ def test_a_row_beyond_all_numbers_stays_alone(value: float, centred: bool) -> No
             np.testing.assert_array_equal(found.dx[rest], grads.dx[rest])
             np.testing.assert_array_equal(found.dbias, grads.dbias)
             assert np.all(np.isfinite(found.dweight)) == (np.isfinite(value))
+
+
+def test_one_dy_far_beyond_the_others_is_as_near_as_documented() -> None:
+    """docs/accuracy.md, "What is not covered": the largest error of a gradient that is known, 13.2 u S."""
+    rng = np.random.default_rng(1387)
+    x, dy = (rng.standard_normal((64, 1169))[39:40] for _ in range(2))
+    dy[:, 0] = 1e10
+    _, cache = fn.rms_norm_forward(x)
+    dx = fn.rms_norm_backward(dy, cache).dx
+    wide_x, wide_dy = x.astype(np.longdouble), dy.astype(np.longdouble)
+    rstd = 1 / np.sqrt(np.mean(wide_x**2) + np.longdouble(1e-5))
+    xhat = wide_x * rstd
+    exact = rstd * (wide_dy - xhat * np.mean(wide_dy * xhat))
+    terms = rstd * (np.abs(wide_dy) + np.abs(xhat) * np.mean(np.abs(wide_dy * xhat)))
+    assert 13 < (np.abs(dx - exact) / (UNIT * terms)).max() <= 13.3, "no longer what the page says"

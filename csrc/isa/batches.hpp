@@ -136,8 +136,8 @@ inline void load_parameters(const Plan& plan, const NormArgs<float>& args, Batch
 // A number of each set of a batch, stored where the caller wants it, if anywhere.
 template <class Batch>
 inline void store_numbers(const Plan& plan, const Batch& batch, const double* numbers, double* to) {
-  const Walk& places = plan.set_stat;
   if (!to) return;
+  const Walk& places = plan.set_stat;
   if (contiguous(places)) {
     std::memcpy(to + places.offset(batch.first), numbers, static_cast<size_t>(batch.count) * sizeof(double));
     return;

@@ -241,8 +241,8 @@ class SetBatches {
   }
 
   // Two sets of one line each: every sum is a chain of additions that wait for each other, and two chains do not (RMS
-  // norm of rows of 100: 60 us to 56; instance norm 14 x 14: 51 to 46). Few registers do not hold the
-  // sums of both (AVX2: layer norm 512 x 768 83 us instead of 52).
+  // norm of rows of 100: 60 us to 56; instance norm 14 x 14: 51 to 46). Few registers do not hold the sums of both
+  // (AVX2: layer norm 512 x 768 83 us instead of 52).
   template <bool centred, class FormulaOf>
   FASTNORM_INLINE void normalise_and_measure_two(const Batch& now, Batch& next, int64_t lane,
                                                  const SetLines<float>& from, const SetLines<float>& to,
