@@ -206,6 +206,7 @@ def test_a_row_beyond_all_numbers_stays_alone(value: float, centred: bool) -> No
             assert np.all(np.isfinite(found.dweight)) == (np.isfinite(value))
 
 
+@BEYOND
 def test_one_dy_far_beyond_the_others_is_as_near_as_documented() -> None:
     """docs/accuracy.md, "What is not covered": the largest error of a gradient that is known, 13.2 u S."""
     rng = np.random.default_rng(1387)
