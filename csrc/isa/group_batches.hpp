@@ -80,22 +80,23 @@ class GroupBatches {
     const double count = static_cast<double>(plan_.set_size()), share = 1 / count;
     const double additions = static_cast<double>(packs + kPack);
     Offsets stats(plan_.set_stat, begin), params(plan_.set_param, begin);
-    RunInParts run = run_of(begin);
+    const SetLines<float> from(plan_.x, run_), to(plan_.y, run_);
+    RunInParts run = run_of(from, begin);
     PlainSums<> sums = run.total();
     for (int64_t set = begin; set < end; ++set) {
       const int64_t stat = stats.next(), param = params.next();
       const double sum = fold(sums.sum), squares = fold(sums.squares);
       const SetNumbers numbers = SetNumbers::of<true>(sum, squares, 1, count, share, args_.eps, additions);
       const bool last = set + 1 == end;
-      RunInParts coming = run_of(last ? set : set + 1);
+      RunInParts coming = run_of(from, last ? set : set + 1);
       if (!numbers.in_float) {
         normalise_alone(plan_, args_, run_, set, PlainTotals{sum, squares, static_cast<double>(packs)});
       } else {
         store_numbers(args_, stat, numbers, count);
         if (last) {
-          normalise_set<false>(set, param, numbers.mean, numbers.rstd, [](int64_t) {});
+          normalise_set<false>(from, to, set, param, numbers.mean, numbers.rstd, [](int64_t) {});
         } else {
-          normalise_set<false>(set, param, numbers.mean, numbers.rstd,
+          normalise_set<false>(from, to, set, param, numbers.mean, numbers.rstd,
                                [&](int64_t segment) { coming.add_up_to((segment + 1) * plan_.elements); });
         }
       }
@@ -103,33 +104,35 @@ class GroupBatches {
     }
   }
 
-  RunInParts run_of(int64_t set) const {
-    return RunInParts(Line<float>(plan_.x, set, 0, run_).at(0, 0), plan_.whole.count, distance_);
+  RunInParts run_of(const SetLines<float>& from, int64_t set) const {
+    return RunInParts(reinterpret_cast<const float*>(from.set(set)), plan_.whole.count, distance_);
   }
 
-  void measure(Batch& batch) const {
-    for (int64_t lane = 0; lane < batch.count; ++lane) measure(batch, lane);
-  }
-  void measure(Batch& batch, int64_t lane) const {
-    const int64_t set = batch.first + lane;
-    if (one_run_) return batch.put(lane, run_of(set).total());
-    batch.put(lane, plain_whole(plan_, set));
+  FASTNORM_LOOPS void measure(Batch& batch) const {
+    const SetLines<float> from(plan_.x, run_);
+    for (int64_t lane = 0; lane < batch.count; ++lane) {
+      const int64_t set = batch.first + lane;
+      one_run_ ? batch.put(lane, run_of(from, set).total()) : batch.put(lane, plain_whole(plan_, set));
+    }
   }
 
   template <bool kPastCache>
   [[gnu::noinline]] FASTNORM_LOOPS void normalise(const Batch& now, Batch& next) const {
+    const SetLines<float> from(plan_.x, run_), to(plan_.y, run_);
+    const int64_t elements = plan_.elements, measured = one_run_ ? next.count : 0;
     for (int64_t lane = 0; lane < now.count; ++lane) {
-      const bool measures = lane < next.count;
-      if (measures && one_run_) {
-        RunInParts coming = run_of(next.first + lane);
-        normalise_set<kPastCache>(now.first + lane, now.param[lane], now.mean[lane], now.rstd[lane],
-                                  [&](int64_t segment) { coming.add_up_to((segment + 1) * plan_.elements); });
+      const int64_t set = now.first + lane, param = now.param[lane];
+      const double mean = now.mean[lane], rstd = now.rstd[lane];
+      if (lane < measured) {
+        RunInParts coming = run_of(from, next.first + lane);
+        normalise_set<kPastCache>(from, to, set, param, mean, rstd,
+                                  [&](int64_t segment) { coming.add_up_to((segment + 1) * elements); });
         next.put(lane, coming.total());
       } else {
-        if (measures) measure(next, lane);
-        normalise_set<kPastCache>(now.first + lane, now.param[lane], now.mean[lane], now.rstd[lane], [](int64_t) {});
+        normalise_set<kPastCache>(from, to, set, param, mean, rstd, [](int64_t) {});
       }
     }
+    if (!one_run_) measure(next);
   }
 
   [[gnu::noinline]] void normalise_units(int64_t set, int64_t unit, int64_t end, const Statistic& s) const {
@@ -138,12 +141,11 @@ class GroupBatches {
 
   // before_segment(i) comes before each.
   template <bool kPastCache, class Before>
-  FASTNORM_INLINE void normalise_set(int64_t set, int64_t param, double mean, double rstd,
-                                     const Before& before_segment) const {
+  FASTNORM_INLINE void normalise_set(const SetLines<float>& from, const SetLines<float>& to, int64_t set,
+                                     int64_t param, double mean, double rstd, const Before& before_segment) const {
     const int64_t segments = plan_.segments, run = run_, lines = lines_;
-    const SegmentLines<float> from(plan_.x, set, run), to(plan_.y, set, run);
-    const char* x_segment = from.base;
-    char* y_segment = to.base;
+    const char* x_segment = from.set(set);
+    char* y_segment = to.set(set);
     const float* weight = args_.weight ? args_.weight + param : nullptr;
     const float* bias = args_.bias ? args_.bias + param : nullptr;
     for (int64_t segment = 0; segment < segments; ++segment) {
@@ -157,15 +159,15 @@ class GroupBatches {
         for (int64_t line = 0; line < lines; ++line) {
           const float* x = reinterpret_cast<const float*>(x_line);
           write_run<kPastCache>(reinterpret_cast<float*>(y_line), run, [&](auto at) { return formula(at, x); });
-          x_line += from.line_step;
-          y_line += to.line_step;
+          x_line += from.step();
+          y_line += to.step();
         }
       } else {
         const int64_t units = chunks_per_segment(plan_);
         normalise_units(set, segment * units, (segment + 1) * units, Statistic{mean, 0, rstd, 1});
       }
-      x_segment += from.segment_step;
-      y_segment += to.segment_step;
+      x_segment += from.segment_step();
+      y_segment += to.segment_step();
     }
   }
 
