@@ -90,6 +90,28 @@ struct PastCache : IntoCache {
   FASTNORM_INLINE static void store(Whole at, C* p, const Pack<C>& pack) {
     at.store_past(p, pack);
   }
+  template <class C>
+  FASTNORM_INLINE static void store(Partial at, C* p, const Pack<C>& pack) {
+    store_part(p + at.start, at.count, pack);
+  }
+
+ private:
+  // The part of a line at an end of a run, which often is next to another one: the processor puts the line together.
+  // Half into the cache it would cost a trip to memory (layer norm of 65536 x 100: 3.4 ms instead of 2.1).
+  template <class C>
+  [[gnu::noinline]] static void store_part(C* p, int64_t n, const Pack<C>& pack) {
+    constexpr int64_t kQuarter = kQuarterLine / sizeof(C);
+    C values[kPack];
+    std::memcpy(values, &pack, sizeof values);
+    int64_t i = 0;
+    for (; i < n && reinterpret_cast<uintptr_t>(p + i) % kQuarterLine != 0; ++i) store_past(p + i, values[i]);
+    for (; i + kQuarter <= n; i += kQuarter) {
+      Vector<C, kQuarterLine> quarter;
+      std::memcpy(&quarter, values + i, sizeof quarter);
+      store_past(p + i, quarter);
+    }
+    for (; i < n; ++i) store_past(p + i, values[i]);
+  }
 };
 
 // Past the cache in quarters of a line, which NumPy's arrays are multiples of.
@@ -136,14 +158,14 @@ FASTNORM_INLINE void for_packs(int64_t n, const Body& body) {
   if (i < n) body(Partial{i, n - i});
 }
 
-// body(place, how) along a run of n results at p, in whole lines of the cache but for the ends, which go into it.
+// body(place, how) along a run of n results at p, in whole lines of the cache but for the ends.
 template <class How, class T, class Body>
 FASTNORM_INLINE void for_aligned_packs(How how, const T* p, int64_t n, const Body& body) {
   int64_t i = unaligned_values(p);
   if (i > n) i = n;
-  if (i > 0) body(Partial{0, i}, IntoCache{});
+  if (i > 0) body(Partial{0, i}, how);
   for (; i + kPack <= n; i += kPack) body(Whole{i}, how);
-  if (i < n) body(Partial{i, n - i}, IntoCache{});
+  if (i < n) body(Partial{i, n - i}, how);
 }
 
 // body(place, how) along a run of n results at p, `how` being IntoCache or PastCache.

@@ -118,9 +118,10 @@ FASTNORM_INLINE void write_run_between(T* p, int64_t n, const Formula& formula, 
     }
   };
   if constexpr (kPastCache) {
-    if (begin > 0) Partial{0, begin}.store(p, formula(Partial{0, begin}));
-    along([&](Whole at) { at.store_past(p, formula(at)); });
-    if (end < n) Partial{end, n - end}.store(p, formula(Partial{end, n - end}));
+    const auto store = [&](auto at) { PastCache::store(at, p, formula(at)); };
+    if (begin > 0) store(Partial{0, begin});
+    along(store);
+    if (end < n) store(Partial{end, n - end});
   } else {
     const Whole first{0}, last{end};
     const auto tail = formula(last), head = begin > 0 ? formula(first) : tail;

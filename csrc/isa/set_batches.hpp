@@ -314,16 +314,17 @@ class SetBatches {
         const float *x = from.at(line, 0), *coming = ahead.at(line, 0);
         float* y = to.at(line, 0);
         const int64_t unaligned = unaligned_values(y), lead = unaligned < run ? unaligned : run;
-        if (lead > 0) Partial{0, lead}.store(y, formula(Partial{0, lead}, x));
+        const auto store = [&](auto at) { PastCache::store(at, y, formula(at, x)); };
+        if (lead > 0) store(Partial{0, lead});
         PlainSums<centred> inner = sums;
         for_packs(run, [&](auto at) {
           prefetch(coming + at.start, distance);
           inner.add(at, coming);
           const int64_t i = at.start + lead;
           if (i + kPack <= run) {
-            Whole{i}.store_past(y, formula(Whole{i}, x));
+            store(Whole{i});
           } else if (i < run) {
-            Partial{i, run - i}.store(y, formula(Partial{i, run - i}, x));
+            store(Partial{i, run - i});
           }
         });
         sums = inner;

@@ -93,7 +93,7 @@ FASTNORM_LOOPS inline PlainTotals plain_unit(const Plan& plan, int64_t run, int6
 }
 
 // The same for a set of several segments, read as x has it: the segments of a group often are one run.
-FASTNORM_LOOPS inline PlainTotals plain_whole(const Plan& plan, int64_t set) {
+FASTNORM_LOOPS inline PlainSums<> plain_whole(const Plan& plan, int64_t set) {
   alignas(64) float buffer[kBlock];
   const Port<float> port = whole_port<float>(plan, set);
   const int64_t distance = reading_ahead<float>(plan, plan.x, plan.whole.inner_size());
@@ -108,15 +108,17 @@ FASTNORM_LOOPS inline PlainTotals plain_whole(const Plan& plan, int64_t set) {
     });
     sums = inner;
   }
-  PlainTotals totals;
-  totals.add(sums, (plan.whole.count + kPack - 1) / kPack);
-  return totals;
+  return sums;
 }
 
 // Totals of one of the measured_units of a set.
 inline PlainTotals plain_totals(const Plan& plan, int64_t run, int64_t set, int64_t index) {
   if (measured_units(plan) > 1) return plain_unit(plan, run, set, index, 1);
-  if (plan.segments > 1) return plain_whole(plan, set);
+  if (plan.segments > 1) {
+    PlainTotals totals;
+    totals.add(plain_whole(plan, set), (plan.whole.count + kPack - 1) / kPack);
+    return totals;
+  }
   return plain_unit(plan, run, set, 0, units_per_set(plan));
 }
 

@@ -361,7 +361,7 @@ class MagnitudeWatch {
   Bits worst_ = Bits{};
 };
 
-// A store that does not bring the line into the cache; p is a multiple of the vector's size.
+// A store that does not bring the line into the cache; p is a multiple of the size, of a vector or a single number.
 template <class V>
 FASTNORM_INLINE void store_past(void* p, const V& v) {
 #if !defined(FASTNORM_SANITIZED)  // which does not see into these either
@@ -373,6 +373,18 @@ FASTNORM_INLINE void store_past(void* p, const V& v) {
 #endif
 #if defined(__SSE2__)
   if constexpr (sizeof v == 16) return _mm_stream_si128(static_cast<__m128i*>(p), reinterpret_cast<__m128i>(v));
+  if constexpr (sizeof v == sizeof(int)) {
+    int bits;
+    std::memcpy(&bits, &v, sizeof bits);
+    return _mm_stream_si32(static_cast<int*>(p), bits);
+  }
+#endif
+#if defined(__x86_64__)
+  if constexpr (sizeof v == sizeof(long long)) {
+    long long bits;
+    std::memcpy(&bits, &v, sizeof bits);
+    return _mm_stream_si64(static_cast<long long*>(p), bits);
+  }
 #endif
 #endif
   std::memcpy(p, &v, sizeof v);
