@@ -4,8 +4,8 @@
 // over eight rows, and then widened.
 //
 // Only for rows that `fit`, with weights that are 0 or `tile_weight`; how the terms of a row come out is for
-// TiledRows::finish to judge. A tile whose column sums may have overflowed or lost digits to underflow is added up in
-// double.
+// TiledRows::finish to judge. Columns of a group in which anything overflowed or lost digits to underflow are added up
+// in double.
 #pragma once
 
 #include <utility>
@@ -154,17 +154,16 @@ class RowTiles {
         size = group_size(first + count - r);
         const float* const* dy = rows.dy + r;
         Columns& columns = columns_[waiting_];
-        MagnitudeWatch watch;
+        LostDigits::clear();
         for_packs(n, [&](auto at) {
           const auto load = [&](int k) { return at.template load<float>(dy[k] + column); };
           Pack<float> sum = load(0);
           if (size > 1) sum += load(1);
           if (size > 2) sum += load(2) + load(3);
-          watch.sums(sum);
           columns.sums[kColumnPacks + at.start / kPack] = sum;
           columns.sums[at.start / kPack] = Pack<float>(0.0f);
         });
-        if (!watch.hold()) add_bias_in_double(rows, r, size, column, n);
+        if (LostDigits::any()) add_bias_in_double(rows, r, size, column, n);
         complete(column, n);
       }
     }
@@ -207,7 +206,6 @@ class RowTiles {
     const float *x[kRows], *dy[kRows], *weight;
     Pack<float> mean[kRows], mean_lo[kRows], rstd[kRows];
     Pack<float>* columns;
-    MagnitudeWatch dweight, dbias;
   };
 
   // Sums along the rows: of g, then of g * (x - mean).
@@ -233,12 +231,16 @@ class RowTiles {
 
   // n columns of a group.
   void sum_group(TiledRows& rows, int first, int size, int64_t column, int64_t n) {
+    if constexpr (kParams) LostDigits::clear();
     if (size == kMostRows) {
       sum_group<kMostRows>(rows, first, column, n);
     } else if (size == 2) {
       sum_group<2>(rows, first, column, n);
     } else {
       sum_group<1>(rows, first, column, n);
+    }
+    if constexpr (kParams) {
+      if (LostDigits::any()) add_in_double(rows, first, size, column, n);
     }
   }
 
@@ -274,10 +276,6 @@ class RowTiles {
     }
     if (second) chains += kept;
     add_chains<kRows>(chains, first_tile, g, product);
-    if constexpr (kParams) {
-      if (!group.dweight.hold()) add_doubtful_weight(rows, first, kRows, column, n);
-      if (kCentred && params_.dbias && !group.dbias.hold()) add_bias_in_double(rows, first, kRows, column, n);
-    }
   }
 
   // The sums along the rows: those of a tile, widened.
@@ -318,11 +316,9 @@ class RowTiles {
     if constexpr (kParams) {
       Pack<float>* const column = group.columns + at.start / kPack;
       if constexpr (kRows > 2) dweight[0] += dweight[1];
-      group.dweight.terms(or_one(at, dweight[0]));
       column[0] = dweight[0];
       if constexpr (kCentred) {
         if constexpr (kRows > 2) dbias[0] += dbias[1];
-        group.dbias.sums(dbias[0]);
         column[kColumnPacks] = dbias[0];
       }
     }
@@ -349,34 +345,20 @@ class RowTiles {
                                           int64_t n) {
     for (int64_t i = 0; i * kPack < n; ++i) {
       const Whole at{i * kPack};
-      at.store(sums, at.load<double>(sums) + widen(others ? columns[i] + others[i] : columns[i]));
+      Pack<double> sum = widen(columns[i]);
+      if (others) sum += widen(others[i]);
+      at.store(sums, at.load<double>(sums) + sum);
     }
   }
 
-  // Some column of a strip may have overflowed or lost digits: tile by tile, for a sum so small that it seems
-  // underflown is often that of zeros (padding), and right.
-  [[gnu::noinline]] void add_doubtful_weight(const TiledRows& rows, int first, int count, int64_t column, int64_t n) {
-    for (int64_t i = 0; i < n; i += kRowTile) {
-      const int64_t size = n - i < kRowTile ? n - i : kRowTile, start = column + i;
-      if (nothing_lost(rows, first, count, start, start + size)) continue;
-      for (int r = first; r < first + count; ++r) {
-        add_parameter_gradients(rows.x[r] + start, rows.dy[r] + start, size, rows.statistic(r),
-                                params_.from(start).without_bias());
-      }
-      std::memset(columns_[waiting_].sums + i / kPack, 0, static_cast<size_t>(whole_packs(size)) * sizeof(float));
+  // The columns of a group that has lost digits.
+  [[gnu::noinline]] void add_in_double(const TiledRows& rows, int first, int count, int64_t column, int64_t n) {
+    for (int r = first; r < first + count; ++r) {
+      add_parameter_gradients(rows.x[r] + column, rows.dy[r] + column, n, rows.statistic(r),
+                              params_.from(column).without_bias());
     }
-  }
-
-  bool nothing_lost(const TiledRows& rows, int first, int count, int64_t begin, int64_t end) const {
-    for (int64_t i = begin; i < end; ++i) {
-      float sum = 0, size = 0;
-      for (int r = first; r < first + count; ++r) {
-        sum += rows.dy[r][i] * ((rows.x[r][i] - rows.pivot[r]) - rows.pivot_lo[r]) * rows.float_rstd[r];
-        size += std::fabs(rows.dy[r][i]);
-      }
-      if (size != 0 && !(std::fabs(sum) > 0x1p-70f && std::fabs(sum) < 0x1p50f)) return false;
-    }
-    return true;
+    std::memset(columns_[waiting_].sums, 0, static_cast<size_t>(whole_packs(n)) * sizeof(float));
+    if (kCentred && params_.dbias) add_bias_in_double(rows, first, count, column, n);
   }
 
   [[gnu::noinline]] void add_bias_in_double(const TiledRows& rows, int first, int count, int64_t column, int64_t n) {
@@ -385,13 +367,6 @@ class RowTiles {
     }
     std::memset(columns_[waiting_].sums + kColumnPacks, 0, static_cast<size_t>(whole_packs(n)) * sizeof(float));
   }
-
-  // With 1 in the lanes that a place does not have.
-  FASTNORM_INLINE static Pack<float> or_one(Whole, const Pack<float>& v) { return v; }
-  FASTNORM_INLINE static Pack<float> or_one(Partial last, const Pack<float>& v) {
-    return v + (Pack<float>(1.0f) - Partial{0, last.count}.load<float>(kOnes));
-  }
-  static constexpr float kOnes[kPack] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
 
   const int64_t n_;
   const float* const weight_;

@@ -4,6 +4,7 @@
 // Where packs lie in memory is places.hpp.
 #pragma once
 
+#include <cfenv>
 #include <cstdint>
 #include <cstring>
 #include <limits>
@@ -328,37 +329,25 @@ FASTNORM_INLINE Pack<C> in_register(Pack<C> pack) {
   return pack;
 }
 
-// Watches float32 magnitudes: do all packs given as `terms` lie in [2^-80, 2^100), and those given as `sums` below
-// 2^53? They are compared as integers, which puts infinities and NaN above all numbers.
-class MagnitudeWatch {
- public:
-  FASTNORM_INLINE void terms(const Pack<float>& v) { note(v, kLeast); }
-  FASTNORM_INLINE void sums(const Pack<float>& v) { note(v, 0); }
-  FASTNORM_INLINE bool hold() const {
-#if defined(__AVX512F__)
-    return _mm512_cmpge_epu32_mask(reinterpret_cast<__m512i>(worst_), _mm512_set1_epi32(kRange)) == 0;
+// Has arithmetic of this thread overflowed, or lost digits to underflow, since `clear`? The processor notes it anyway.
+// What is asked about has to be in memory: nothing else keeps a compiler from doing it later.
+struct LostDigits {
+#if defined(__SSE2__)
+  static constexpr unsigned kFlags = _MM_EXCEPT_OVERFLOW | _MM_EXCEPT_UNDERFLOW;
+  FASTNORM_INLINE static void clear() {
+    if (any()) _mm_setcsr(_mm_getcsr() & ~kFlags);
+  }
+  FASTNORM_INLINE static bool any() {
+    asm volatile("" ::: "memory");
+    return (_mm_getcsr() & kFlags) != 0;
+  }
 #else
-    const auto beyond = worst_ >= kRange;
-    uint64_t parts[kVectorBytes / sizeof(uint64_t)], any = 0;
-    std::memcpy(parts, &beyond, sizeof parts);
-    for (const uint64_t part : parts) any |= part;
-    return any == 0;
+  static void clear() { std::feclearexcept(FE_OVERFLOW | FE_UNDERFLOW); }
+  static bool any() {
+    asm volatile("" ::: "memory");
+    return std::fetestexcept(FE_OVERFLOW | FE_UNDERFLOW) != 0;
+  }
 #endif
-  }
-
- private:
-  using Bits = Vector<uint32_t, kVectorBytes>;
-  static constexpr uint32_t kLeast = (127 - 80) << 23, kRange = 180 << 23;
-
-  FASTNORM_INLINE void note(const Pack<float>& v, uint32_t least) {
-    FASTNORM_UNROLL
-    for (int k = 0; k < Pack<float>::kParts; ++k) {
-      const Bits above = (reinterpret_cast<Bits>(v.part[k]) & 0x7fffffffu) - least;
-      worst_ = worst_ > above ? worst_ : above;
-    }
-  }
-
-  Bits worst_ = Bits{};
 };
 
 // A store that does not bring the line into the cache; p is a multiple of the size, of a vector or a single number.
