@@ -96,6 +96,7 @@ class DoubleRowTiles {
     }
   }
 
+  void settle(const DoubleRows&) const {}
   void finish() const {}
   bool zeros(const double*) const { return false; }
 

@@ -140,8 +140,9 @@ class RowTiles {
       const int64_t n = n_ - column < kRowStrip ? n_ - column : kRowStrip;
       for (int r = first, size; r < first + count; r += size) {
         size = group_size(first + count - r);
+        start(r, size, false);
         sum_group(rows, r, size, column, n);
-        complete(column, n);
+        complete(rows, column, n);
       }
     }
   }
@@ -154,7 +155,7 @@ class RowTiles {
         size = group_size(first + count - r);
         const float* const* dy = rows.dy + r;
         Columns& columns = columns_[waiting_];
-        LostDigits::clear();
+        start(r, size, true);
         for_packs(n, [&](auto at) {
           const auto load = [&](int k) { return at.template load<float>(dy[k] + column); };
           Pack<float> sum = load(0);
@@ -163,10 +164,14 @@ class RowTiles {
           columns.sums[kColumnPacks + at.start / kPack] = sum;
           columns.sums[at.start / kPack] = Pack<float>(0.0f);
         });
-        if (LostDigits::any()) add_bias_in_double(rows, r, size, column, n);
-        complete(column, n);
+        complete(rows, column, n);
       }
     }
+  }
+
+  // To be called before dx of any row is written, in whose place dy may lie, or is forgotten.
+  void settle(const TiledRows& rows) {
+    if constexpr (kParams) judge(rows, 0, n_);
   }
 
   void finish() {
@@ -231,16 +236,12 @@ class RowTiles {
 
   // n columns of a group.
   void sum_group(TiledRows& rows, int first, int size, int64_t column, int64_t n) {
-    if constexpr (kParams) LostDigits::clear();
     if (size == kMostRows) {
       sum_group<kMostRows>(rows, first, column, n);
     } else if (size == 2) {
       sum_group<2>(rows, first, column, n);
     } else {
       sum_group<1>(rows, first, column, n);
-    }
-    if constexpr (kParams) {
-      if (LostDigits::any()) add_in_double(rows, first, size, column, n);
     }
   }
 
@@ -324,11 +325,29 @@ class RowTiles {
     }
   }
 
-  // n columns of a group are summed up: they are widened with those of a second group, if that comes soon.
-  void complete(int64_t column, int64_t n) {
+  // A group is to be summed up.
+  void start(int first, int size, bool bias_alone) {
     if constexpr (kParams) {
-      if (++waiting_ == 2 || n_ > kRowStrip) add_columns(column, n);
+      groups_[waiting_] = {first, size, bias_alone};
+      if (unjudged_++ == 0) LostDigits::clear();
     }
+  }
+
+  // n columns of it are: they are widened with those of a second group, if that comes soon.
+  void complete(const TiledRows& rows, int64_t column, int64_t n) {
+    if constexpr (kParams) {
+      if (++waiting_ < 2 && n_ <= kRowStrip) return;
+      judge(rows, column, n);
+      add_columns(column, n);
+    }
+  }
+
+  // Groups that may have lost digits are added up again.
+  void judge(const TiledRows& rows, int64_t column, int64_t n) {
+    if (unjudged_ > 0 && LostDigits::any()) {
+      for (int k = waiting_ - unjudged_; k < waiting_; ++k) add_in_double(rows, k, column, n);
+    }
+    unjudged_ = 0;
   }
 
   FASTNORM_LOOPS [[gnu::noinline]] void add_columns(int64_t column, int64_t n) {
@@ -351,28 +370,33 @@ class RowTiles {
     }
   }
 
-  // The columns of a group that has lost digits.
-  [[gnu::noinline]] void add_in_double(const TiledRows& rows, int first, int count, int64_t column, int64_t n) {
-    for (int r = first; r < first + count; ++r) {
-      add_parameter_gradients(rows.x[r] + column, rows.dy[r] + column, n, rows.statistic(r),
-                              params_.from(column).without_bias());
+  [[gnu::noinline]] void add_in_double(const TiledRows& rows, int waiting, int64_t column, int64_t n) {
+    const WaitingGroup group = groups_[waiting];
+    const size_t bytes = static_cast<size_t>(whole_packs(n)) * sizeof(float);
+    const ParameterSums to = params_.from(column);
+    for (int r = group.first; r < group.first + group.size; ++r) {
+      const float *const x = rows.x[r] + column, *const dy = rows.dy[r] + column;
+      if (!group.bias_alone) {
+        add_parameter_gradients(x, dy, n, rows.statistic(r), to);
+      } else {
+        for (int64_t i = 0; i < n; ++i) to.dbias[i] += static_cast<double>(dy[i]);
+      }
     }
-    std::memset(columns_[waiting_].sums, 0, static_cast<size_t>(whole_packs(n)) * sizeof(float));
-    if (kCentred && params_.dbias) add_bias_in_double(rows, first, count, column, n);
-  }
-
-  [[gnu::noinline]] void add_bias_in_double(const TiledRows& rows, int first, int count, int64_t column, int64_t n) {
-    for (int r = first; r < first + count; ++r) {
-      for (int64_t i = column; i < column + n; ++i) params_.dbias[i] += static_cast<double>(rows.dy[r][i]);
-    }
-    std::memset(columns_[waiting_].sums + kColumnPacks, 0, static_cast<size_t>(whole_packs(n)) * sizeof(float));
+    std::memset(columns_[waiting].sums, 0, bytes);
+    if constexpr (kCentred) std::memset(columns_[waiting].sums + kColumnPacks, 0, bytes);
   }
 
   const int64_t n_;
   const float* const weight_;
   const ParameterSums params_;
   const int64_t ahead_;
-  int waiting_ = 0;  // groups whose columns are to be widened
+  struct WaitingGroup {
+    int first, size;
+    bool bias_alone;
+  };
+
+  int waiting_ = 0, unjudged_ = 0;  // groups whose columns are to be widened; the last of them, that may have lost digits
+  WaitingGroup groups_[2];
   Columns columns_[2];
 };
 
