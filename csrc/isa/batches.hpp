@@ -78,7 +78,8 @@ FASTNORM_INLINE bool finish_lanes(Batch& batch, int64_t lanes, double count, dou
   int64_t beyond = 0;
 #pragma omp simd reduction(| : beyond)
   for (int64_t i = 0; i < lanes; ++i) {
-    const SetNumbers set = SetNumbers::of<kCentred>(kCentred ? sum[i] : 0, squares[i], weight[i], count, share, eps, additions);
+    const SetNumbers set =
+        SetNumbers::of<kCentred>(kCentred ? sum[i] : 0, squares[i], weight[i], count, share, eps, additions);
     mean[i] = set.mean;
     m2[i] = set.m2;
     rstd[i] = set.rstd;

@@ -141,8 +141,8 @@ class GroupBatches {
 
   // before_segment(i) comes before each.
   template <bool kPastCache, class Before>
-  FASTNORM_INLINE void normalise_set(const SetLines<float>& from, const SetLines<float>& to, int64_t set,
-                                     int64_t param, double mean, double rstd, const Before& before_segment) const {
+  FASTNORM_INLINE void normalise_set(const SetLines<float>& from, const SetLines<float>& to, int64_t set, int64_t param,
+                                     double mean, double rstd, const Before& before_segment) const {
     const int64_t segments = plan_.segments, run = run_, lines = lines_;
     const char* x_segment = from.set(set);
     char* y_segment = to.set(set);

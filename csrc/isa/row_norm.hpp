@@ -344,8 +344,8 @@ class RowBackward {
                           // place next; 0: not worth asking for
   bool in_place_ = false;
   bool in_order_ = false;  // does one statistic follow the other?
-  int group_ = 0;     // rows that are read side by side, in tiles; 0: none are
-  int together_ = 0;  // rows whose results are written when the sums of all are known
+  int group_ = 0;          // rows that are read side by side, in tiles; 0: none are
+  int together_ = 0;       // rows whose results are written when the sums of all are known
   bool plain_weights_ = true;
 };
 
