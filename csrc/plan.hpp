@@ -40,7 +40,8 @@ struct Walk {
     ++rank;
   }
 
-  int64_t offset(int64_t index) const {
+  // Always inlined: the instruction-set levels must not share it.
+  [[gnu::always_inline]] int64_t offset(int64_t index) const {
     if (rank == 1) return index * stride[0];
     int64_t sum = 0;
     for (int axis = rank - 1; axis >= 0; --axis) {
