@@ -192,3 +192,41 @@ def test_gradients_made_of_x_alone(cols: int) -> None:
     error = np.abs(dx - rstd * (g - xhat * mean)) / size / UNIT
     print(f"{cols} columns: {error.max():.2f} u S")
     assert error.max() <= 8
+
+
+@pytest.mark.parametrize("centred", [True, False], ids=["layer", "rms"])
+@pytest.mark.parametrize("case", CASES)
+def test_same_bits_whatever_the_processor_noted_before(case: str, centred: bool) -> None:
+    """Lost digits are asked for where they may arise: not those of the caller, nor of what a thread did before."""
+    rng = np.random.default_rng(9)
+    for shape in ((131, 40), (70, 300), (45, 1300)):
+        x, dy, weight = (v.astype(np.float32) for v in CASES[case](rng, shape))
+        _, grads = _grads(x, dy, weight, centred)
+        for threads in (1, 2, 3):
+            large, small = 1e308, 1e-308
+            assert large * 10 == np.inf  # in this thread: an overflow,
+            assert 0 < small * 1.1e-10 < 1e-317  # and digits lost to underflow
+            with fn.num_threads(threads):
+                _, again = _grads(x, dy, weight, centred)
+            for one, two in zip(grads, again, strict=True):
+                np.testing.assert_array_equal(one, two, err_msg=f"{shape}, {threads} threads")
+
+
+@pytest.mark.parametrize("centred", [True, False], ids=["layer", "rms"])
+def test_zeros_are_no_lost_digits(centred: bool) -> None:
+    """A mask's zeros leave the sums of columns in float32, whose bits those of double would not have."""
+    rng = np.random.default_rng(10)
+    for shape in ((8, 64), (16, 700)):
+        x, dy, weight = (v.astype(np.float32) for v in _plain(rng, shape))
+        dy[:, 1::2] = 0
+        dy[3] = 0
+        cache, grads = _grads(x, dy, weight, centred)
+        centre = np.asarray(cache.mean)[:, None] if centred else np.zeros((shape[0], 1))
+        pivot = centre.astype(np.float32)
+        centred_x = (x - pivot) - (centre - pivot).astype(np.float32)
+        terms = (dy * centred_x) * np.asarray(cache.rstd).astype(np.float32)[:, None]
+        sums = [(terms[i] + terms[i + 1]) + (terms[i + 2] + terms[i + 3]) for i in range(0, shape[0], 4)]
+        total = np.zeros(shape[1])
+        for i in range(0, len(sums), 2):
+            total += (sums[i] + sums[i + 1]).astype(np.float64)
+        np.testing.assert_array_equal(grads.dweight, total.astype(np.float32))
