@@ -1,12 +1,10 @@
-// Backward where the weights run along the set, one per value (layer norm, RMS
-// norm). The gradients of the parameters are sums over sets: each group of sets
-// adds into rows of its own, and those are added in order, so that the cut
+// Backward where the weights run along the set, one per value (layer norm, RMS norm). The gradients of the parameters
+// are sums over sets: each group of sets adds into rows of its own, and those are added in order, so that the cut
 // depends on the shape alone.
 //
-// Rows go through row_tiles.hpp (float32) or double_rows.hpp (float64), some at
-// a time: a first reading gives the sums, the second, from cache, writes dx.
-// All others, very long ones and those whose statistics or gradients are beyond
-// what these compute with, are summed up one by one in double.
+// Rows go through row_tiles.hpp (float32) or double_rows.hpp (float64), some at a time: a first reading gives the sums,
+// the second, from cache, writes dx. All others, very long ones and those whose statistics or gradients are beyond what
+// these compute with, are summed up one by one in double.
 #pragma once
 
 #include "isa/channel_norm.hpp"
@@ -15,10 +13,9 @@
 namespace fastnorm {
 namespace {
 
-// Sets in a group, which only has to leave something to do for every thread;
-// and in a part of a group, whose sums are plain additions: float64 has no
-// digits to spare for long chains of them, the tiles of float32 rows are added
-// in double.
+// Sets in a group, which only has to leave something to do for every thread; and in a part of a group, whose sums are
+// plain additions: float64 has no digits to spare for long chains of them, the tiles of float32 rows are added in
+// double.
 struct SetGroups {
   int64_t group, part;
 
@@ -49,10 +46,9 @@ inline void with_weight(const T* weight, int64_t first, const Call& call) {
 template <class T>
 struct RowKernels;
 
-// Float32 rows: as many side by side as the nearest cache holds until their dx
-// is written (512 x 1024 by twos: 125 us instead of 121), and more before any
-// dx is where they are short (4096 x 100: 128 us by fours, 119 by sixteens;
-// 16384 x 256: 1610 by fours, 1480 by eights; 1024 x 400: 94 by fours, 99).
+// Float32 rows: as many side by side as the nearest cache holds until their dx is written (512 x 1024 by twos: 125 us
+// instead of 121), and more before any dx is where they are short (4096 x 100: 128 us by fours, 119 by sixteens; 16384
+// x 256: 1610 by fours, 1480 by eights; 1024 x 400: 94 by fours, 99).
 template <>
 struct RowKernels<float> {
   using Rows = TiledRows;
@@ -67,8 +63,7 @@ struct RowKernels<float> {
   static bool suits(float weight) { return tile_weight(weight); }
 };
 
-// Float64 rows: up to a length whose copies, where a row is not in one piece,
-// are no great need of memory.
+// Float64 rows: up to a length whose copies, where a row is not in one piece, are no great need of memory.
 template <>
 struct RowKernels<double> {
   using Rows = DoubleRows;
@@ -89,8 +84,7 @@ class RowBackward {
   using Tiles = typename Kernels::template Tiles<kCentred, kParams>;
 
  public:
-  // `weight`: args.weight, or ones where that is not given and parameters'
-  // gradients are wanted; zeros after it.
+  // `weight`: args.weight, or ones where that is not given and parameters' gradients are wanted; zeros after it.
   RowBackward(const Plan& plan, const NormArgs<T>& args, const T* weight)
       : plan_(plan),
         args_(args),
@@ -104,21 +98,19 @@ class RowBackward {
     together_ = Kernels::together(plan.elements);
     in_place_ = run_ == plan.elements;
     in_order_ = contiguous(plan.set_stat);
-    // The next rows, while the gradients of these are written: those that are
-    // read when all of these are (65536 x 100: 5.7 ms to 3.6).
+    // The next rows, while the gradients of these are written: those that are read when all of these are (65536 x 100:
+    // 5.7 ms to 3.6).
     if (in_place_ && reading_ahead<T>(plan, plan.x, run_) != 0) {
       distance_ = together_ * plan.elements * static_cast<int64_t>(sizeof(T));
     }
   }
 
-  // Room that `sets` needs for rows that do not lie in one piece: the bits must
-  // not depend on where a row lies.
+  // Room that `sets` needs for rows that do not lie in one piece: the bits must not depend on where a row lies.
   int64_t copied() const { return together_ == 0 || in_place_ ? 0 : (2 * together_ + 1) * plan_.elements; }
 
   Statistic statistic(int64_t set) const { return kept_statistic(plan_, args_, set); }
 
-  // Sets [begin, end), which are of one group; `params` nullptr: no gradients
-  // of parameters wanted.
+  // Sets [begin, end), which are of one group; `params` nullptr: no gradients of parameters wanted.
   void sets(int64_t begin, int64_t end, const ParameterSums* params, T* copies) const {
     if (together_ > 0) {
       if (args_.centred) {
@@ -144,8 +136,7 @@ class RowBackward {
     return total;
   }
 
-  // One unit's part of the parameters' gradients. A unit is a range of
-  // parameters: units of a set share none.
+  // One unit's part of the parameters' gradients. A unit is a range of parameters: units of a set share none.
   void parameters(int64_t set, int64_t unit, const Statistic& s, ParameterSums params) const {
     const int64_t param = plan_.set_param.offset(set);
     const Operands<2, false> operands{{&plan_.x, &plan_.dy}, nullptr};
@@ -169,8 +160,7 @@ class RowBackward {
     Offsets x, dy, dx;
   };
 
-  // Are the weights from `param` on such that float32 does? (Those of a set
-  // alone: others must not change its bits.)
+  // Are the weights from `param` on such that float32 does? (Those of a set alone: others must not change its bits.)
   bool plain_weights(int64_t param) const {
     if (kMayOverflow<T> || !args_.weight) return true;
     const T* const weight = args_.weight + param;
@@ -185,8 +175,7 @@ class RowBackward {
         plan_.params == plan_.params_per_set ? plain_weights_ : plain_weights(plan_.set_param.offset(set));
     GradientMeans means = GradientMeans::of<T>(total.dy, total.dy_xhat, total.size, static_cast<double>(plan_.elements),
                                                args_.centred, plain_weights_here, s);
-    // Without a mean of g there are values of dx that are a product with x
-    // alone, which float32 may lose.
+    // Without a mean of g there are values of dx that are a product with x alone, which float32 may lose.
     means.in_float = means.in_float && args_.centred;
     return means;
   }
@@ -203,8 +192,7 @@ class RowBackward {
     along(InputGradient<T, double, Weight>(s, means.a, means.b, weight));
   }
 
-  // One set after the other, each value of it in double (or dx alone in
-  // float32, where means_of says so).
+  // One set after the other, each value of it in double (or dx alone in float32, where means_of says so).
   [[gnu::noinline]] void set_in_double(int64_t set, const Statistic& s, const ParameterSums* params) const {
     SegmentSums total;
     for (int64_t unit = 0; unit < units_; ++unit) total.add(sums(set, unit, s));
@@ -241,9 +229,8 @@ class RowBackward {
     tiles.finish();
   }
 
-  // Rows [first, first + count) of those from `set` on, by tiles where that
-  // will do: the sums of all groups, which a group's results then need not wait
-  // for, and dx.
+  // Rows [first, first + count) of those from `set` on, by tiles where that will do: the sums of all groups, which a
+  // group's results then need not wait for, and dx.
   template <bool kCentred, bool kParams>
   void write_rows(Tiles<kCentred, kParams>& tiles, Rows& rows, Places& places, int64_t set, int first, int count,
                   bool fit, const ParameterSums* params, T* copies) const {
@@ -349,9 +336,8 @@ class RowBackward {
   bool plain_weights_ = true;
 };
 
-// The gradients of the parameters, which every part of a group adds into rows
-// of its own; those are added in order, to the group's sums, if it has several,
-// and then to those of all, with what the additions lose kept. A single thread
+// The gradients of the parameters, which every part of a group adds into rows of its own; those are added in order, to
+// the group's sums, if it has several, and then to those of all, with what the additions lose kept. A single thread
 // does that as it goes, with one set of rows for all groups.
 class GroupedGradients {
  public:
@@ -449,8 +435,7 @@ class GroupedGradients {
 template <class T>
 bool row_backward(const Plan& plan, const NormArgs<T>& args) {
   const int64_t units = units_per_set(plan), params = plan.params;
-  // Tiles know two kinds of calls: those that have weights and want gradients,
-  // and those that do neither.
+  // Tiles know two kinds of calls: those that have weights and want gradients, and those that do neither.
   const bool want_params = args.dweight || args.dbias || args.weight;
   const Workspace<T> work(want_params ? (kMayOverflow<T> ? 2 : 1) * whole_packs(params) + 2 * kPack : 0);
   const SetGroups size = SetGroups::of<T>(plan);
@@ -476,8 +461,7 @@ bool row_backward(const Plan& plan, const NormArgs<T>& args) {
   if (!copies) return false;
 
   if (split) {
-    // Few sets, long ones: first all sums, then every unit (a range of
-    // parameters) walks over the sets.
+    // Few sets, long ones: first all sums, then every unit (a range of parameters) walks over the sets.
     parallel_for(plan.threads, plan.sets * units, [&](int64_t i) {
       const int64_t set = i / units;
       sums[i] = backward.sums(set, i % units, backward.statistic(set));
