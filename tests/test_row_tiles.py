@@ -230,3 +230,83 @@ def test_zeros_are_no_lost_digits(centred: bool) -> None:
         for i in range(0, len(sums), 2):
             total += (sums[i] + sums[i + 1]).astype(np.float64)
         np.testing.assert_array_equal(grads.dweight, total.astype(np.float32))
+
+
+@pytest.mark.parametrize("odd", ["huge", "tiny", "nan"])
+@pytest.mark.parametrize("centred", [True, False], ids=["layer", "rms"])
+def test_digits_lost_beside_a_row_that_goes_its_own_way(centred: bool, odd: str) -> None:
+    """Rows are asked one by one then, and must not take away what the others have not been asked yet."""
+    rng = np.random.default_rng(12)
+    for cols in (16, 64, 100, 250, 256, 300, 1000, 1280, 1300):
+        for row, first in ((4, 0), (9, 0), (2, 4), (13, 8), (1, 0)):
+            x, dy, weight = (v.astype(np.float32) for v in _plain(rng, (16, cols)))
+            dy[first : first + 4, 1] = [2e38, 2e38, -2e38, -2e38]
+            dy[:, 2] *= 1e-38
+            x[row] = {"huge": x[row] * 1e20, "tiny": x[row] * 1e-15, "nan": np.nan}[odd]
+            _, grads = _grads(x, dy, weight, centred)
+            wide = x.astype(np.longdouble)
+            wide -= wide.mean(axis=1, keepdims=True) if centred else 0
+            xhat = wide / np.sqrt((wide**2).mean(axis=1, keepdims=True))
+            terms = dy.astype(np.longdouble) * xhat
+            sizes = np.abs(dy).astype(np.longdouble) * np.maximum(1, np.abs(xhat))
+            pairs = [(grads.dweight, terms.sum(axis=0), sizes.sum(axis=0))] if odd != "nan" else []
+            if centred:
+                wide_dy = dy.astype(np.longdouble)
+                pairs.append((grads.dbias, wide_dy.sum(axis=0), np.abs(wide_dy).sum(axis=0)))
+            for got, exact, size in pairs:
+                here = np.abs(exact) < np.finfo(np.float32).max
+                error = np.abs(got - exact) / np.maximum(size * UNIT, np.longdouble(2.0**-149))
+                assert error[here].max() <= 8, f"{cols} columns, row {row}, group at {first}"
+
+
+def test_no_x_changes_the_gradient_of_the_bias() -> None:
+    rng = np.random.default_rng(13)
+    for cols in (64, 768, 1500):
+        x, dy, weight = (v.astype(np.float32) for v in _plain(rng, (64, cols)))
+        dy[:, 3] *= np.float32(1e-38)  # loses digits in the products with x
+        dy[5, 4], dy[6, 4] = 3e38, 2e38  # and in float32 sums of its own
+        _, grads = _grads(x, dy, weight, True)
+        assert np.isfinite(grads.dbias[3])
+        for change in ((slice(None, None, 4), slice(None), 1e-15), (slice(None), 3, 1e3), (5, slice(None), np.nan)):
+            other = x.copy()
+            other[change[0], change[1]] *= np.float32(change[2])
+            _, found = _grads(other, dy, weight, True)
+            np.testing.assert_array_equal(found.dbias, grads.dbias)
+
+
+@pytest.mark.parametrize("cols", [15, 16, 48, 100, 1000, 1300, 5000])
+def test_where_x_is_zero_dx_is_dy_alone(cols: int) -> None:
+    """RMS norm: nothing stands beside dy * weight * rstd there, whose first product float32 need not hold."""
+    rng = np.random.default_rng(cols)
+    cases = ((2.0, 3.3e38, 1.12), (1e4, 1e36, 1e5), (1e-3, 1.3e-40, 1.27), (1e-6, 1.3e-42, 1.27), (1e-8, 1e-35, 2e-9))
+    for x_size, dy_there, weight_there in cases:
+        x, dy, weight = (v.astype(np.float32) for v in _plain(rng, (13, cols)))
+        x, dy = x * np.float32(x_size), dy * np.float32(1e-3)
+        row, col = 6, 5
+        x[row, col], dy[row, col], weight[col] = 0, dy_there, weight_there
+        cache, grads = _grads(x, dy, weight, False)
+        exact = np.longdouble(dy[row, col]) * np.longdouble(weight[col]) * np.longdouble(cache.rstd[row])
+        assert abs(exact) < np.finfo(np.float32).max
+        assert abs(grads.dx[row, col] - exact) <= 8 * UNIT * abs(exact)
+        _, alone = _grads(x[row : row + 1], dy[row : row + 1], weight, False)
+        np.testing.assert_array_equal(alone.dx[0], grads.dx[row])
+        rest = np.arange(13) != row
+        calm = dy.copy()
+        calm[row, col] = 0
+        np.testing.assert_array_equal(_grads(x, calm, weight, False)[1].dx[rest], grads.dx[rest])
+        own = dy.copy()
+        for one, two in zip(_grads(x, own, weight, False, out=own)[1], grads, strict=True):
+            np.testing.assert_array_equal(one, two)
+
+
+def test_the_cut_into_pairs_is_that_of_the_rows() -> None:
+    """The residual step's backward comes in pieces, beside rows that go their own way too."""
+    rng = np.random.default_rng(14)
+    for shape in ((259, 1200), (70, 300), (37, 64)):
+        s, dy, weight = (v.astype(np.float32) for v in _plain(rng, shape))
+        s[0] *= np.float32(1e-15)
+        _, fused = fn.dropout_add_rms_norm_forward(s, None, weight, p=0.0, rng=0, eps=0.0)
+        _, cache = fn.rms_norm_forward(s, weight, eps=0.0)
+        np.testing.assert_array_equal(
+            fn.dropout_add_rms_norm_backward(dy, fused).dweight, fn.rms_norm_backward(dy, cache).dweight
+        )

@@ -77,7 +77,8 @@ FASTNORM_INLINE void prefetch(const T* p, int64_t distance) {
   for (int line = 0; line < kPack * static_cast<int>(sizeof(T)); line += 64) __builtin_prefetch(ahead + line);
 }
 
-// How results are stored: into the cache, or past it (whole packs at multiples of the vector's size).
+// How results are stored: into the cache, or past it: whole packs at multiples of the vector's size, parts of packs
+// into the cache (PastCache), or past it as well (PastCacheToTheEnds).
 struct IntoCache {
   template <class At, class C, class T>
   FASTNORM_INLINE static void store(At at, T* p, const Pack<C>& pack) {
@@ -90,6 +91,11 @@ struct PastCache : IntoCache {
   FASTNORM_INLINE static void store(Whole at, C* p, const Pack<C>& pack) {
     at.store_past(p, pack);
   }
+};
+
+// For runs that are written one after the other.
+struct PastCacheToTheEnds : PastCache {
+  using PastCache::store;
   template <class C>
   FASTNORM_INLINE static void store(Partial at, C* p, const Pack<C>& pack) {
     store_part(p + at.start, at.count, pack);
@@ -171,7 +177,7 @@ FASTNORM_INLINE void for_aligned_packs(How how, const T* p, int64_t n, const Bod
 // body(place, how) along a run of n results at p, `how` being IntoCache or PastCache.
 template <class T, class Body>
 FASTNORM_INLINE void for_stored_packs(bool past_cache, const T* p, int64_t n, const Body& body) {
-  if (past_cache) return for_aligned_packs(PastCache{}, p, n, body);
+  if (past_cache) return for_aligned_packs(PastCacheToTheEnds{}, p, n, body);
   for_packs(n, [&](auto at) { body(at, IntoCache{}); });
 }
 

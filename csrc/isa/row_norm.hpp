@@ -266,7 +266,9 @@ class RowBackward {
     ParameterSums weight_alone{};
     if constexpr (kParams) {
       weight_alone = params->without_bias();
-      if (kCentred && params->dbias) tiles.sum_bias(rows, first, count);
+      tiles.settle(rows);
+      tiles.sum_bias(rows, first, count);
+      tiles.settle(rows);
     }
     RowTiles<kCentred, kParams> one(plan_.elements, weight_, weight_alone, 0);
     for (int r = 0; r < count; ++r) {

@@ -4,7 +4,7 @@
 // over eight rows, and then widened.
 //
 // Only for rows that `fit`, with weights that are 0 or `tile_weight`; how the terms of a row come out is for
-// TiledRows::finish to judge. Columns of a group in which anything overflowed or lost digits to underflow are added up
+// TiledRows::finish to judge. Columns of groups in which anything overflowed or lost digits to underflow are added up
 // in double.
 #pragma once
 
@@ -75,6 +75,8 @@ struct TiledRows {
   alignas(64) double g[kMost], product[kMost];                         // and folded
   alignas(64) float a[kMost], b[kMost];  // dx = rstd * ((g - a) - (x - pivot) * b); RMS norm: rstd * g - x * b
   alignas(64) double size[kMost];        // of the means of g and g * xhat
+  bool careful[kMost];                   // does some g lose digits in float32? Of use where `any_careful` alone.
+  bool any_careful;
 
   Statistic statistic(int r) const { return {mean[r], mean_lo[r], rstd[r], 1}; }
 
@@ -83,11 +85,18 @@ struct TiledRows {
 
   // Did it, and does it for dx? There was no infinity, and nothing that underflow can have taken from products with
   // rstd and weights (2^-150 * 2^60 in xhat <= 2^8) is a unit of the mean of |g|.
-  bool holds(int r) const { return (size[r] > 0x1p-45) & (size[r] < 0x1p45); }
+  bool holds(int r) const { return ordinary(r) && !(any_careful && careful[r]); }
+  bool ordinary(int r) const { return (size[r] > 0x1p-45) & (size[r] < 0x1p45); }
+
+  void be_careful(int r) {
+    if (!any_careful) std::memset(careful, 0, sizeof careful);
+    careful[r] = any_careful = true;
+  }
 
   // When `count` rows are set. Do all of them fit?
   bool start(int count) {
     for (int r = count; r < kMost; ++r) mean[r] = mean_lo[r] = 0, rstd[r] = 1;
+    any_careful = false;
     int beyond = 0;
 #pragma omp simd reduction(| : beyond)
     for (int r = 0; r < kMost; ++r) {
@@ -120,10 +129,10 @@ struct TiledRows {
         a[k] = static_cast<float>(mean_g + off * factor);
         b[k] = static_cast<float>(centred ? factor : alone);
         size[k] = fine ? std::fabs(mean_g) + std::fabs(mean_g_xhat) : HUGE_VAL;
-        beyond |= (k >= first) & (k < first + count) & !holds(k) ? 1 : 0;
+        beyond |= (k >= first) & (k < first + count) & !ordinary(k) ? 1 : 0;
       }
     }
-    return beyond == 0;
+    return beyond == 0 && !any_careful;
   }
 };
 
@@ -142,39 +151,29 @@ class RowTiles {
       const int64_t n = n_ - column < kRowStrip ? n_ - column : kRowStrip;
       for (int r = first, size; r < first + count; r += size) {
         size = group_size(first + count - r);
-        start(r, size, false);
+        open(r, size, false);
         sum_group(rows, r, size, column, n);
         complete(rows, column, n);
       }
     }
   }
 
-  // The gradient of the bias alone, as `sum` has it: no x, not one with a NaN, may change its bits.
-  FASTNORM_LOOPS void sum_bias(const TiledRows& rows, int first, int count) {
+  // The gradient of the bias alone, as `sum` has it: no x, not one with a NaN, may change its bits. That of the weight
+  // gets nothing, and where there is no bias a group's turn passes, for the cut of pairs is that of the rows.
+  FASTNORM_LOOPS void sum_bias(TiledRows& rows, int first, int count) {
     for (int64_t column = 0; column < n_; column += kRowStrip) {
       const int64_t n = n_ - column < kRowStrip ? n_ - column : kRowStrip;
       for (int r = first, size; r < first + count; r += size) {
         size = group_size(first + count - r);
-        const float* const* dy = rows.dy + r;
-        Pack<float>* const columns = columns_[waiting_].sums;
-        const Pack<float>* const before = columns_before();
-        start(r, size, true);
-        for_packs(n, [&](auto at) {
-          const auto load = [&](int k) { return at.template load<float>(dy[k] + column); };
-          Pack<float> sum = load(0);
-          if (size > 1) sum += load(1);
-          if (size > 2) sum += load(2) + load(3);
-          const int64_t i = at.start / kPack;
-          columns[i] = before ? before[i] : Pack<float>(0.0f);
-          columns[kColumnPacks + i] = before ? sum + before[kColumnPacks + i] : sum;
-        });
+        open(r, size, true);
+        for_packs(n, [&](auto at) { put_bias_sums(rows, groups_[waiting_], waiting_, column, at); });
         complete(rows, column, n);
       }
     }
   }
 
-  // To be called before dx of any row is written, in whose place dy may lie, or is forgotten.
-  void settle(const TiledRows& rows) {
+  // To be called before dx of any row is written, in whose place dy may lie, and before others ask for lost digits.
+  void settle(TiledRows& rows) {
     if constexpr (kParams) judge(rows, 0, n_);
   }
 
@@ -238,6 +237,11 @@ class RowTiles {
   };
 
   struct NoColumns {};
+
+  struct WaitingGroup {
+    int first, size;
+    bool bias_alone;
+  };
 
   static int group_size(int left) { return left >= kMostRows ? kMostRows : left >= 2 ? 2 : 1; }
 
@@ -318,7 +322,7 @@ class RowTiles {
 
   // A pack of all rows: a row's packs are read by one instruction, which the processor's reading ahead relies on.
   template <int kRows, int kFirst, int kAll, class At>
-  FASTNORM_INLINE static void add_pack(Group<kRows>& group, Chains<kRows>& chains, At at) {
+  FASTNORM_INLINE static void add_pack(const Group<kRows>& group, Chains<kRows>& chains, At at) {
     Pack<float> weight, dweight[2], dbias[2];
     if constexpr (kParams) weight = in_register(Whole{at.start}.template load<float>(group.weight));
     for_constants<kRows>([&](auto r) {
@@ -330,7 +334,7 @@ class RowTiles {
         dweight[r / 2] = r % 2 == 0 ? term : dweight[r / 2] + term;
         if constexpr (kCentred) dbias[r / 2] = r % 2 == 0 ? g : dbias[r / 2] + g;
         g *= weight;
-        product *= weight;
+        product = kCentred ? product * weight : g * centred;
       }
       if constexpr (kCentred) chains.g[r] += g;
       chains.product[r] += product;
@@ -346,13 +350,13 @@ class RowTiles {
   template <int kRows, int kFirst, int kAll>
   FASTNORM_INLINE static void add_columns_of(const Group<kRows>& group, int64_t pack, int64_t half,
                                              const Pack<float> (&pairs)[2]) {
-    Pack<float>*const column = group.columns + half + pack, *const third = group.third + half + pack;
+    Pack<float>* const column = group.columns + half + pack;
     Pack<float> sum = pairs[0];
     if constexpr (kRows > 2) sum += pairs[1];
     if constexpr (kRows < kAll && kFirst == 2) {
-      *third = sum;
+      group.third[half + pack] = sum;
     } else {
-      if constexpr (kRows < kAll && kFirst == 3) sum = *third + sum;
+      if constexpr (kRows < kAll && kFirst == 3) sum = group.third[half + pack] + sum;
       if constexpr (kRows < kAll && kFirst > 0) sum = *column + sum;
       if constexpr (kFirst + kRows == kAll) {
         if (group.before) sum += group.before[half + pack];
@@ -362,7 +366,7 @@ class RowTiles {
   }
 
   // A group is to be summed up.
-  void start(int first, int size, bool bias_alone) {
+  void open(int first, int size, bool bias_alone) {
     if constexpr (kParams) {
       groups_[waiting_] = {first, size, bias_alone};
       if (unjudged_++ == 0) LostDigits::clear();
@@ -370,7 +374,7 @@ class RowTiles {
   }
 
   // n columns of it are: they are widened with those of a second group, if that comes soon.
-  void complete(const TiledRows& rows, int64_t column, int64_t n) {
+  void complete(TiledRows& rows, int64_t column, int64_t n) {
     if constexpr (kParams) {
       if (++waiting_ < 2 && n_ <= kRowStrip) return;
       judge(rows, column, n);
@@ -379,29 +383,59 @@ class RowTiles {
   }
 
   // Groups that may have lost digits are added up again.
-  void judge(const TiledRows& rows, int64_t column, int64_t n) {
-    if (unjudged_ > 0 && LostDigits::any()) add_in_double(rows, column, n);
+  void judge(TiledRows& rows, int64_t column, int64_t n) {
+    if (unjudged_ > 0 && LostDigits::any()) {
+      for (int k = waiting_ - unjudged_; k < waiting_; ++k) add_in_double(rows, k, column, n);
+    }
     unjudged_ = 0;
   }
-  [[gnu::noinline]] void add_in_double(const TiledRows& rows, int64_t column, int64_t n) {
-    const ParameterSums to = params_.from(column);
-    for (int k = waiting_ - unjudged_; k < waiting_; ++k) {
-      const WaitingGroup group = groups_[k];
-      for (int r = group.first; r < group.first + group.size; ++r) {
-        const float *const x = rows.x[r] + column, *const dy = rows.dy[r] + column;
-        if (!group.bias_alone) {
-          add_parameter_gradients(x, dy, n, rows.statistic(r), to);
-        } else {
-          for (int64_t i = 0; i < n; ++i) to.dbias[i] += static_cast<double>(dy[i]);
-        }
-      }
+  [[gnu::noinline]] void add_in_double(TiledRows& rows, int waiting, int64_t column, int64_t n) {
+    const WaitingGroup group = groups_[waiting];
+    for (int r = group.first; r < group.first + group.size && !group.bias_alone; ++r) {
+      const float* const dy = rows.dy[r] + column;
+      add_parameter_gradients(rows.x[r] + column, dy, n, rows.statistic(r), params_.from(column).without_bias());
+      // Without a mean of g there are values of dx that are one g alone.
+      if (!kCentred && loses_digits(dy, weight_ + column, n)) rows.be_careful(r);
     }
-    Columns& last = columns_[waiting_ - 1];
-    if (unjudged_ < waiting_) {
-      last = columns_[0];
-    } else {
-      std::memset(static_cast<void*>(&last), 0, sizeof last);
+    for_packs(n, [&](auto at) { put_bias_sums(rows, group, waiting, column, at); });
+    if (!kCentred || !params_.dbias) return;
+    const float* const before = reinterpret_cast<const float*>(columns_[0].sums + kColumnPacks);
+    float* const sums = reinterpret_cast<float*>(columns_[waiting].sums + kColumnPacks);
+    for (int64_t i = 0; i < n; ++i) {
+      if (std::fabs(sums[i]) < HUGE_VALF) continue;
+      double sum = waiting > 0 ? static_cast<double>(before[i]) : 0;
+      for (int r = group.first; r < group.first + group.size; ++r) sum += static_cast<double>(rows.dy[r][column + i]);
+      params_.dbias[column + i] += sum;
+      sums[i] = 0;
     }
+  }
+
+  // The columns' sums of a pack of a group: dbias as `sum` has it, dweight nothing.
+  template <class At>
+  FASTNORM_INLINE void put_bias_sums(const TiledRows& rows, const WaitingGroup& group, int waiting, int64_t column,
+                                     At at) {
+    const int64_t i = at.start / kPack;
+    const Pack<float>* const before = waiting > 0 ? columns_[0].sums : nullptr;
+    Pack<float>* const columns = columns_[waiting].sums;
+    columns[i] = before ? before[i] : Pack<float>(0.0f);
+    if constexpr (kCentred) {
+      const auto dy = [&](int k) { return at.template load<float>(rows.dy[group.first + k] + column); };
+      Pack<float> sum = dy(0);
+      if (group.size > 1) sum += dy(1);
+      if (group.size > 2) sum += dy(2) + dy(3);
+      columns[kColumnPacks + i] = before ? sum + before[kColumnPacks + i] : sum;
+    }
+  }
+
+  // Is some dy * weight rounded below the ordinary numbers, or above all?
+  static bool loses_digits(const float* dy, const float* weight, int64_t n) {
+    bool lost = false;
+    for (int64_t i = 0; i < n; ++i) {
+      const double exact = static_cast<double>(dy[i]) * static_cast<double>(weight[i]);
+      const float g = static_cast<float>(exact), size = std::fabs(g);
+      lost = lost || (static_cast<double>(g) != exact && !(size >= 0x1p-126f && size < HUGE_VALF));
+    }
+    return lost;
   }
 
   FASTNORM_LOOPS [[gnu::noinline]] void add_columns(int64_t column, int64_t n) {
@@ -420,11 +454,6 @@ class RowTiles {
 
   // What the sums of a second group begin with.
   const Pack<float>* columns_before() const { return waiting_ == 1 ? columns_[0].sums : nullptr; }
-
-  struct WaitingGroup {
-    int first, size;
-    bool bias_alone;
-  };
 
   const int64_t n_;
   const float* const weight_;

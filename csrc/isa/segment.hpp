@@ -93,7 +93,7 @@ inline bool in_whole_lines(const Plan& plan, bool params) {
 template <bool kPastCache, class T, class Formula>
 FASTNORM_INLINE void write_run(T* p, int64_t n, const Formula& formula, bool whole_lines = true) {
   if constexpr (kPastCache)
-    return for_aligned_packs(PastCache{}, p, n, [&](auto at, auto out) { out.store(at, p, formula(at)); });
+    return for_aligned_packs(PastCacheToTheEnds{}, p, n, [&](auto at, auto out) { out.store(at, p, formula(at)); });
   if (n < kPack) return for_packs(n, [&](auto at) { at.store(p, formula(at)); });
   const int64_t begin = whole_lines && n >= kAlignedRun ? unaligned_values(p) : 0;
   const Whole first{0}, last{n - kPack};
@@ -118,7 +118,7 @@ FASTNORM_INLINE void write_run_between(T* p, int64_t n, const Formula& formula, 
     }
   };
   if constexpr (kPastCache) {
-    const auto store = [&](auto at) { PastCache::store(at, p, formula(at)); };
+    const auto store = [&](auto at) { PastCacheToTheEnds::store(at, p, formula(at)); };
     if (begin > 0) store(Partial{0, begin});
     along(store);
     if (end < n) store(Partial{end, n - end});

@@ -314,7 +314,7 @@ class SetBatches {
         const float *x = from.at(line, 0), *coming = ahead.at(line, 0);
         float* y = to.at(line, 0);
         const int64_t unaligned = unaligned_values(y), lead = unaligned < run ? unaligned : run;
-        const auto store = [&](auto at) { PastCache::store(at, y, formula(at, x)); };
+        const auto store = [&](auto at) { PastCacheToTheEnds::store(at, y, formula(at, x)); };
         if (lead > 0) store(Partial{0, lead});
         PlainSums<centred> inner = sums;
         for_packs(run, [&](auto at) {

@@ -1,10 +1,9 @@
 // Sixteen values at a time, whatever the width of a register: a Pack is as many vectors of the compiler's own kind as
 // it takes, so that a lane is the same lane at every instruction-set level and a kernel reads like its formula. The
-// only place with intrinsics, and only for what vector types cannot say: a part of a vector, and stores past the cache.
-// Where packs lie in memory is places.hpp.
+// only place with intrinsics, and only for what vector types cannot say: a part of a vector, stores past the cache, and
+// what the processor notes of lost digits. Where packs lie in memory is places.hpp.
 #pragma once
 
-#include <cfenv>
 #include <cstdint>
 #include <cstring>
 #include <limits>
@@ -12,6 +11,8 @@
 
 #if defined(__SSE2__)
 #include <immintrin.h>
+#else
+#include <cfenv>
 #endif
 
 #include "isa/two_term.hpp"
@@ -330,24 +331,37 @@ FASTNORM_INLINE Pack<C> in_register(Pack<C> pack) {
 }
 
 // Has arithmetic of this thread overflowed, or lost digits to underflow, since `clear`? The processor notes it anyway.
-// What is asked about has to be in memory: nothing else keeps a compiler from doing it later.
+// There is one note for all of a thread: what is asked about has to be in memory by then, and nothing else may clear it
+// in between. Conditional arithmetic has no place there: compilers may do it on either branch.
 struct LostDigits {
 #if defined(__SSE2__)
   static constexpr unsigned kFlags = _MM_EXCEPT_OVERFLOW | _MM_EXCEPT_UNDERFLOW;
   FASTNORM_INLINE static void clear() {
     if (any()) _mm_setcsr(_mm_getcsr() & ~kFlags);
+    keep_order();
   }
   FASTNORM_INLINE static bool any() {
-    asm volatile("" ::: "memory");
-    return (_mm_getcsr() & kFlags) != 0;
+    keep_order();
+    const bool lost = (_mm_getcsr() & kFlags) != 0;
+    keep_order();
+    return lost;
   }
-#else
-  static void clear() { std::feclearexcept(FE_OVERFLOW | FE_UNDERFLOW); }
+#elif defined(FE_OVERFLOW) && defined(FE_UNDERFLOW)
+  static void clear() {
+    std::feclearexcept(FE_OVERFLOW | FE_UNDERFLOW);
+    keep_order();
+  }
   static bool any() {
-    asm volatile("" ::: "memory");
+    keep_order();
     return std::fetestexcept(FE_OVERFLOW | FE_UNDERFLOW) != 0;
   }
+#else
+  static void clear() {}
+  static bool any() { return true; }  // nobody knows
 #endif
+
+ private:
+  FASTNORM_INLINE static void keep_order() { asm volatile("" ::: "memory"); }
 };
 
 // A store that does not bring the line into the cache; p is a multiple of the size, of a vector or a single number.
