@@ -41,7 +41,7 @@ struct Batch {
   FASTNORM_INLINE FloatFactors factors(int64_t lane) const { return {pivot[lane], factor[lane], offset[lane]}; }
 
   // In lanes, whole registers: single numbers that are read side by side would have to wait until all results before
-  // them are in the cache (2048 x 1024: 430 us to 330).
+  // them are in the cache (layer norm 2048 x 1024: 5 % of its time).
   template <bool centred>
   FASTNORM_INLINE void put(int64_t lane, const PlainSums<centred>& sums) {
     if constexpr (centred) sum_lanes[lane] = sums.sum;

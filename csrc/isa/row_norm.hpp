@@ -329,8 +329,7 @@ class RowBackward {
   const NormArgs<T>& args_;
   const T* const weight_;
   const int64_t run_, units_;
-  int64_t distance_ = 0;  // bytes from a row to the one that is read in its
-                          // place next; 0: not worth asking for
+  int64_t distance_ = 0;  // bytes from a row to the one that is read in its place next; 0: not worth asking for
   bool in_place_ = false;
   bool in_order_ = false;  // does one statistic follow the other?
   int group_ = 0;          // rows that are read side by side, in tiles; 0: none are
