@@ -279,7 +279,7 @@ class RowTiles {
       group.rstd[r] = Pack<float>(rows.float_rstd[row]);
     });
     if constexpr (kParams) group.weight = weight_ + column;
-    group.columns = columns_[waiting_].sums, group.before = columns_before();
+    group.columns = columns_[waiting_].sums, group.before = before(waiting_);
     if constexpr (kRows < kAll) group.third = third_row_.sums;
     HalfPack *const g = rows.g_lanes + first, *const product = rows.product_lanes + first;
     const int64_t whole = n / kPack, rest = n % kPack;
@@ -399,11 +399,11 @@ class RowTiles {
     }
     for_packs(n, [&](auto at) { put_bias_sums(rows, group, waiting, column, at); });
     if (!kCentred || !params_.dbias) return;
-    const float* const before = reinterpret_cast<const float*>(columns_[0].sums + kColumnPacks);
+    const float* const first = reinterpret_cast<const float*>(columns_[0].sums + kColumnPacks);
     float* const sums = reinterpret_cast<float*>(columns_[waiting].sums + kColumnPacks);
     for (int64_t i = 0; i < n; ++i) {
       if (std::fabs(sums[i]) < HUGE_VALF) continue;
-      double sum = waiting > 0 ? static_cast<double>(before[i]) : 0;
+      double sum = waiting > 0 ? static_cast<double>(first[i]) : 0;
       for (int r = group.first; r < group.first + group.size; ++r) sum += static_cast<double>(rows.dy[r][column + i]);
       params_.dbias[column + i] += sum;
       sums[i] = 0;
@@ -415,15 +415,15 @@ class RowTiles {
   FASTNORM_INLINE void put_bias_sums(const TiledRows& rows, const WaitingGroup& group, int waiting, int64_t column,
                                      At at) {
     const int64_t i = at.start / kPack;
-    const Pack<float>* const before = waiting > 0 ? columns_[0].sums : nullptr;
+    const Pack<float>* const first = before(waiting);
     Pack<float>* const columns = columns_[waiting].sums;
-    columns[i] = before ? before[i] : Pack<float>(0.0f);
+    columns[i] = first ? first[i] : Pack<float>(0.0f);
     if constexpr (kCentred) {
       const auto dy = [&](int k) { return at.template load<float>(rows.dy[group.first + k] + column); };
       Pack<float> sum = dy(0);
       if (group.size > 1) sum += dy(1);
       if (group.size > 2) sum += dy(2) + dy(3);
-      columns[kColumnPacks + i] = before ? sum + before[kColumnPacks + i] : sum;
+      columns[kColumnPacks + i] = first ? sum + first[kColumnPacks + i] : sum;
     }
   }
 
@@ -453,7 +453,7 @@ class RowTiles {
   }
 
   // What the sums of a second group begin with.
-  const Pack<float>* columns_before() const { return waiting_ == 1 ? columns_[0].sums : nullptr; }
+  const Pack<float>* before(int waiting) const { return waiting > 0 ? columns_[0].sums : nullptr; }
 
   const int64_t n_;
   const float* const weight_;
