@@ -14,6 +14,7 @@ struct NormArgs {
   double eps = 0;
   bool centred = true;          // false: RMS norm, mean taken as 0
   bool past_cache = false;      // the result is written past the caches: it would only push out what is still needed
+  bool from_memory = false;     // if it is: what it is made of comes from memory, too large for the caches itself
   bool constant_stats = false;  // backward through given statistics (batch norm in evaluation mode)
   double* mean = nullptr;       // (sets); mean + mean_lo is the mean to twice the precision of float64
   double* mean_lo = nullptr;

@@ -80,6 +80,7 @@ py::object run(const NormCache& cache, const Array& x, const Array& dy, py::obje
   args.centred = spec.kind != Kind::rms;
   args.constant_stats = !cache.training;
   args.past_cache = reused && result.data() != dy.data() && exceeds_cache(3 * total * x.itemsize());
+  args.from_memory = args.past_cache && exceeds_cache(total * x.itemsize());
   args.mean = cache.mean;
   args.mean_lo = cache.mean_lo;
   args.rstd = cache.rstd;

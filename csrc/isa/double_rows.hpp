@@ -77,16 +77,17 @@ struct DoubleRows {
 template <bool kCentred, bool kParams>
 class DoubleRowTiles {
  public:
-  // `weight` and the sums have room for whole packs. `ahead`: bytes from a row to the one that is asked for while its
-  // dx is written.
-  DoubleRowTiles(int64_t n, const double* weight, ParameterSums params, int64_t ahead)
+  // `weight` and the sums have room for whole packs.
+  DoubleRowTiles(int64_t n, const double* weight, ParameterSums params, RowsAhead ahead)
       : n_(n), weight_(weight), params_(params), ahead_(ahead) {}
 
   // The sums of rows [first, first + count), up to kMostRows.
   void sum(DoubleRows& rows, int first, int count) const {
     for (int r = first, size; r < first + count; r += size) {
       size = group_size(first + count - r);
-      if (size == kMostRows) {
+      if (size == kMostRows && ahead_.summed != 0) {
+        sum_group<kMostRows, true>(rows, r);
+      } else if (size == kMostRows) {
         sum_group<kMostRows>(rows, r);
       } else if (size == 2) {
         sum_group<2>(rows, r);
@@ -101,21 +102,8 @@ class DoubleRowTiles {
   bool zeros(const double*) const { return false; }
 
   // dx of a row, as InputGradient has it. What is read next is asked for here.
-  FASTNORM_LOOPS void write(const DoubleRows& rows, int r, double* dx, bool past_cache) const {
-    const double *const x = rows.x[r], *const dy = rows.dy[r], *const weight = weight_;
-    const Pack<double> mean(rows.mean[r]), rstd(rows.rstd[r]), a(rows.a[r]), b(rows.b[r]);
-    const int64_t ahead = ahead_;
-    const auto gradient = [&](auto at) {
-      if (ahead != 0) {
-        prefetch(x + at.start, ahead);
-        prefetch(dy + at.start, ahead);
-      }
-      Pack<double> g = at.template load<double>(dy), centred = at.template load<double>(x);
-      if constexpr (kParams) g *= at.template load<double>(weight);
-      if constexpr (!kCentred) return rstd * g - centred * b;
-      return rstd * ((g - a) - (centred - mean) * b);
-    };
-    past_cache ? write_run<true>(dx, n_, gradient) : write_run<false>(dx, n_, gradient);
+  FASTNORM_INLINE void write(const DoubleRows& rows, int r, double* dx, bool past_cache) const {
+    ahead_.summed != 0 ? write_from_memory(rows, r, dx) : write_row<false>(rows, r, dx, past_cache);
   }
 
  private:
@@ -142,9 +130,31 @@ class DoubleRowTiles {
     }
   };
 
+  template <bool kFromMemory>
+  FASTNORM_INLINE void write_row(const DoubleRows& rows, int r, double* dx, bool past_cache) const {
+    const double *const x = rows.x[r], *const dy = rows.dy[r], *const weight = weight_;
+    const Pack<double> mean(rows.mean[r]), rstd(rows.rstd[r]), a(rows.a[r]), b(rows.b[r]);
+    const int64_t ahead = ahead_.written;
+    const auto gradient = [&](auto at) {
+      if (kFromMemory || ahead != 0) {
+        prefetch(x + at.start, ahead);
+        prefetch(dy + at.start, ahead);
+      }
+      if constexpr (kFromMemory) hold_back();
+      Pack<double> g = at.template load<double>(dy), centred = at.template load<double>(x);
+      if constexpr (kParams) g *= at.template load<double>(weight);
+      if constexpr (!kCentred) return rstd * g - centred * b;
+      return rstd * ((g - a) - (centred - mean) * b);
+    };
+    past_cache ? write_run<true>(dx, n_, gradient) : write_run<false>(dx, n_, gradient);
+  }
+  FASTNORM_LOOPS [[gnu::noinline]] void write_from_memory(const DoubleRows& rows, int r, double* dx) const {
+    write_row<true>(rows, r, dx, true);
+  }
+
   static int group_size(int left) { return left >= kMostRows ? kMostRows : left >= 2 ? 2 : 1; }
 
-  template <int kRows>
+  template <int kRows, bool kAhead = false>
   FASTNORM_LOOPS [[gnu::noinline]] void sum_group(DoubleRows& rows, int first) const {
     Group<kRows> group;
     for_constants<kRows>([&](auto r) {
@@ -162,7 +172,13 @@ class DoubleRowTiles {
       chains = Chains<kRows>{};
       const int64_t stop = i + kTile < whole ? i + kTile : whole;
 #pragma GCC unroll 1
-      for (; i < stop; i += kPack) add_pack<kRows>(group, chains, Whole{i});
+      for (; i < stop; i += kPack) {
+        for (int r = 0; kAhead && r < kRows; ++r) {
+          prefetch<later>(group.x[r] + i, ahead_.summed);
+          prefetch<later>(group.dy[r] + i, ahead_.summed);
+        }
+        add_pack<kRows>(group, chains, Whole{i});
+      }
       const bool last = i == whole;
       if (last && whole < n) add_pack<kRows>(group, chains, Partial{whole, n - whole});
       int level = 0;
@@ -211,7 +227,7 @@ class DoubleRowTiles {
   const int64_t n_;
   const double* const weight_;
   const ParameterSums params_;
-  const int64_t ahead_;
+  const RowsAhead ahead_;
 };
 
 }  // namespace

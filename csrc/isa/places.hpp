@@ -70,11 +70,22 @@ struct Partial {
   }
 };
 
-// Asks for what a first reading will want soon, `distance` bytes ahead.
-template <class T>
+// Asks for what a first reading will want soon, `distance` bytes ahead; what it will want later, for the second cache.
+enum Wanted { later = 2, soon = 3 };  // as the instruction counts
+template <Wanted wanted = soon, class T>
 FASTNORM_INLINE void prefetch(const T* p, int64_t distance) {
   const char* ahead = reinterpret_cast<const char*>(p) + distance;
-  for (int line = 0; line < kPack * static_cast<int>(sizeof(T)); line += 64) __builtin_prefetch(ahead + line);
+  for (int line = 0; line < kPack * static_cast<int>(sizeof(T)); line += 64)
+    __builtin_prefetch(ahead + line, 0, wanted);
+}
+
+// Fills places of the window in which the processor works ahead: of a short loop it then has fewer rounds under way,
+// which ask for no more of memory than it can bring; requests beyond that hold up what comes after them. (Backward of
+// 16384 x 1024 float32: 7.7 ms to 6.1, 16 or 32 places as good as 24; without its requests it takes 9.2.)
+FASTNORM_INLINE void hold_back() {
+#if defined(__GNUC__) && defined(__x86_64__)
+  asm volatile(".rept %c0\n\tnop\n\t.endr" ::"i"(24));
+#endif
 }
 
 // How results are stored: into the cache, or past it: whole packs at multiples of the vector's size, parts of packs

@@ -100,8 +100,9 @@ class RowBackward {
     in_order_ = contiguous(plan.set_stat);
     // The next rows, while the gradients of these are written: those that are read when all of these are (65536 x 100:
     // 5.7 ms to 3.6).
-    if (in_place_ && reading_ahead<T>(plan, plan.x, run_) != 0) {
-      distance_ = together_ * plan.elements * static_cast<int64_t>(sizeof(T));
+    if (in_place_ && (args.from_memory || reading_ahead<T>(plan, plan.x, run_) != 0)) {
+      ahead_.written = together_ * plan.elements * static_cast<int64_t>(sizeof(T));
+      if (args.from_memory) ahead_.summed = 2 * ahead_.written;
     }
   }
 
@@ -213,7 +214,7 @@ class RowBackward {
 
   template <bool kCentred, bool kParams>
   void tiles(int64_t begin, int64_t end, const ParameterSums* params, T* copies) const {
-    Tiles<kCentred, kParams> tiles(plan_.elements, weight_, kParams ? *params : ParameterSums{}, distance_);
+    Tiles<kCentred, kParams> tiles(plan_.elements, weight_, kParams ? *params : ParameterSums{}, ahead_);
     const int batch = in_place_ ? Rows::kMost : together_;
     Places places{Offsets(plan_.x.set, begin), Offsets(plan_.dy.set, begin), Offsets(plan_.dx.set, begin)};
     for (int64_t set = begin; set < end; set += batch) {
@@ -248,13 +249,12 @@ class RowBackward {
       char* const place = to.data + places.dx.next();
       if (!plain && !(rows.fit(r) && (rows.holds(r) || tiles.zeros(rows.dy[r])))) {
         set_in_double(set + r, statistic(set + r), nullptr);
-      } else if (in_place_) {
-        tiles.write(rows, r, reinterpret_cast<T*>(place), args_.past_cache);
       } else {
         const Port<T> port{place, to.element, to.aligned};
-        T *const own = copies + 2 * together_ * plan_.elements, *const dx = port.open(0, plan_.elements, own);
+        T* const own = copies + 2 * together_ * plan_.elements;
+        T* const dx = in_place_ ? reinterpret_cast<T*>(place) : port.open(0, plan_.elements, own);
         tiles.write(rows, r, dx, args_.past_cache);
-        port.commit(0, plan_.elements, own, dx);
+        if (!in_place_) port.commit(0, plan_.elements, own, dx);
       }
     }
   }
@@ -270,7 +270,7 @@ class RowBackward {
       tiles.sum_bias(rows, first, count);
       tiles.settle(rows);
     }
-    RowTiles<kCentred, kParams> one(plan_.elements, weight_, weight_alone, 0);
+    RowTiles<kCentred, kParams> one(plan_.elements, weight_, weight_alone, {});
     for (int r = 0; r < count; ++r) {
       if (rows.fit(first + r)) {
         one.sum(rows, first + r, 1);
@@ -329,7 +329,7 @@ class RowBackward {
   const NormArgs<T>& args_;
   const T* const weight_;
   const int64_t run_, units_;
-  int64_t distance_ = 0;  // bytes from a row to the one that is read in its place next; 0: not worth asking for
+  RowsAhead ahead_;
   bool in_place_ = false;
   bool in_order_ = false;  // does one statistic follow the other?
   int group_ = 0;          // rows that are read side by side, in tiles; 0: none are
