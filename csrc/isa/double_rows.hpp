@@ -134,19 +134,12 @@ class DoubleRowTiles {
   FASTNORM_INLINE void write_row(const DoubleRows& rows, int r, double* dx, bool past_cache) const {
     const double *const x = rows.x[r], *const dy = rows.dy[r], *const weight = weight_;
     const Pack<double> mean(rows.mean[r]), rstd(rows.rstd[r]), a(rows.a[r]), b(rows.b[r]);
-    const int64_t ahead = ahead_.written;
-    const auto gradient = [&](auto at) {
-      if (kFromMemory || ahead != 0) {
-        prefetch(x + at.start, ahead);
-        prefetch(dy + at.start, ahead);
-      }
-      if constexpr (kFromMemory) hold_back();
+    write_asking<kFromMemory>(dx, n_, x, dy, ahead_.written, past_cache, true, [&](auto at) {
       Pack<double> g = at.template load<double>(dy), centred = at.template load<double>(x);
       if constexpr (kParams) g *= at.template load<double>(weight);
       if constexpr (!kCentred) return rstd * g - centred * b;
       return rstd * ((g - a) - (centred - mean) * b);
-    };
-    past_cache ? write_run<true>(dx, n_, gradient) : write_run<false>(dx, n_, gradient);
+    });
   }
   FASTNORM_LOOPS [[gnu::noinline]] void write_from_memory(const DoubleRows& rows, int r, double* dx) const {
     write_row<true>(rows, r, dx, true);

@@ -143,6 +143,21 @@ struct RowsAhead {
   int64_t written = 0, summed = 0;
 };
 
+// Stores formula(place) along dx of a row and asks for x and dy of the one that is `ahead` bytes on; 0: for none.
+template <bool kFromMemory, class T, class Formula>
+FASTNORM_INLINE void write_asking(T* dx, int64_t n, const T* x, const T* dy, int64_t ahead, bool past_cache,
+                                  bool whole_lines, const Formula& formula) {
+  const auto gradient = [&](auto at) {
+    if (kFromMemory || ahead != 0) {
+      prefetch(x + at.start, ahead);
+      prefetch(dy + at.start, ahead);
+    }
+    if constexpr (kFromMemory) hold_back();
+    return formula(at);
+  };
+  past_cache ? write_run<true>(dx, n, gradient) : write_run<false>(dx, n, gradient, whole_lines);
+}
+
 // kCentred: layer norm. kParams: there are weights, and the gradients of the parameters are wanted.
 template <bool kCentred, bool kParams>
 class RowTiles {
@@ -240,19 +255,12 @@ class RowTiles {
   FASTNORM_INLINE void write_row(const TiledRows& rows, int r, float* dx, bool past_cache) const {
     const float *const x = rows.x[r], *const dy = rows.dy[r], *const weight = weight_;
     const Pack<float> pivot(rows.pivot[r]), rstd(rows.float_rstd[r]), a(rows.a[r]), b(rows.b[r]);
-    const int64_t ahead = ahead_.written;
-    const auto gradient = [&](auto at) {
-      if (kFromMemory || ahead != 0) {
-        prefetch(x + at.start, ahead);
-        prefetch(dy + at.start, ahead);
-      }
-      if constexpr (kFromMemory) hold_back();
+    write_asking<kFromMemory>(dx, n_, x, dy, ahead_.written, past_cache, n_ >= kLinedRow, [&](auto at) {
       Pack<float> g = at.template load<float>(dy), centred = at.template load<float>(x);
       if constexpr (kParams) g *= at.template load<float>(weight);
       if constexpr (!kCentred) return g * rstd - centred * b;
       return rstd * ((g - a) - (centred - pivot) * b);
-    };
-    past_cache ? write_run<true>(dx, n_, gradient) : write_run<false>(dx, n_, gradient, n_ >= kLinedRow);
+    });
   }
   FASTNORM_LOOPS [[gnu::noinline]] void write_from_memory(const TiledRows& rows, int r, float* dx) const {
     write_row<true>(rows, r, dx, true);
