@@ -151,3 +151,11 @@ def test_a_backward_takes_the_cache_of_its_own_forward() -> None:
 
 def test_every_public_norm_has_its_exact_form() -> None:
     assert {name for name in reference.__all__ if "norm" in name and "dropout" not in name} <= set(reference._EXACT)
+
+
+def test_a_long_column_is_added_as_exactly_as_a_row() -> None:
+    """Two values, whose roundings go the same way wherever one term is added after the other."""
+    rng = np.random.default_rng(2)
+    rows = np.where(rng.random((2, 65_537)) < 0.3, 1 / 3, 0.7)
+    along, across = reference.layer_norm(rows, eps=0.0), reference.batch_norm_forward(rows.T.copy(), eps=0.0)[0].T
+    assert np.max(np.abs(along - across)) <= 2 * unit(np.float64) * np.max(np.abs(along))
