@@ -106,10 +106,6 @@ CASES = {
     "mixed": _mixed,
 }
 
-# RMS norm, one term all of a sum, and nothing beside it: rstd counts three times (docs/accuracy.md).
-LIMITS = {"masked but for an outlier": 10}
-BEYOND = pytest.mark.unverified("known to be beyond the contract (docs/accuracy.md), to which every call is held")
-
 
 def _grads(x: Any, dy: Any, weight: Any, centred: bool, out: Any = None) -> Any:
     if centred:
@@ -141,7 +137,7 @@ def _exact(x: Any, dy: Any, weight: Any, centred: bool) -> list[tuple[Any, Any]]
 
 
 @pytest.mark.parametrize("centred", [True, False], ids=["layer", "rms"])
-@pytest.mark.parametrize("case", [pytest.param(case, marks=[BEYOND] if case in LIMITS else []) for case in CASES])
+@pytest.mark.parametrize("case", CASES)
 def test_gradients(case: str, centred: bool) -> None:
     rng = np.random.default_rng(11)
     worst = {}
@@ -157,7 +153,7 @@ def test_gradients(case: str, centred: bool) -> None:
             worst[name] = max(worst.get(name, (0.0, shape)), (float(error.max(initial=0)), shape))
     print(case, {name: (round(u, 2), shape) for name, (u, shape) in worst.items()})
     for name, (u, shape) in worst.items():
-        assert u <= LIMITS.get(case, 8), f"{name}, {shape}: {u} u of the sum of the terms' magnitudes"
+        assert u <= 8, f"{name}, {shape}: {u} u of the sum of the terms' magnitudes"
 
 
 @pytest.mark.parametrize("centred", [True, False], ids=["layer", "rms"])
@@ -204,19 +200,3 @@ def test_a_row_beyond_all_numbers_stays_alone(value: float, centred: bool) -> No
             np.testing.assert_array_equal(found.dx[rest], grads.dx[rest])
             np.testing.assert_array_equal(found.dbias, grads.dbias)
             assert np.all(np.isfinite(found.dweight)) == (np.isfinite(value))
-
-
-@BEYOND
-def test_one_dy_far_beyond_the_others_is_as_near_as_documented() -> None:
-    """docs/accuracy.md, "What is not covered": the largest error of a gradient that is known, 13.2 u S."""
-    rng = np.random.default_rng(1387)
-    x, dy = (rng.standard_normal((64, 1169))[39:40] for _ in range(2))
-    dy[:, 0] = 1e10
-    _, cache = fn.rms_norm_forward(x)
-    dx = fn.rms_norm_backward(dy, cache).dx
-    wide_x, wide_dy = x.astype(np.longdouble), dy.astype(np.longdouble)
-    rstd = 1 / np.sqrt(np.mean(wide_x**2) + np.longdouble(1e-5))
-    xhat = wide_x * rstd
-    exact = rstd * (wide_dy - xhat * np.mean(wide_dy * xhat))
-    terms = rstd * (np.abs(wide_dy) + np.abs(xhat) * np.mean(np.abs(wide_dy * xhat)))
-    assert 13 < (np.abs(dx - exact) / (UNIT * terms)).max() <= 13.3, "no longer what the page says"

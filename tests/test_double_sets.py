@@ -16,7 +16,7 @@ from fastnorm import _core
 UNIT = 2.0**-53
 EPS = 1e-5
 # About every boundary of a pack, of a leaf, of what counts as few terms, of a block and of a chunk.
-SIZES = (2, 3, 8, 15, 16, 17, 30, 49, 64, 65, 100, 128, 129, 255, 515, 1024, 1025, 2048, 5000, 65537)
+SIZES = (2, 3, 8, 15, 16, 17, 30, 49, 64, 65, 70, 97, 100, 127, 128, 129, 255, 384, 515, 1024, 1025, 2048, 5000, 65537)
 
 pytestmark = pytest.mark.skipif(np.finfo(np.longdouble).nmant < 63, reason="no longdouble to judge float64 by")
 
@@ -24,6 +24,24 @@ pytestmark = pytest.mark.skipif(np.finfo(np.longdouble).nmant < 63, reason="no l
 def _two_valued(rng: Any, shape: tuple[int, int]) -> Any:
     low, high = rng.standard_normal((2, shape[0], 1))
     return np.where(rng.random(shape) < 0.5, low, high)
+
+
+def _in_two_parts(rng: Any, shape: tuple[int, int]) -> Any:
+    """One value after the other: in every lane the roundings of equal terms go the same way."""
+    first, other = -(10.0 ** rng.uniform(0, 6, (shape[0], 1))), rng.uniform(0.1, 1, (shape[0], 1))
+    return np.where(np.arange(shape[1]) < shape[1] // rng.integers(2, 9, (shape[0], 1)), first, other)
+
+
+def _periodic(rng: Any, shape: tuple[int, int]) -> Any:
+    period = rng.integers(2, 17, (shape[0], 1))
+    few = rng.standard_normal((shape[0], 16)) * 10.0 ** rng.uniform(-3, 3, (shape[0], 16))
+    return np.take_along_axis(few, np.arange(shape[1]) % period, axis=1)
+
+
+def _two_values_and_an_outlier(rng: Any, shape: tuple[int, int]) -> Any:
+    x = np.where(rng.random(shape) < rng.random((shape[0], 1)), *rng.uniform(0.1, 1, (2, shape[0], 1)))
+    x[np.arange(shape[0]), rng.integers(0, shape[1], shape[0])] = 10.0 ** rng.uniform(0.3, 8, shape[0])
+    return x
 
 
 KINDS: dict[str, Callable[[Any, tuple[int, int]], Any]] = {
@@ -37,10 +55,14 @@ KINDS: dict[str, Callable[[Any, tuple[int, int]], Any]] = {
     "trend": lambda rng, shape: rng.standard_normal(shape) * 0.01 + np.linspace(-1, 1, shape[1]),
     "outliers": lambda rng, shape: np.where(rng.random(shape) < 0.02, 100, 1) * rng.standard_normal(shape),
     "two values": _two_valued,
+    "two parts": _in_two_parts,
+    "periodic": _periodic,
+    "two values and an outlier": _two_values_and_an_outlier,
     "three values": lambda rng, shape: rng.choice([-1 / 3, 0.1, 0.7], shape),
     "tiny": lambda rng, shape: (rng.standard_normal(shape) + 1) * 1e-290,
     "huge": lambda rng, shape: (rng.standard_normal(shape) + 1) * 1e290,
 }
+PLANES = ("mean 0", "mean 0.7", "two parts", "periodic", "two values and an outlier", "three values", "outliers")
 
 
 def _exact(x: Any, eps: float) -> Any:
@@ -65,6 +87,13 @@ def test_within_four_units(kind: str) -> None:
         x = KINDS[kind](rng, (max(2, min(2000, 100_000 // size)), size))
         x = x[np.ptp(x, axis=1) > 0]  # a constant set under eps = 0 has no exact result
         worst[size] = _worst(fn.layer_norm(x, eps=eps), _exact(x, eps))
+        if kind in PLANES:  # runs of a channel, and columns
+            exact = _exact(x[:48], eps)
+            batch = next(parts for parts in (4, 3, 5, 1) if size % parts == 0)
+            planes = np.ascontiguousarray(x[:48].reshape(len(exact), batch, -1).transpose(1, 0, 2))
+            y = fn.batch_norm_forward(planes, eps=eps)[0].transpose(1, 0, 2).reshape(exact.shape)
+            columns = fn.batch_norm_forward(np.ascontiguousarray(x[:48].T), eps=eps)[0].T
+            worst[size] = max(worst[size], _worst(y, exact), _worst(columns, exact))
     print(f"{kind}: {max(worst.values()):.2f} u at {max(worst, key=worst.__getitem__)} values")
     assert max(worst.values()) <= 4, worst
 

@@ -195,13 +195,17 @@ class ChannelBatches {
   }
 
   struct Lanes {
-    HalfPack dy[kFoldedSegments], product[kFoldedSegments], size[kFoldedSegments];
+    HalfPack dy[kFoldedSegments], product[kFoldedSegments], size[kFoldedSegments];  // or, of float64, x - pivot
     double off[kFoldedSegments], mean[kFoldedSegments], rstd[kFoldedSegments];
 
     FASTNORM_INLINE void put(int64_t lane, const TreeGradientSums<T>& sums) {
       dy[lane] = sums.dy_sum;
       product[lane] = sums.product_sum;
-      if constexpr (kSized) size[lane] = widen(sums.size);
+      if constexpr (kSized) {
+        size[lane] = widen(sums.size);
+      } else {
+        size[lane] = sums.rest_sum;
+      }
     }
   };
 
@@ -237,7 +241,6 @@ class ChannelBatches {
   template <int kRest, class Ahead>
   [[gnu::noinline]] FASTNORM_LOOPS void measure(const TreeCut& cut_of_run, const Ahead& ahead_of) {
     Lanes lanes;
-    typename TreeGradientSums<T>::Room room;
     const TreeCut cut = cut_of_run;
     const Ahead ahead = ahead_of;
     const int64_t count = count_, segments = plan_.segments, all = count * segments, lines = lines_;
@@ -247,7 +250,7 @@ class ChannelBatches {
       const Pack<T> pivots(pivot_[i]);
       const char *x_segment = x.set(i), *dy_segment = dy.set(i);
       for (int64_t segment = 0; segment < segments; ++segment) {
-        TreeGradientSums<T> sums(room);
+        TreeGradientSums<T> sums;
         const char *x_line = x_segment, *dy_line = dy_segment;
         for (int64_t line = 0; line < lines; ++line) {
           TreeGradientSums<T> inner = sums;
@@ -279,22 +282,24 @@ class ChannelBatches {
     double dy[kFoldedSegments], product[kFoldedSegments], size[kFoldedSegments], dy_xhat[kFoldedSegments];
     fold_eight(lanes.dy, dy);
     fold_eight(lanes.product, product);
-    if constexpr (kSized) fold_eight(lanes.size, size);
+    fold_eight(lanes.size, size);
     const auto totals = [&](int64_t lane) {
       return TreeTotals::of<T>(dy[lane], product[lane], size[lane], lanes.off[lane], lanes.mean[lane],
                                lanes.rstd[lane]);
     };
+    const double values = static_cast<double>(plan_.elements);
     int64_t failures = 0;
 #pragma omp simd reduction(| : failures)
     for (int64_t lane = 0; lane < kFoldedSegments; ++lane) {
       dy_xhat[lane] = totals(lane).dy_xhat;
+      if constexpr (!kSized) size[lane] += lanes.off[lane] * values;
       failures |= totals(lane).trusted ? 0 : 1;
     }
     const int64_t to = first_ * plan_.segments + first;
     const auto put = [&](size_t n) {
       std::memcpy(sums_.dy + to, dy, n * sizeof(double));
       std::memcpy(sums_.dy_xhat + to, dy_xhat, n * sizeof(double));
-      if constexpr (kSized) std::memcpy(sums_.size + to, size, n * sizeof(double));
+      std::memcpy((kSized ? sums_.size : sums_.rest) + to, size, n * sizeof(double));
     };
     if (count == kFoldedSegments) {
       put(kFoldedSegments);
@@ -309,6 +314,15 @@ class ChannelBatches {
   [[gnu::noinline]] void sum_carefully(int64_t index) const {
     const int64_t set = index / plan_.segments, segment = index % plan_.segments;
     sums_.put(index, careful_sums<T>(plan_, run_, set, segment, kept_statistic(plan_, args_, set), sums_[index]));
+  }
+
+  void centre() {
+    if (kSized || !args_.centred) return;
+    const int64_t segments = plan_.segments;
+    for (int64_t i = 0, first = first_ * segments; i < count_; ++i, first += segments) {
+      sums_.centre(first, segments, static_cast<double>(plan_.set_size()), rstd_[i]);
+      off_[i] -= sums_.rest_of_mean(first);
+    }
   }
 
   // The sums of g and of g * xhat of the sets of the batch (and of |g|, about), as channel_means has them.
@@ -359,6 +373,7 @@ class ChannelBatches {
       weights_ = args_.weight + plan_.set_param.offset(first_);
       weight_step_ = inner_stride(plan_.set_param);
     }
+    centre();
     weigh(a, b, size, a_lo, b_lo);
     const int64_t rounded = whole_lanes(count_);
 #pragma omp simd
@@ -411,7 +426,8 @@ class ChannelBatches {
     GradientMeans means;
     means.a = mean_g_[i];
     means.b = mean_g_xhat_[i];
-    const Statistic s = kept_statistic(plan_, args_, first_ + i);
+    Statistic s = kept_statistic(plan_, args_, first_ + i);
+    if (args_.centred) s.mean_lo += sums_.rest_of_mean((first_ + i) * plan_.segments);
     for (int64_t segment = 0; segment < plan_.segments; ++segment) {
       channel_unit_gradient(plan_, args_, run_, first_ + i, segment, s, means);
     }

@@ -20,7 +20,12 @@ bool channel_backward(const Plan& plan, const NormArgs<T>& args) {
   const auto measure = [&](int64_t set, int64_t unit, const Statistic& s) {
     return segment_sums<T>(plan, run, set, unit, s);
   };
-  const auto gradient = [&](int64_t set, int64_t first_unit, int64_t end_unit, const Statistic& s) {
+  const auto centre = [&](int64_t set, const Statistic& s) {
+    if (!args.centred || args.constant_stats) return;
+    sums.centre(set * segments, segments, static_cast<double>(plan.set_size()), s.rstd);
+  };
+  const auto gradient = [&](int64_t set, int64_t first_unit, int64_t end_unit, Statistic s) {
+    if (args.centred && !args.constant_stats) s.mean_lo += sums.rest_of_mean(set * segments);
     const GradientMeans means = channel_means(plan, args, set, s, sums);
     for (int64_t unit = first_unit; unit < end_unit; ++unit) {
       channel_unit_gradient(plan, args, run, set, unit, s, means);
@@ -35,6 +40,7 @@ bool channel_backward(const Plan& plan, const NormArgs<T>& args) {
       for (int64_t chunk = 0; chunk < chunks; ++chunk) total.add(partial[i * chunks + chunk]);
       sums.put(i, total);
     }
+    for (int64_t set = 0; set < plan.sets; ++set) centre(set, statistic(set));
     for_results(plan, args, plan.sets * units,
                 [&](int64_t i) { gradient(i / units, i % units, i % units + 1, statistic(i / units)); });
   } else {
@@ -49,6 +55,7 @@ bool channel_backward(const Plan& plan, const NormArgs<T>& args) {
           for (int64_t chunk = 0; chunk < chunks; ++chunk) total.add(measure(set, segment * chunks + chunk, s));
           sums.put(set * segments + segment, total);
         }
+        centre(set, s);
         gradient(set, 0, units, s);
       }
     });

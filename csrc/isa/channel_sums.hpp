@@ -1,7 +1,10 @@
 // The two sums of a segment, of dy and of dy * xhat, that give everything in a backward: weighted they are the set's a
-// and b, plain they are dbias and dweight.
+// and b, plain they are dbias and dweight. With those of float64 data comes what is left of the mean: its error is
+// small beside a standard deviation, but where one outlier makes that, not beside what all others are off the mean (dx
+// was off by 25 u).
 #pragma once
 
+#include <limits>
 #include <type_traits>
 
 #include "isa/set_norm.hpp"
@@ -13,10 +16,12 @@ namespace {
 struct SegmentSums {
   Sum dy, dy_xhat;
   double size = 0;  // about the sum of |dy|: float32 only
+  Sum rest;         // of x - mean, NaN where it is not known: float64 only
   void add(const SegmentSums& other) {
     dy.add(other.dy);
     dy_xhat.add(other.dy_xhat);
     size += other.size;
+    rest.add(other.rest);
   }
 };
 
@@ -72,9 +77,6 @@ struct TreeGradientSums<float> {
   Pack<double> dy_sum = Pack<double>(0.0), product_sum = Pack<double>(0.0);
   Pack<float> size = Pack<float>(0.0f);
 
-  struct Room {};
-  explicit TreeGradientSums(Room&) {}
-
   struct Terms {
     Pack<float> dy, product, size;
     FASTNORM_INLINE friend Terms operator+(const Terms& a, const Terms& b) {
@@ -92,42 +94,32 @@ struct TreeGradientSums<float> {
   FASTNORM_INLINE void finish() {}
 };
 
-// Float64 has no digits to spare for long chains: a chain is of a few trees, and chains are added up in a tree again.
+// Float64 has no digits to spare for chains: trees are added up with what rounding takes. And of x - pivot.
 template <>
 struct TreeGradientSums<double> {
-  static constexpr int64_t kTreesInChain = 8;
-  using Room = PairTree;
-  Pack<double> dy_sum = Pack<double>(0.0), product_sum = Pack<double>(0.0);
-  int64_t trees = 0;
-  PairTree* chains;
-
-  explicit TreeGradientSums(PairTree& room) : chains(&room) {}
+  HalfPack dy_sum{0.0}, product_sum{0.0}, rest_sum{0.0};
 
   struct Terms {
-    Pack<double> dy, product;
+    Pack<double> dy, product, rest;
     FASTNORM_INLINE friend Terms operator+(const Terms& a, const Terms& b) {
-      return {a.dy + b.dy, a.product + b.product};
+      return {a.dy + b.dy, a.product + b.product, a.rest + b.rest};
     }
   };
-  FASTNORM_INLINE static Terms terms(const Pack<double>& dy, const Pack<double>& d) { return {dy, dy * d}; }
+  FASTNORM_INLINE static Terms terms(const Pack<double>& dy, const Pack<double>& d) { return {dy, dy * d, d}; }
   FASTNORM_INLINE void add(const Terms& tree) {
-    dy_sum += tree.dy;
-    product_sum += tree.product;
-    if (++trees % kTreesInChain != 0) return;
-    if (trees == kTreesInChain) chains->clear();
-    push(*chains, PackPair{dy_sum, product_sum});
-    dy_sum = product_sum = Pack<double>(0.0);
+    dy_sum.add(tree.dy, dy_lost_);
+    product_sum.add(tree.product, product_lost_);
+    rest_sum.add(tree.rest, rest_lost_);
   }
   // To be called once, when all is added.
   FASTNORM_INLINE void finish() {
-    if (trees < kTreesInChain) return;
-    const PackPair all = chains->total() + PackPair{dy_sum, product_sum};
-    dy_sum = all.first;
-    product_sum = all.second;
+    dy_sum += dy_lost_;
+    product_sum += product_lost_;
+    rest_sum += rest_lost_;
   }
 
  private:
-  [[gnu::noinline]] static void push(PairTree& chains, const PackPair& chain) { chains.push(chain); }
+  HalfPack dy_lost_{0.0}, product_lost_{0.0}, rest_lost_{0.0};
 };
 
 // A run. What is missing in the last pack is zeros of dy: they add nothing.
@@ -137,7 +129,7 @@ FASTNORM_INLINE void add_run(TreeGradientSums<T>& sums, const T* x, const T* dy,
   const auto terms = [&](auto at) {
     ahead(x + at.start, dy + at.start);
     const Pack<T> g = in_register(at.template load<T>(dy));
-    return sums.terms(g, at.template load<T>(x) - pivot);
+    return sums.terms(g, within(at, at.template load<T>(x) - pivot));
   };
   const auto whole = [&](int64_t i) { return terms(Whole{i}); };
   int64_t i = 0;
@@ -188,21 +180,43 @@ FASTNORM_LOOPS inline bool tree_unit_sums(const Plan& plan, int64_t run, int64_t
   const ReadAhead<T> ahead(plan, run);
   const Pivot<T> pivot = Pivot<T>::of(s);
   const Pack<T> pivots(pivot.value);
-  typename TreeGradientSums<T>::Room room;
-  TreeGradientSums<T> sums(room);
+  TreeGradientSums<T> sums;
+  int64_t count = 0;
   visit_unit<T>(plan, operands, run, set, unit, [&](const T* const* in, T*, int64_t, int64_t n) {
+    count += n;
     TreeGradientSums<T> inner = sums;
     const TreeCut cut(n);
     cut.with_rest([&](auto rest) { add_run<decltype(rest)::value>(inner, in[0], in[1], cut, pivots, ahead); });
     sums = inner;
   });
   sums.finish();
-  if constexpr (!kMayOverflow<T>) total.size = fold(widen(sums.size));
+  if constexpr (kMayOverflow<T>) {
+    total.rest.hi = fold(sums.rest_sum) + pivot.off * static_cast<double>(count);
+  } else {
+    total.size = fold(widen(sums.size));
+  }
   const TreeTotals totals =
       TreeTotals::of<T>(fold(sums.dy_sum), fold(sums.product_sum), total.size, pivot.off, s.mean, s.rstd);
   total.dy.hi = totals.dy;
   total.dy_xhat.hi = totals.dy_xhat;
   return totals.trusted && s.scale == 1;
+}
+
+// The terms of the sums of float64 data, and xhat.
+struct DoubleTerms {
+  PackPair gradients;
+  Pack<double> xhat;
+  FASTNORM_INLINE DoubleTerms& operator+=(const DoubleTerms& other) {
+    gradients += other.gradients;
+    xhat += other.xhat;
+    return *this;
+  }
+  FASTNORM_INLINE friend DoubleTerms operator+(const DoubleTerms& a, const DoubleTerms& b) {
+    return {a.gradients + b.gradients, a.xhat + b.xhat};
+  }
+};
+FASTNORM_INLINE DoubleTerms first_lanes_of(const DoubleTerms& terms, int64_t count) {
+  return {first_lanes_of(terms.gradients, count), first_lanes_of(terms.xhat, count)};
 }
 
 // The sums of one unit, weighted or not. Float32 data is added in plain lanes of double; float64 data has no digits to
@@ -216,31 +230,41 @@ FASTNORM_LOOPS inline SegmentSums unit_sums(const Plan& plan, int64_t run, int64
   const int64_t x_ahead = reading_ahead<T>(plan, plan.x, run), dy_ahead = reading_ahead<T>(plan, plan.dy, run);
   SegmentSums total;
   PackPair lanes{0.0, 0.0};
-  PairTree tree;
+  LaneTree<DoubleTerms> tree;
   Size size;
   visit_unit<T>(plan, operands, run, set, unit, [&](const T* const* in, T*, int64_t first, int64_t n) {
     const T *x = in[0], *dy = in[1];
     const auto weight = weight_at(first);
-    const auto terms = [&](auto at) { return gradient_terms(at, x, dy, centre, rstd, weight); };
     if constexpr (kMayOverflow<T>) {
-      tree.push(tree_sums(0, n, terms));
+      tree.push(tree_sums(0, n, [&](auto at) {
+        const Pack<double> xhat = centre(at, x) * rstd, g = times(at, at.template load<double>(dy), weight);
+        return DoubleTerms{{g, g * xhat}, xhat};
+      }));
     } else {
       PackPair inner = lanes;
       Size inner_size = size;
       for_packs(n, [&](auto at) {
         prefetch(x + at.start, x_ahead);
         prefetch(dy + at.start, dy_ahead);
-        inner += terms(at);
+        inner += gradient_terms(at, x, dy, centre, rstd, weight);
         inner_size.add(at, dy);
       });
       lanes = inner;
       size = inner_size;
     }
   });
-  const Pair sums = fold(kMayOverflow<T> ? tree.total() : lanes);
-  total.dy.add(sums.first);
-  total.dy_xhat.add(sums.second);
-  total.size = kMayOverflow<T> ? 0 : size.total();
+  if constexpr (kMayOverflow<T>) {
+    const DoubleTerms terms = tree.total();
+    const TwoTerm of_dy = fold_exactly(terms.gradients.first), of_product = fold_exactly(terms.gradients.second);
+    total.dy.hi = of_dy.hi, total.dy.lo = of_dy.lo;
+    total.dy_xhat.hi = of_product.hi, total.dy_xhat.lo = of_product.lo;
+    total.rest.hi = fold(terms.xhat) / s.rstd;
+  } else {
+    const Pair sums = fold(lanes);
+    total.dy.hi = sums.first;
+    total.dy_xhat.hi = sums.second;
+    total.size = size.total();
+  }
   return total;
 }
 
@@ -252,7 +276,16 @@ inline SegmentSums careful_sums(const Plan& plan, int64_t run, int64_t set, int6
   SegmentSums sums = unit_sums<T>(plan, run, set, unit, s, [](int64_t) { return None{}; });
   const bool finite = kMayOverflow<T> ? std::fabs(of_trees.dy.hi) < kMostOrdinary : of_trees.size < kTrustedSize;
   if (finite) sums.dy = of_trees.dy;
+  sums.rest.hi = std::numeric_limits<double>::quiet_NaN();
   return sums;
+}
+
+// A sum divided by the number of its terms, rounded once. share: 1 / count.
+FASTNORM_INLINE double quotient(const TwoTerm& sum, double count, double share) {
+  const double rounded = sum.hi / count;
+  const TwoTerm back = two_product(rounded, count);
+  const double rest = (((sum.hi - back.hi) - back.lo) + sum.lo) * share;
+  return rounded + (std::fabs(sum.hi) < 0x1p900 ? rest : 0);
 }
 
 // The means that the input gradient subtracts, and whether float32 can hold what is made of them.
@@ -291,45 +324,52 @@ struct GradientMeans {
     means.in_float = static_cast<bool>(fits & fit);
     return means;
   }
-
- private:
-  static double quotient(const TwoTerm& sum, double count, double share) {
-    const double rounded = sum.hi / count;
-    const TwoTerm back = two_product(rounded, count);
-    return rounded + (((sum.hi - back.hi) - back.lo) + sum.lo) * share;
-  }
 };
 
 // The sums of every segment of a call, each kind apart.
 template <class T>
 class SegmentTable {
-  static constexpr int64_t kKinds = kMayOverflow<T> ? 2 : 3;
-
  public:
   explicit SegmentTable(int64_t count)
-      : space_(kKinds * count),
+      : space_(3 * count),
         dy(space_.data()),
         dy_xhat(dy + count),
-        size(kMayOverflow<T> ? nullptr : dy + 2 * count) {}
+        size(kMayOverflow<T> ? nullptr : dy + 2 * count),
+        rest(kMayOverflow<T> ? dy + 2 * count : nullptr) {}
   explicit operator bool() const { return static_cast<bool>(space_); }
   SegmentSums operator[](int64_t i) const {
     SegmentSums sums;
     sums.dy.hi = dy[i];
     sums.dy_xhat.hi = dy_xhat[i];
-    if constexpr (!kMayOverflow<T>) sums.size = size[i];
+    (kMayOverflow<T> ? sums.rest.hi : sums.size) = kMayOverflow<T> ? rest[i] : size[i];
     return sums;
   }
   void put(int64_t i, const SegmentSums& sums) {
     dy[i] = sums.dy.value();
     dy_xhat[i] = sums.dy_xhat.value();
-    if constexpr (!kMayOverflow<T>) size[i] = sums.size;
+    kMayOverflow<T> ? rest[i] = sums.rest.value() : size[i] = sums.size;
   }
+
+  // When all segments of a set, `count` values, have their sums: makes those of dy * xhat about the mean that x - mean
+  // adds up to 0 about. rest_of_mean is what that has more than the one that was kept.
+  void centre(int64_t first, int64_t segments, double count, double rstd) {
+    if constexpr (kMayOverflow<T>) {
+      Sum total;
+      for (int64_t i = first; i < first + segments; ++i) total.add(rest[i]);
+      const double sum = total.value();
+      const bool any = sum != 0 && std::fabs(sum) < kMostOrdinary;  // and known; rstd may be infinite elsewhere
+      const double off = any ? sum / count : 0;
+      for (int64_t i = first; any && i < first + segments; ++i) dy_xhat[i] -= off * rstd * dy[i];
+      rest[first] = off;
+    }
+  }
+  double rest_of_mean(int64_t first) const { return kMayOverflow<T> ? rest[first] : 0; }
 
  private:
   const Workspace<double> space_;
 
  public:
-  double *const dy, *const dy_xhat, *const size;  // size: float32 only
+  double *const dy, *const dy_xhat, *const size, *const rest;
 };
 
 // Sums over all sets that share a parameter. Those of float64 data come with what rounding has taken from them: there

@@ -245,7 +245,7 @@ inline void gradient_means(const Columns<float>& columns, const ColumnSpace<floa
 }
 inline void gradient_means(const Columns<double>& columns, const ColumnSpace<double>& space) {
   const int64_t width = columns.plan().columns_per_set, sets = columns.sets_in_outer(), n = columns.columns();
-  const double count = static_cast<double>(columns.rows() * width);
+  const double count = static_cast<double>(columns.rows() * width), share = 1 / count;
   double *const dy = space.of_column[0], *const dy_xhat = space.of_column[1], *const lost = space.of_column[2];
 #pragma omp simd
   for (int64_t c = 0; c < n; ++c) {
@@ -260,10 +260,18 @@ inline void gradient_means(const Columns<double>& columns, const ColumnSpace<dou
     // What an infinite sum has lost is NaN, and means nothing.
     const double a_lost = std::fabs(a.sum[set]) < HUGE_VAL ? a.lost[set] : 0;
     const double b_lost = std::fabs(b.sum[set]) < HUGE_VAL ? b.lost[set] : 0;
-    space.mean_g[set] = (a.sum[set] + a_lost) / count;
-    space.mean_g_xhat[set] = (b.sum[set] + b_lost) / count;
+    space.mean_g[set] = quotient({a.sum[set], a_lost}, count, share);
+    space.mean_g_xhat[set] = quotient({b.sum[set], b_lost}, count, share);
     space.done[set] = space.scale[set] == 1 ? 1.0 : 0.0;
   }
+}
+
+// value * rstd * rstd of float64 data, rounded once, where nothing is near the limits.
+FASTNORM_INLINE double times_twice(double value, double rstd) {
+  const TwoTerm once = two_product(value, rstd), twice = two_product(once.hi, rstd);
+  const double least = std::fabs(twice.hi), most = std::fabs(value);
+  const bool ordinary = (least > 0x1p-700) & (most < 0x1p900) & (rstd > 0x1p-60) & (rstd < 0x1p60);
+  return twice.hi + (ordinary ? twice.lo + once.lo * rstd : 0);
 }
 
 // The means of each set, and what makes dx of them in each place.
@@ -296,7 +304,7 @@ inline void prepare_gradient(const Columns<T>& columns, int64_t outer, const Col
     }
     space.factor[c] = static_cast<T>(any * factor);
     space.a[c] = static_cast<T>(any * a);
-    space.b[c] = static_cast<T>(any * (b * rstd[c]));
+    space.b[c] = static_cast<T>(any * (kMayOverflow<T> ? times_twice(mean_g_xhat[c], rstd[c]) : b * rstd[c]));
     space.plain[c] = fine ? static_cast<T>(done[c]) : T(0);
   }
   for (T* array : {space.subtract, space.factor, space.a, space.b}) repeat(columns.lines(), array);

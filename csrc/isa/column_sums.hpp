@@ -244,8 +244,19 @@ FASTNORM_INLINE PackPair tree_of_lines(At at, int64_t line, const Term& term) {
 // Those left of fewer than eight.
 template <class At, class Term>
 FASTNORM_INLINE PackPair last_lines(At at, int64_t line, int64_t count, const Term& term) {
-  PackPair rest = term(at, line);
-  while (++line < count) rest += term(at, line);
+  const int64_t left = count - line;
+  if (left == 1) return term(at, line);
+  PackPair rest = tree_of_lines<2>(at, line, term);
+  if (left >= 4) rest += tree_of_lines<2>(at, line + 2, term);
+  PackPair last;
+  if (left % 2 != 0) last = term(at, count - 1);
+  if (left >= 6) {
+    PackPair pair = tree_of_lines<2>(at, line + 4, term);
+    if (left % 2 != 0) pair += last;
+    rest += pair;
+  } else if (left % 2 != 0) {
+    rest += last;
+  }
   return rest;
 }
 
@@ -254,8 +265,8 @@ FASTNORM_INLINE PackPair last_lines(At at, int64_t line, int64_t count, const Te
 constexpr int64_t kFewLines = 16;
 
 // Adds up the values of a panel in trees of eight lines: terms(at) gives, for the columns there, term(at, line). Packs
-// of columns that are not `wanted` are left out. What the additions between the trees of a panel of float64, eight at
-// most, lose is not kept, which would cost more than they do; but where there are `few` lines altogether.
+// of columns that are not `wanted` are left out. The trees of a panel of float64 are added up in a tree again; what
+// those additions lose is not kept, which would cost more than they do, but where there are `few` lines altogether.
 template <class T, class Terms>
 FASTNORM_INLINE void add_in_trees(const ColumnSums& to, int64_t count, int64_t width, const double* wanted, bool few,
                                   const Terms& terms) {
@@ -271,11 +282,10 @@ FASTNORM_INLINE void add_in_trees(const ColumnSums& to, int64_t count, int64_t w
     if (kMayOverflow<T> && few) {
       for (line = 0; line < count; ++line) add(term(at, line));
     } else if (kMayOverflow<T> && line <= count) {
-      static_assert(kMaxPanelRows <= 8 * kSlab, "a chain of eight additions");
-      PackPair trees = tree_of_lines<kSlab>(at, 0, term);
-      for (; line + kSlab <= count; line += kSlab) trees += tree_of_lines<kSlab>(at, line, term);
-      if (line < count) trees += last_lines(at, line, count, term);
-      add(trees);
+      LaneTree<PackPair> trees;
+      for (line = 0; line + kSlab <= count; line += kSlab) trees.push(tree_of_lines<kSlab>(at, line, term));
+      if (line < count) trees.push(last_lines(at, line, count, term));
+      add(trees.total());
     } else {
       for (line = 0; line + kSlab <= count; line += kSlab) add(tree_of_lines<kSlab>(at, line, term));
       if (line < count) add(last_lines(at, line, count, term));

@@ -144,7 +144,7 @@ class DoubleBatches {
       const double* const coming_x = set + 1 < end ? next_x() : nullptr;
       double* const y = reinterpret_cast<double*>(plan_.y.data + ys.next());
       const auto weight = weight_of(params.next());
-      const Statistic s = finish_row(set, fold(squares));
+      const Statistic s = finish_row(set, fold_exactly(squares));
       Coming<false> coming(coming_x, coming_x ? run_ : 0, distance_);
       if (s.scale == 1) {
         const DoubleFormula<false, std::decay_t<decltype(weight)>, None> formula(SplitMean{}, s.rstd, kNoBias, weight,
@@ -159,10 +159,10 @@ class DoubleBatches {
     }
   }
 
-  [[gnu::noinline]] Statistic finish_row(int64_t set, double squares) const {
+  [[gnu::noinline]] Statistic finish_row(int64_t set, const TwoTerm& squares) const {
     Moments moments;
     moments.count = static_cast<double>(run_);
-    moments.m2.hi = squares;
+    moments.m2.hi = squares.hi, moments.m2.lo = squares.lo;
     return finish_set(plan_, args_, set, moments);
   }
 
@@ -195,16 +195,14 @@ class DoubleBatches {
     for (int64_t lane = 0; lane < lanes; lane += kStatisticLanes) {
       if (args_.centred) {
         fold_eight_exactly(batch.sum_lanes + lane, batch.sum + lane, batch.lost_sum + lane);
-        fold_eight_exactly(batch.squares_lanes + lane, batch.squares + lane, batch.lost_squares + lane);
-      } else {
-        fold_eight(batch.squares_lanes + lane, batch.squares + lane);
       }
+      fold_eight_exactly(batch.squares_lanes + lane, batch.squares + lane, batch.lost_squares + lane);
     }
     for (int64_t lane = 0; lane < lanes; ++lane) {
       batch.pivot[lane] = 0;
       batch.scale[lane] = batch.weight[lane] = 1;
       batch.bias[lane] = kNoBias;
-      if (!args_.centred) batch.sum[lane] = batch.lost_sum[lane] = batch.lost_squares[lane] = 0;
+      if (!args_.centred) batch.sum[lane] = batch.lost_sum[lane] = 0;
     }
     finish_lanes(batch, 0, lanes);
     if (args_.centred && !all_ones(batch.near, batch.count)) {

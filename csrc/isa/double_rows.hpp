@@ -1,7 +1,9 @@
 // The sums of the backward over float64 rows, four rows side by side in one reading: row sums of g = dy * weight and of
 // g * xhat, column sums of dy and of dy * xhat (the gradients of bias and weight). Double has no digits to spare: along
-// a row terms are added in chains of at most eight packs, those in a tree; along a column over four rows, then into
-// the sums of their group.
+// a row terms are added in chains of at most four packs, and those with what rounding takes; along a column over four
+// rows, then into the sums of their group. Nor has the mean that the forward found: its error is small beside a
+// standard deviation, but where one outlier makes that, not beside what the others are off the mean (dx of layer norm
+// was off by 25 u). So x - mean is added up as well: what is left of the mean.
 //
 // xhat is made first, so that no product is farther from the ordinary than in the formulas. Only for rows that `fit`;
 // the others take part as rows of zeros.
@@ -20,10 +22,11 @@ struct DoubleRows {
 
   const double *x[kMost], *dy[kMost];
   alignas(64) double mean[kMost], mean_lo[kMost], rstd[kMost];
-  HalfPack g_lanes[kMost], product_lanes[kMost];  // sums of g and of g * xhat, in lanes,
-  alignas(64) double g[kMost], product[kMost];    // and folded
-  alignas(64) double a[kMost], b[kMost];          // dx = rstd * ((g - a) - (x - mean) * b); RMS norm: rstd * g - x * b
-  alignas(64) double size[kMost];                 // of b; infinite where it is beyond the ordinary
+  // Sums of g, of g * xhat with what they have lost, and of x - mean, in lanes and folded.
+  HalfPack g_lanes[kMost], product_lanes[kMost], product_lost_lanes[kMost], rest_lanes[kMost];
+  alignas(64) double g[kMost], product[kMost], product_lost[kMost], rest[kMost];
+  alignas(64) double a[kMost], b[kMost];  // dx = rstd * ((g - a) - (x - mean) * b); RMS norm: rstd * g - x * b
+  alignas(64) double size[kMost];         // of b; infinite where it is beyond the ordinary
 
   // A row that does not fit takes part in sums as one whose xhat is 0.
   void blank(int r, const double* zeros) {
@@ -34,13 +37,21 @@ struct DoubleRows {
   // Do neither x - mean nor its product with rstd overflow or underflow?
   bool fit(int r) const { return (rstd[r] > 0x1p-500) & (rstd[r] < 0x1p500) & (std::fabs(mean[r]) < 0x1p500); }
   bool holds(int r) const { return size[r] < 0x1p900; }
+  // Has the mean of any of the four rows from r on a second part?
+  bool any_low(int r) const {
+    return (mean_lo[r] != 0) | (mean_lo[r + 1] != 0) | (mean_lo[r + 2] != 0) | (mean_lo[r + 3] != 0);
+  }
 
   // When `count` rows are set. Do all of them fit?
   bool start(int count) {
     for (int r = count; r < kMost; ++r) mean[r] = mean_lo[r] = 0, rstd[r] = 1;
     int beyond = 0;
 #pragma omp simd reduction(| : beyond)
-    for (int r = 0; r < kMost; ++r) beyond |= fit(r) ? 0 : 1;
+    for (int r = 0; r < kMost; ++r) {
+      // What dweight does not need is left out of the loops; dx has it from what is left of the mean.
+      if (std::fabs(mean_lo[r]) * rstd[r] < 0x1p-53) mean_lo[r] = 0;
+      beyond |= fit(r) ? 0 : 1;
+    }
     return beyond == 0;
   }
 
@@ -51,21 +62,24 @@ struct DoubleRows {
     const double share = 1 / n;
     int beyond = 0;
     for (int r = first - first % kFolded; r < first + count; r += kFolded) {
-      if (kCentred) fold_eight(g_lanes + r, g + r);
-      fold_eight(product_lanes + r, product + r);
+      if (kCentred) fold_eight(g_lanes + r, g + r), fold_eight(rest_lanes + r, rest + r);
+      fold_eight_exactly(product_lanes + r, product + r, product_lost + r, product_lost_lanes + r);
 #pragma omp simd
       for (int k = r; k < r + kFolded; ++k) {
-        const double sum = product[k], mean = sum / n;
+        const double off = kCentred ? rest[k] * share : 0;  // what is left of the mean
+        const TwoTerm sum = two_sum(product[k], product_lost[k] - (kCentred ? off * rstd[k] * g[k] : 0));
+        const double mean = sum.hi / n;
         const TwoTerm back = two_product(mean, n), once = two_product(mean, rstd[k]);
-        const double rest = once.lo + ((sum - back.hi) - back.lo) * share * rstd[k];
+        const double rest = once.lo + (((sum.hi - back.hi) - back.lo) + sum.lo) * share * rstd[k];
         double factor = once.hi + rest;
         if (!kCentred) {
           const TwoTerm twice = two_product(once.hi, rstd[k]);
           factor = twice.hi + (twice.lo + rest * rstd[k]);
         }
-        a[k] = kCentred ? g[k] / n - mean_lo[k] * factor : 0;  // what the mean leaves is a part of a
+        a[k] = kCentred ? g[k] / n - (mean_lo[k] + off) * factor : 0;
         b[k] = factor;
-        size[k] = (sum == 0) | (std::fabs(factor) > 0x1p-900) ? std::fabs(factor) : HUGE_VAL;
+        const bool fine = ((sum.hi == 0) | (std::fabs(factor) > 0x1p-900)) & (std::fabs(mean) < 0x1p900);
+        size[k] = fine ? std::fabs(factor) : HUGE_VAL;
       }
     }
     for (int k = first; k < first + count; ++k) beyond |= holds(k) ? 0 : 1;
@@ -85,10 +99,13 @@ class DoubleRowTiles {
   void sum(DoubleRows& rows, int first, int count) const {
     for (int r = first, size; r < first + count; r += size) {
       size = group_size(first + count - r);
-      if (size == kMostRows && ahead_.summed != 0) {
-        sum_group<kMostRows, true>(rows, r);
-      } else if (size == kMostRows) {
-        sum_group<kMostRows>(rows, r);
+      if (size == kMostRows) {
+        const bool low = kCentred && rows.any_low(r);
+        if (ahead_.summed != 0) {
+          low ? sum_group<kMostRows, true, true>(rows, r) : sum_group<kMostRows, false, true>(rows, r);
+        } else {
+          low ? sum_group<kMostRows, true>(rows, r) : sum_group<kMostRows, false>(rows, r);
+        }
       } else if (size == 2) {
         sum_group<2>(rows, r);
       } else {
@@ -107,7 +124,7 @@ class DoubleRowTiles {
   }
 
  private:
-  static constexpr int64_t kTile = 8 * kPack;  // columns whose sums along a row are a chain
+  static constexpr int64_t kTile = 4 * kPack;  // columns whose sums along a row are a chain
 
   // The registers of a group of rows, and where its columns go.
   template <int kRows>
@@ -120,13 +137,20 @@ class DoubleRowTiles {
   // Sums along the rows.
   template <int kRows>
   struct Chains {
-    HalfPack g[kRows], product[kRows];
+    HalfPack g[kRows], product[kRows], rest[kRows];
     FASTNORM_INLINE Chains& operator+=(const Chains& other) {
       for_constants<kRows>([&](auto r) {
-        if constexpr (kCentred) g[r] += other.g[r];
+        if constexpr (kCentred) g[r] += other.g[r], rest[r] += other.rest[r];
         product[r] += other.product[r];
       });
       return *this;
+    }
+    // The same; what rounding takes is added to `lost`.
+    FASTNORM_INLINE void add(const Chains& other, Chains& lost) {
+      for_constants<kRows>([&](auto r) {
+        if constexpr (kCentred) g[r].add(other.g[r], lost.g[r]), rest[r].add(other.rest[r], lost.rest[r]);
+        product[r].add(other.product[r], lost.product[r]);
+      });
     }
   };
 
@@ -147,7 +171,7 @@ class DoubleRowTiles {
 
   static int group_size(int left) { return left >= kMostRows ? kMostRows : left >= 2 ? 2 : 1; }
 
-  template <int kRows, bool kAhead = false>
+  template <int kRows, bool kLow = true, bool kAhead = false>
   FASTNORM_LOOPS [[gnu::noinline]] void sum_group(DoubleRows& rows, int first) const {
     Group<kRows> group;
     for_constants<kRows>([&](auto r) {
@@ -158,11 +182,9 @@ class DoubleRowTiles {
     });
     group.weight = weight_, group.dweight = params_.dweight, group.dbias = params_.dbias;
     const int64_t n = n_, whole = n / kPack * kPack;
-    // Tiles are added in a tree: level k waits for the sum of as many more as it has, 2^k.
-    Chains<kRows> levels[kLevels], chains;
-    uint64_t tiles = 0;
+    Chains<kRows> sums{}, lost{};
     for (int64_t i = 0;;) {
-      chains = Chains<kRows>{};
+      Chains<kRows> chains{};
       const int64_t stop = i + kTile < whole ? i + kTile : whole;
 #pragma GCC unroll 1
       for (; i < stop; i += kPack) {
@@ -170,33 +192,41 @@ class DoubleRowTiles {
           prefetch<later>(group.x[r] + i, ahead_.summed);
           prefetch<later>(group.dy[r] + i, ahead_.summed);
         }
-        add_pack<kRows>(group, chains, Whole{i});
+        add_pack<kRows, kLow>(group, chains, Whole{i});
       }
       const bool last = i == whole;
-      if (last && whole < n) add_pack<kRows>(group, chains, Partial{whole, n - whole});
-      int level = 0;
-      uint64_t waiting = tiles++;  // a bit for each level
-      for (; last ? waiting != 0 : waiting & 1; waiting >>= 1, ++level) {
-        if (waiting & 1) chains += levels[level];
+      if (last && whole < n) add_pack<kRows, kLow>(group, chains, Partial{whole, n - whole});
+      if (whole <= kTile) {
+        sums = chains;
+        break;
       }
+      sums.add(chains, lost);
       if (last) break;
-      levels[level] = chains;
     }
     for_constants<kRows>([&](auto r) {
-      if constexpr (kCentred) rows.g_lanes[first + r] = chains.g[r];
-      rows.product_lanes[first + r] = chains.product[r];
+      const int row = first + r;
+      if constexpr (kCentred) {
+        rows.g_lanes[row] = sums.g[r] += lost.g[r];
+        rows.rest_lanes[row] = sums.rest[r] += lost.rest[r];
+      }
+      rows.product_lanes[row] = sums.product[r];
+      rows.product_lost_lanes[row] = lost.product[r];
     });
   }
 
-  // A pack of all rows.
-  template <int kRows, class At>
+  // A pack of all rows. kLow: the means of some have second parts.
+  template <int kRows, bool kLow, class At>
   FASTNORM_INLINE static void add_pack(const Group<kRows>& group, Chains<kRows>& chains, At at) {
     const Whole whole{at.start};
     Pack<double> weight, dweight, dbias;
     if constexpr (kParams) weight = in_register(whole.template load<double>(group.weight));
     for_constants<kRows>([&](auto r) {
       Pack<double> xhat = at.template load<double>(group.x[r]);
-      if constexpr (kCentred) xhat = (xhat - group.mean[r]) - group.mean_lo[r];
+      if constexpr (kCentred) {
+        xhat -= group.mean[r];
+        if constexpr (kLow) xhat -= group.mean_lo[r];
+        chains.rest[r] += within(at, xhat);
+      }
       xhat *= group.rstd[r];
       Pack<double> g = in_register(at.template load<double>(group.dy[r]));
       if constexpr (kParams) {
@@ -213,9 +243,6 @@ class DoubleRowTiles {
       if constexpr (kCentred) whole.store(group.dbias, whole.template load<double>(group.dbias) + dbias);
     }
   }
-
-  static constexpr int kLevels = 8;
-  static_assert(kLongestDoubleRow <= kTile << (kLevels - 1), "every level has a place");
 
   const int64_t n_;
   const double* const weight_;

@@ -48,16 +48,46 @@ FASTNORM_LOOPS inline auto leaf_sums(int64_t first, int64_t n, const Term& term)
   const auto whole = [&](int64_t i) { return term(Whole{first + i * kPack}); };
   if (n == kLeaf)
     return ((whole(0) + whole(1)) + (whole(2) + whole(3))) + ((whole(4) + whole(5)) + (whole(6) + whole(7)));
-  const int64_t full = n / kPack, rest = n % kPack;
-  const auto part = [&] {
-    const auto terms = term(Partial{first + full * kPack, rest});
-    if constexpr (kZeroBeyond) return terms;
-    return first_lanes_of(terms, rest);
+  // In the order of memory: pairs, and what is left of them, a pack, a part of one, or both.
+  const int64_t pairs = n / (2 * kPack), odd = n / kPack % 2, rest = n % kPack;
+  const auto add_rest = [&](auto& lanes) FASTNORM_LOOPS {
+    const auto terms = term(Partial{first + n - rest, rest});
+    if constexpr (kZeroBeyond) {
+      lanes += terms;
+    } else {
+      lanes += first_lanes_of(terms, rest);
+    }
   };
-  if (full == 0) return part();
+  if (pairs + odd == 0) {
+    decltype(whole(0)) lanes{};
+    add_rest(lanes);
+    return lanes;
+  }
   auto lanes = whole(0);
-  for (int64_t i = 1; i < full; ++i) lanes += whole(i);
-  if (rest > 0) lanes += part();
+  if (pairs > 0) lanes += whole(1);
+  if (pairs > 1) {
+    auto pair = whole(2);
+    pair += whole(3);
+    lanes += pair;
+  }
+  if (pairs == 3) {
+    auto last = whole(4);
+    last += whole(5);
+    if (odd != 0) {
+      auto over = whole(6);
+      if (rest > 0) add_rest(over);
+      last += over;
+    } else if (rest > 0) {
+      add_rest(last);
+    }
+    lanes += last;
+  } else if (odd != 0 && pairs > 0) {
+    auto over = whole(2 * pairs);
+    if (rest > 0) add_rest(over);
+    lanes += over;
+  } else if (rest > 0) {
+    add_rest(lanes);
+  }
   return lanes;
 }
 

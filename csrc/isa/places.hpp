@@ -70,6 +70,16 @@ struct Partial {
   }
 };
 
+// The values of a run: zeros in the places of a pack that lie behind it.
+template <class C>
+FASTNORM_INLINE Pack<C> within(Whole, const Pack<C>& pack) {
+  return pack;
+}
+template <class C>
+FASTNORM_INLINE Pack<C> within(Partial at, const Pack<C>& pack) {
+  return first_lanes_of(pack, at.count);
+}
+
 // Asks for what a first reading will want soon, `distance` bytes ahead; what it will want later, for the second cache.
 enum Wanted { later = 2, soon = 3 };  // as the instruction counts
 template <Wanted wanted = soon, class T>

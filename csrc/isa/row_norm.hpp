@@ -27,7 +27,7 @@ struct SetGroups {
     SetGroups sets{share <= kLeast ? kLeast : (share + kColumnRows - 1) / kColumnRows * kColumnRows, 0};
     if (kMayOverflow<T>) sets.group = units_per_set(plan) > 1 ? kLeast : (sets.group + kLeast - 1) / kLeast * kLeast;
     sets.group *= sharing;
-    sets.part = kMayOverflow<T> ? kLeast * sharing : sets.group;
+    sets.part = kMayOverflow<T> ? (units_per_set(plan) > 1 ? kLeast / 2 : kLeast) * sharing : sets.group;
     return sets;
   }
 };
@@ -138,6 +138,18 @@ class RowBackward {
     return total;
   }
 
+  // What x - mean adds up to belongs to the mean.
+  Statistic centre(const Statistic& s, SegmentSums& total) const {
+    Statistic centred = s;
+    const double rest = total.rest.value();
+    const bool any = rest != 0 && std::fabs(rest) < HUGE_VAL;
+    if (!kMayOverflow<T> || !args_.centred || !any) return centred;
+    const double off = rest / static_cast<double>(plan_.elements);
+    total.dy_xhat.add(-off * s.rstd * total.dy.value());
+    centred.mean_lo += off;
+    return centred;
+  }
+
   // One unit's part of the parameters' gradients. A unit is a range of parameters: units of a set share none.
   void parameters(int64_t set, int64_t unit, const Statistic& s, ParameterSums params) const {
     const int64_t param = plan_.set_param.offset(set);
@@ -198,9 +210,10 @@ class RowBackward {
   [[gnu::noinline]] void set_in_double(int64_t set, const Statistic& s, const ParameterSums* params) const {
     SegmentSums total;
     for (int64_t unit = 0; unit < units_; ++unit) total.add(sums(set, unit, s));
+    const Statistic centred = centre(s, total);
     for (int64_t unit = 0; unit < units_; ++unit) {
-      if (params) parameters(set, unit, s, *params);
-      gradient(set, unit, s, total);
+      if (params) parameters(set, unit, centred, *params);
+      gradient(set, unit, centred, total);
     }
   }
 
@@ -475,9 +488,10 @@ bool row_backward(const Plan& plan, const NormArgs<T>& args) {
     }
     for_results(plan, args, units, [&](int64_t unit) {
       for (int64_t set = 0; set < plan.sets; ++set) {
-        const Statistic s = backward.statistic(set);
+        SegmentSums total = sums[set * units];
+        const Statistic s = backward.centre(backward.statistic(set), total);
         if (want_params) backward.parameters(set, unit, s, gradients.of(set / per_group));
-        backward.gradient(set, unit, s, sums[set * units]);
+        backward.gradient(set, unit, s, total);
       }
     });
     if (args.finished) args.finished(args.context, 0, plan.sets);

@@ -109,7 +109,8 @@ FASTNORM_LOOPS inline void chunk_deviations(const Plan& plan, int64_t set, int64
     sum.hi = first.hi, sum.lo = first.lo;
     squares.hi = second.hi, squares.lo = second.lo;
   } else {
-    squares.hi = fold(lanes);
+    const TwoTerm all = fold_exactly(lanes);
+    squares.hi = all.hi, squares.lo = all.lo;
   }
 }
 

@@ -299,12 +299,15 @@ FASTNORM_INLINE void store_first(double* p, const Vector<double, 32>& v, int64_t
 // The pack with zeros from lane `count` on.
 template <class C>
 FASTNORM_INLINE Pack<C> first_lanes_of(Pack<C> pack, int64_t count) {
-  C lanes[kPack];
-  std::memcpy(lanes, &pack, sizeof lanes);
+  using Integer = std::conditional_t<sizeof(C) == 4, int32_t, int64_t>;
+  using Bits = Vector<Integer, kVectorBytes>;
+  Bits lane;
+  FASTNORM_UNROLL
+  for (int i = 0; i < Pack<C>::kWidth; ++i) lane[i] = i;
   FASTNORM_UNROLL
   for (int k = 0; k < Pack<C>::kParts; ++k) {
-    const int64_t first = k * Pack<C>::kWidth;
-    pack.part[k] = load_first<typename Pack<C>::Part>(lanes + first, count - first);
+    const Bits there = lane + k * Pack<C>::kWidth < static_cast<Integer>(count);
+    pack.part[k] = reinterpret_cast<typename Pack<C>::Part>(reinterpret_cast<Bits>(pack.part[k]) & there);
   }
   return pack;
 }
@@ -432,6 +435,10 @@ struct HalfPack {
   Pack<double>::Part part[kParts];
 
   HalfPack() = default;
+  explicit FASTNORM_INLINE HalfPack(double value) {
+    FASTNORM_UNROLL
+    for (int k = 0; k < kParts; ++k) part[k] = value - Pack<double>::Part{};
+  }
   FASTNORM_INLINE HalfPack(const Pack<double>& pack) {  // NOLINT: they stand for the same sum
     FASTNORM_UNROLL
     for (int k = 0; k < kParts; ++k) part[k] = pack.part[k] + pack.part[k + kParts];
@@ -440,6 +447,15 @@ struct HalfPack {
     FASTNORM_UNROLL
     for (int k = 0; k < kParts; ++k) part[k] += other.part[k];
     return *this;
+  }
+  // The same; what rounding takes is added to `lost`.
+  FASTNORM_INLINE void add(const HalfPack& other, HalfPack& lost) {
+    FASTNORM_UNROLL
+    for (int k = 0; k < kParts; ++k) {
+      const Pack<double>::Part before = part[k], sum = before + other.part[k], share = sum - before;
+      part[k] = sum;
+      lost.part[k] += (before - (sum - share)) + (other.part[k] - share);
+    }
   }
   FASTNORM_INLINE void add_products(const Pack<double>& a, const Pack<double>& b) {
     FASTNORM_UNROLL
@@ -484,20 +500,44 @@ FASTNORM_INLINE void fold_eight(const P* packs, double* sums) {
 #endif
 }
 
-// The same with what rounding takes from the additions: sums + lost.
+// The same with what rounding takes from the additions.
+template <int kBytes>
+FASTNORM_INLINE TwoTerm fold_exactly(const Vector<double, kBytes>& sum, const Vector<double, kBytes>& lost) {
+  if constexpr (kBytes == 2 * sizeof(double)) {
+    const TwoTerm both = two_sum(sum[0], sum[1]);
+    return {both.hi, both.lo + (lost[0] + lost[1])};
+  } else {
+    using Half = Vector<double, kBytes / 2>;
+    Half a, b, a_lost, b_lost;
+    std::memcpy(&a, &sum, sizeof a);
+    std::memcpy(&b, reinterpret_cast<const char*>(&sum) + sizeof a, sizeof b);
+    std::memcpy(&a_lost, &lost, sizeof a);
+    std::memcpy(&b_lost, reinterpret_cast<const char*>(&lost) + sizeof a, sizeof b);
+    const Half both = a + b, part = both - a;
+    return fold_exactly<kBytes / 2>(both, ((a - (both - part)) + (b - part)) + (a_lost + b_lost));
+  }
+}
 FASTNORM_INLINE TwoTerm fold_exactly(const Pack<double>& pack) {
-  double sums[kPack], lost[kPack] = {};
-  std::memcpy(sums, &pack, sizeof sums);
-  for (int half = kPack / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) {
-      const TwoTerm both = two_sum(sums[i], sums[i + half]);
-      sums[i] = both.hi;
-      lost[i] = both.lo + (lost[i] + lost[i + half]);
+  using Part = Pack<double>::Part;
+  constexpr int kParts = Pack<double>::kParts;
+  Part sum[kParts], lost[kParts];
+  FASTNORM_UNROLL
+  for (int k = 0; k < kParts; ++k) sum[k] = pack.part[k], lost[k] = Part{};
+  FASTNORM_UNROLL
+  for (int half = kParts / 2; half > 0; half /= 2) {
+    FASTNORM_UNROLL
+    for (int k = 0; k < half; ++k) {
+      const Part a = sum[k], b = sum[k + half], both = a + b, part = both - a;
+      sum[k] = both;
+      lost[k] = ((a - (both - part)) + (b - part)) + (lost[k] + lost[k + half]);
     }
   }
-  return {sums[0], lost[0]};
+  return fold_exactly<kVectorBytes>(sum[0], lost[0]);
 }
-FASTNORM_INLINE void fold_eight_exactly(const Pack<double>* packs, double* sums, double* lost) {
+// Of packs, or of halves that have lost something already (which is `lost_before`).
+template <class P>
+FASTNORM_INLINE void fold_eight_exactly(const P* packs, double* sums, double* lost,
+                                        const HalfPack* lost_before = nullptr) {
 #if defined(__AVX512F__) && defined(__AVX512DQ__)
   using Part = Pack<double>::Part;
   struct Exact {
@@ -518,7 +558,13 @@ FASTNORM_INLINE void fold_eight_exactly(const Pack<double>* packs, double* sums,
   };
   Exact half[8];  // lane + 8
   FASTNORM_UNROLL
-  for (int k = 0; k < 8; ++k) half[k] = add_two(packs[k].part[0], packs[k].part[1]);
+  for (int k = 0; k < 8; ++k) {
+    if constexpr (P::kParts == 2) {
+      half[k] = add_two(packs[k].part[0], packs[k].part[1]);
+    } else {
+      half[k] = {packs[k].part[0], lost_before[k].part[0]};
+    }
+  }
   const auto quarters = [&](const Exact& a, const Exact& b) {  // lane + 4
     const auto low = [](const Part& p, const Part& q) -> Part { return _mm512_maskz_shuffle_f64x2(0xff, p, q, 0x44); };
     const auto high = [](const Part& p, const Part& q) -> Part { return _mm512_maskz_shuffle_f64x2(0xff, p, q, 0xee); };
@@ -541,12 +587,15 @@ FASTNORM_INLINE void fold_eight_exactly(const Pack<double>* packs, double* sums,
 #else
   // The parts of each pack, and then the lanes of what is left of all eight side by side.
   using Part = Pack<double>::Part;
-  constexpr int kParts = Pack<double>::kParts, kWidth = Pack<double>::kWidth;
+  constexpr int kParts = P::kParts, kWidth = Pack<double>::kWidth;
   alignas(64) double lanes[kWidth][8], lanes_lost[kWidth][8];
   for (int k = 0; k < 8; ++k) {
     Part sum[kParts], gone[kParts];
     FASTNORM_UNROLL
-    for (int i = 0; i < kParts; ++i) sum[i] = packs[k].part[i], gone[i] = Part{};
+    for (int i = 0; i < kParts; ++i) {
+      sum[i] = packs[k].part[i];
+      gone[i] = kParts == Pack<double>::kParts ? Part{} : lost_before[k].part[i];
+    }
     FASTNORM_UNROLL
     for (int half = kParts / 2; half > 0; half /= 2) {
       FASTNORM_UNROLL
