@@ -265,8 +265,8 @@ FASTNORM_INLINE PackPair last_lines(At at, int64_t line, int64_t count, const Te
 constexpr int64_t kFewLines = 16;
 
 // Adds up the values of a panel in trees of eight lines: terms(at) gives, for the columns there, term(at, line). Packs
-// of columns that are not `wanted` are left out. The trees of a panel of float64 are added up in a tree again; what
-// those additions lose is not kept, which would cost more than they do, but where there are `few` lines altogether.
+// of columns that are not `wanted` are left out. What float64 loses between trees is kept; within them, where there are
+// `few` lines altogether.
 template <class T, class Terms>
 FASTNORM_INLINE void add_in_trees(const ColumnSums& to, int64_t count, int64_t width, const double* wanted, bool few,
                                   const Terms& terms) {
@@ -278,16 +278,11 @@ FASTNORM_INLINE void add_in_trees(const ColumnSums& to, int64_t count, int64_t w
       first.add(sums.first);
       second.add(sums.second);
     };
-    int64_t line = kSlab;
+    int64_t line = 0;
     if (kMayOverflow<T> && few) {
-      for (line = 0; line < count; ++line) add(term(at, line));
-    } else if (kMayOverflow<T> && line <= count) {
-      LaneTree<PackPair> trees;
-      for (line = 0; line + kSlab <= count; line += kSlab) trees.push(tree_of_lines<kSlab>(at, line, term));
-      if (line < count) trees.push(last_lines(at, line, count, term));
-      add(trees.total());
+      for (; line < count; ++line) add(term(at, line));
     } else {
-      for (line = 0; line + kSlab <= count; line += kSlab) add(tree_of_lines<kSlab>(at, line, term));
+      for (; line + kSlab <= count; line += kSlab) add(tree_of_lines<kSlab>(at, line, term));
       if (line < count) add(last_lines(at, line, count, term));
     }
     first.store(at, to.first, to.first_lo);
