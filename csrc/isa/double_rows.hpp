@@ -37,21 +37,13 @@ struct DoubleRows {
   // Do neither x - mean nor its product with rstd overflow or underflow?
   bool fit(int r) const { return (rstd[r] > 0x1p-500) & (rstd[r] < 0x1p500) & (std::fabs(mean[r]) < 0x1p500); }
   bool holds(int r) const { return size[r] < 0x1p900; }
-  // Has the mean of any of the four rows from r on a second part?
-  bool any_low(int r) const {
-    return (mean_lo[r] != 0) | (mean_lo[r + 1] != 0) | (mean_lo[r + 2] != 0) | (mean_lo[r + 3] != 0);
-  }
 
   // When `count` rows are set. Do all of them fit?
   bool start(int count) {
     for (int r = count; r < kMost; ++r) mean[r] = mean_lo[r] = 0, rstd[r] = 1;
     int beyond = 0;
 #pragma omp simd reduction(| : beyond)
-    for (int r = 0; r < kMost; ++r) {
-      // What dweight does not need is left out of the loops; dx has it from what is left of the mean.
-      if (std::fabs(mean_lo[r]) * rstd[r] < 0x1p-53) mean_lo[r] = 0;
-      beyond |= fit(r) ? 0 : 1;
-    }
+    for (int r = 0; r < kMost; ++r) beyond |= fit(r) ? 0 : 1;
     return beyond == 0;
   }
 
@@ -70,11 +62,11 @@ struct DoubleRows {
         const TwoTerm sum = two_sum(product[k], product_lost[k] - (kCentred ? off * rstd[k] * g[k] : 0));
         const double mean = sum.hi / n;
         const TwoTerm back = two_product(mean, n), once = two_product(mean, rstd[k]);
-        const double rest = once.lo + (((sum.hi - back.hi) - back.lo) + sum.lo) * share * rstd[k];
-        double factor = once.hi + rest;
+        const double once_lo = once.lo + (((sum.hi - back.hi) - back.lo) + sum.lo) * share * rstd[k];
+        double factor = once.hi + once_lo;
         if (!kCentred) {
           const TwoTerm twice = two_product(once.hi, rstd[k]);
-          factor = twice.hi + (twice.lo + rest * rstd[k]);
+          factor = twice.hi + (twice.lo + once_lo * rstd[k]);
         }
         a[k] = kCentred ? g[k] / n - (mean_lo[k] + off) * factor : 0;
         b[k] = factor;
@@ -99,13 +91,10 @@ class DoubleRowTiles {
   void sum(DoubleRows& rows, int first, int count) const {
     for (int r = first, size; r < first + count; r += size) {
       size = group_size(first + count - r);
-      if (size == kMostRows) {
-        const bool low = kCentred && rows.any_low(r);
-        if (ahead_.summed != 0) {
-          low ? sum_group<kMostRows, true, true>(rows, r) : sum_group<kMostRows, false, true>(rows, r);
-        } else {
-          low ? sum_group<kMostRows, true>(rows, r) : sum_group<kMostRows, false>(rows, r);
-        }
+      if (size == kMostRows && ahead_.summed != 0) {
+        sum_group<kMostRows, true>(rows, r);
+      } else if (size == kMostRows) {
+        sum_group<kMostRows>(rows, r);
       } else if (size == 2) {
         sum_group<2>(rows, r);
       } else {
@@ -138,14 +127,7 @@ class DoubleRowTiles {
   template <int kRows>
   struct Chains {
     HalfPack g[kRows], product[kRows], rest[kRows];
-    FASTNORM_INLINE Chains& operator+=(const Chains& other) {
-      for_constants<kRows>([&](auto r) {
-        if constexpr (kCentred) g[r] += other.g[r], rest[r] += other.rest[r];
-        product[r] += other.product[r];
-      });
-      return *this;
-    }
-    // The same; what rounding takes is added to `lost`.
+    // What rounding takes is added to `lost`.
     FASTNORM_INLINE void add(const Chains& other, Chains& lost) {
       for_constants<kRows>([&](auto r) {
         if constexpr (kCentred) g[r].add(other.g[r], lost.g[r]), rest[r].add(other.rest[r], lost.rest[r]);
@@ -171,7 +153,7 @@ class DoubleRowTiles {
 
   static int group_size(int left) { return left >= kMostRows ? kMostRows : left >= 2 ? 2 : 1; }
 
-  template <int kRows, bool kLow = true, bool kAhead = false>
+  template <int kRows, bool kAhead = false>
   FASTNORM_LOOPS [[gnu::noinline]] void sum_group(DoubleRows& rows, int first) const {
     Group<kRows> group;
     for_constants<kRows>([&](auto r) {
@@ -192,10 +174,10 @@ class DoubleRowTiles {
           prefetch<later>(group.x[r] + i, ahead_.summed);
           prefetch<later>(group.dy[r] + i, ahead_.summed);
         }
-        add_pack<kRows, kLow>(group, chains, Whole{i});
+        add_pack<kRows>(group, chains, Whole{i});
       }
       const bool last = i == whole;
-      if (last && whole < n) add_pack<kRows, kLow>(group, chains, Partial{whole, n - whole});
+      if (last && whole < n) add_pack<kRows>(group, chains, Partial{whole, n - whole});
       if (whole <= kTile) {
         sums = chains;
         break;
@@ -214,8 +196,8 @@ class DoubleRowTiles {
     });
   }
 
-  // A pack of all rows. kLow: the means of some have second parts.
-  template <int kRows, bool kLow, class At>
+  // A pack of all rows.
+  template <int kRows, class At>
   FASTNORM_INLINE static void add_pack(const Group<kRows>& group, Chains<kRows>& chains, At at) {
     const Whole whole{at.start};
     Pack<double> weight, dweight, dbias;
@@ -223,8 +205,7 @@ class DoubleRowTiles {
     for_constants<kRows>([&](auto r) {
       Pack<double> xhat = at.template load<double>(group.x[r]);
       if constexpr (kCentred) {
-        xhat -= group.mean[r];
-        if constexpr (kLow) xhat -= group.mean_lo[r];
+        xhat = (xhat - group.mean[r]) - group.mean_lo[r];
         chains.rest[r] += within(at, xhat);
       }
       xhat *= group.rstd[r];
