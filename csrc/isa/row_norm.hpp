@@ -27,7 +27,7 @@ struct SetGroups {
     SetGroups sets{share <= kLeast ? kLeast : (share + kColumnRows - 1) / kColumnRows * kColumnRows, 0};
     if (kMayOverflow<T>) sets.group = units_per_set(plan) > 1 ? kLeast : (sets.group + kLeast - 1) / kLeast * kLeast;
     sets.group *= sharing;
-    sets.part = kMayOverflow<T> ? (units_per_set(plan) > 1 ? kLeast / 2 : kLeast) * sharing : sets.group;
+    sets.part = kMayOverflow<T> ? kLeast * sharing : sets.group;
     return sets;
   }
 };
