@@ -130,7 +130,7 @@ def _exact(x: Any, dy: Any, centred: bool) -> tuple[Any, Any]:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("norm", NORMS)
 def test_dx(norm: str, kind: str) -> None:
-    """With other seeds RMS norm goes further (docs/accuracy.md)."""
+    """Other seeds go a little further: docs/accuracy.md."""
     rng = np.random.default_rng(19)
     worst = {}
     for size in SIZES:

@@ -97,7 +97,7 @@ struct TreeGradientSums<float> {
 // Float64 has no digits to spare for chains: trees are added up with what rounding takes. And of x - pivot.
 template <>
 struct TreeGradientSums<double> {
-  HalfPack dy_sum{0.0}, product_sum{0.0}, rest_sum{0.0};
+  HalfPack dy_sum = Pack<double>(0.0), product_sum = Pack<double>(0.0), rest_sum = Pack<double>(0.0);
 
   struct Terms {
     Pack<double> dy, product, rest;
@@ -119,17 +119,19 @@ struct TreeGradientSums<double> {
   }
 
  private:
-  HalfPack dy_lost_{0.0}, product_lost_{0.0}, rest_lost_{0.0};
+  HalfPack dy_lost_ = Pack<double>(0.0), product_lost_ = Pack<double>(0.0), rest_lost_ = Pack<double>(0.0);
 };
 
-// A run. What is missing in the last pack is zeros of dy: they add nothing.
+// A run. What is missing in the last pack is zeros of dy: they add nothing. (To the sum of x - pivot they would.)
 template <int kRest, class T, class Ahead>
 FASTNORM_INLINE void add_run(TreeGradientSums<T>& sums, const T* x, const T* dy, const TreeCut& cut,
                              const Pack<T>& pivot, const Ahead& ahead) {
   const auto terms = [&](auto at) {
     ahead(x + at.start, dy + at.start);
     const Pack<T> g = in_register(at.template load<T>(dy));
-    return sums.terms(g, within(at, at.template load<T>(x) - pivot));
+    const Pack<T> d = at.template load<T>(x) - pivot;
+    if constexpr (kMayOverflow<T>) return sums.terms(g, within(at, d));
+    return sums.terms(g, d);
   };
   const auto whole = [&](int64_t i) { return terms(Whole{i}); };
   int64_t i = 0;
@@ -203,21 +205,7 @@ FASTNORM_LOOPS inline bool tree_unit_sums(const Plan& plan, int64_t run, int64_t
 }
 
 // The terms of the sums of float64 data, and xhat.
-struct DoubleTerms {
-  PackPair gradients;
-  Pack<double> xhat;
-  FASTNORM_INLINE DoubleTerms& operator+=(const DoubleTerms& other) {
-    gradients += other.gradients;
-    xhat += other.xhat;
-    return *this;
-  }
-  FASTNORM_INLINE friend DoubleTerms operator+(const DoubleTerms& a, const DoubleTerms& b) {
-    return {a.gradients + b.gradients, a.xhat + b.xhat};
-  }
-};
-FASTNORM_INLINE DoubleTerms first_lanes_of(const DoubleTerms& terms, int64_t count) {
-  return {first_lanes_of(terms.gradients, count), first_lanes_of(terms.xhat, count)};
-}
+using DoubleTerms = LanePair<PackPair, Pack<double>>;
 
 // The sums of one unit, weighted or not. Float32 data is added in plain lanes of double; float64 data has no digits to
 // spare and is added in trees.
@@ -255,10 +243,10 @@ FASTNORM_LOOPS inline SegmentSums unit_sums(const Plan& plan, int64_t run, int64
   });
   if constexpr (kMayOverflow<T>) {
     const DoubleTerms terms = tree.total();
-    const TwoTerm of_dy = fold_exactly(terms.gradients.first), of_product = fold_exactly(terms.gradients.second);
+    const TwoTerm of_dy = fold_exactly(terms.first.first), of_product = fold_exactly(terms.first.second);
     total.dy.hi = of_dy.hi, total.dy.lo = of_dy.lo;
     total.dy_xhat.hi = of_product.hi, total.dy_xhat.lo = of_product.lo;
-    total.rest.hi = fold(terms.xhat) / s.rstd;
+    total.rest.hi = fold(terms.second) / s.rstd;
   } else {
     const Pair sums = fold(lanes);
     total.dy.hi = sums.first;

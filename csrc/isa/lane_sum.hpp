@@ -19,22 +19,26 @@ struct Pair {
   double first, second;
 };
 
-// Two sums side by side.
-struct PackPair {
-  Pack<double> first, second;
-  FASTNORM_INLINE PackPair& operator+=(const PackPair& other) {
+// Sums side by side.
+template <class A, class B>
+struct LanePair {
+  A first;
+  B second;
+  FASTNORM_INLINE LanePair& operator+=(const LanePair& other) {
     first += other.first;
     second += other.second;
     return *this;
   }
-  FASTNORM_INLINE friend PackPair operator+(const PackPair& a, const PackPair& b) {
+  FASTNORM_INLINE friend LanePair operator+(const LanePair& a, const LanePair& b) {
     return {a.first + b.first, a.second + b.second};
   }
 };
+using PackPair = LanePair<Pack<double>, Pack<double>>;
 
 FASTNORM_INLINE Pair fold(const PackPair& pair) { return {fold(pair.first), fold(pair.second)}; }
 
-FASTNORM_INLINE PackPair first_lanes_of(const PackPair& pair, int64_t count) {
+template <class A, class B>
+FASTNORM_INLINE LanePair<A, B> first_lanes_of(const LanePair<A, B>& pair, int64_t count) {
   return {first_lanes_of(pair.first, count), first_lanes_of(pair.second, count)};
 }
 
@@ -99,7 +103,7 @@ inline auto tree_sums(int64_t first, int64_t n, const Term& term) -> decltype(te
 }
 
 // A tree over sums that come one after the other: of leaves, or of runs that memory keeps apart.
-template <class Lanes>  // Pack<double> or PackPair
+template <class Lanes>  // Pack<double> or LanePair
 class LaneTree {
  public:
   FASTNORM_INLINE void push(Lanes sums) {
@@ -107,7 +111,6 @@ class LaneTree {
     for (uint64_t taken = count_++; taken & 1; taken >>= 1) sums = levels_[level++] + sums;
     levels_[level] = sums;
   }
-  void clear() { count_ = 0; }
   FASTNORM_INLINE Lanes total() const {
     if (count_ == 0) return Lanes{};
     int level = 0;
@@ -123,7 +126,6 @@ class LaneTree {
   uint64_t count_ = 0;
   Lanes levels_[40];
 };
-using PairTree = LaneTree<PackPair>;
 
 // The sum of term(place) over a run of n >= 1 values; term gives a Pack<double> or a PackPair.
 template <class Term>

@@ -435,10 +435,6 @@ struct HalfPack {
   Pack<double>::Part part[kParts];
 
   HalfPack() = default;
-  explicit FASTNORM_INLINE HalfPack(double value) {
-    FASTNORM_UNROLL
-    for (int k = 0; k < kParts; ++k) part[k] = value - Pack<double>::Part{};
-  }
   FASTNORM_INLINE HalfPack(const Pack<double>& pack) {  // NOLINT: they stand for the same sum
     FASTNORM_UNROLL
     for (int k = 0; k < kParts; ++k) part[k] = pack.part[k] + pack.part[k + kParts];
@@ -517,21 +513,25 @@ FASTNORM_INLINE TwoTerm fold_exactly(const Vector<double, kBytes>& sum, const Ve
     return fold_exactly<kBytes / 2>(both, ((a - (both - part)) + (b - part)) + (a_lost + b_lost));
   }
 }
-FASTNORM_INLINE TwoTerm fold_exactly(const Pack<double>& pack) {
-  using Part = Pack<double>::Part;
-  constexpr int kParts = Pack<double>::kParts;
-  Part sum[kParts], lost[kParts];
-  FASTNORM_UNROLL
-  for (int k = 0; k < kParts; ++k) sum[k] = pack.part[k], lost[k] = Part{};
+// The parts of a pack, or of half of one, into the first; what they had lost, and lose here, in `lost`.
+template <int kParts>
+FASTNORM_INLINE void fold_parts_exactly(Pack<double>::Part* sum, Pack<double>::Part* lost) {
   FASTNORM_UNROLL
   for (int half = kParts / 2; half > 0; half /= 2) {
     FASTNORM_UNROLL
     for (int k = 0; k < half; ++k) {
-      const Part a = sum[k], b = sum[k + half], both = a + b, part = both - a;
+      const Pack<double>::Part a = sum[k], b = sum[k + half], both = a + b, part = both - a;
       sum[k] = both;
       lost[k] = ((a - (both - part)) + (b - part)) + (lost[k] + lost[k + half]);
     }
   }
+}
+FASTNORM_INLINE TwoTerm fold_exactly(const Pack<double>& pack) {
+  constexpr int kParts = Pack<double>::kParts;
+  Pack<double>::Part sum[kParts], lost[kParts];
+  FASTNORM_UNROLL
+  for (int k = 0; k < kParts; ++k) sum[k] = pack.part[k], lost[k] = Pack<double>::Part{};
+  fold_parts_exactly<kParts>(sum, lost);
   return fold_exactly<kVectorBytes>(sum[0], lost[0]);
 }
 // Of packs, or of halves that have lost something already (which is `lost_before`).
@@ -596,15 +596,7 @@ FASTNORM_INLINE void fold_eight_exactly(const P* packs, double* sums, double* lo
       sum[i] = packs[k].part[i];
       gone[i] = kParts == Pack<double>::kParts ? Part{} : lost_before[k].part[i];
     }
-    FASTNORM_UNROLL
-    for (int half = kParts / 2; half > 0; half /= 2) {
-      FASTNORM_UNROLL
-      for (int i = 0; i < half; ++i) {
-        const Part a = sum[i], b = sum[i + half], both = a + b, part = both - a;
-        sum[i] = both;
-        gone[i] = ((a - (both - part)) + (b - part)) + (gone[i] + gone[i + half]);
-      }
-    }
+    fold_parts_exactly<kParts>(sum, gone);
     FASTNORM_UNROLL
     for (int i = 0; i < kWidth; ++i) lanes[i][k] = sum[0][i], lanes_lost[i][k] = gone[0][i];
   }
