@@ -21,6 +21,7 @@ struct DoubleRows {
   static constexpr int kMost = kPack, kFolded = 8;
 
   const double *x[kMost], *dy[kMost];
+  double* dx[kMost];
   alignas(64) double mean[kMost], mean_lo[kMost], rstd[kMost];
   // Sums of g, of g * xhat with what they have lost, and of x - mean, in lanes and folded.
   HalfPack g_lanes[kMost], product_lanes[kMost], product_lost_lanes[kMost], rest_lanes[kMost];
@@ -35,15 +36,15 @@ struct DoubleRows {
   }
 
   // Do neither x - mean nor its product with rstd overflow or underflow?
-  bool fit(int r) const { return (rstd[r] > 0x1p-500) & (rstd[r] < 0x1p500) & (std::fabs(mean[r]) < 0x1p500); }
-  bool holds(int r) const { return size[r] < 0x1p900; }
+  bool fit(int64_t r) const { return (rstd[r] > 0x1p-500) & (rstd[r] < 0x1p500) & (std::fabs(mean[r]) < 0x1p500); }
+  bool holds(int64_t r) const { return size[r] < 0x1p900; }
 
   // When `count` rows are set. Do all of them fit?
   bool start(int count) {
     for (int r = count; r < kMost; ++r) mean[r] = mean_lo[r] = 0, rstd[r] = 1;
-    int beyond = 0;
+    int64_t beyond = 0;
 #pragma omp simd reduction(| : beyond)
-    for (int r = 0; r < kMost; ++r) beyond |= fit(r) ? 0 : 1;
+    for (int64_t r = 0; r < kMost; ++r) beyond |= fit(r) ? 0 : 1;
     return beyond == 0;
   }
 
@@ -52,7 +53,6 @@ struct DoubleRows {
   template <bool kCentred>
   bool finish(int first, int count, double n) {
     const double share = 1 / n;
-    int beyond = 0;
     for (int r = first - first % kFolded; r < first + count; r += kFolded) {
       if (kCentred) fold_eight(g_lanes + r, g + r), fold_eight(rest_lanes + r, rest + r);
       fold_eight_exactly(product_lanes + r, product + r, product_lost + r, product_lost_lanes + r);
@@ -74,7 +74,9 @@ struct DoubleRows {
         size[k] = fine ? std::fabs(factor) : HUGE_VAL;
       }
     }
-    for (int k = first; k < first + count; ++k) beyond |= holds(k) ? 0 : 1;
+    int64_t beyond = 0;
+#pragma omp simd reduction(| : beyond)
+    for (int64_t r = 0; r < kMost; ++r) beyond |= (r >= first) & (r < first + count) & !holds(r) ? 1 : 0;
     return beyond == 0;
   }
 };
@@ -107,9 +109,9 @@ class DoubleRowTiles {
   void finish() const {}
   bool zeros(const double*) const { return false; }
 
-  // dx of a row, as InputGradient has it. What is read next is asked for here.
-  FASTNORM_INLINE void write(const DoubleRows& rows, int r, double* dx, bool past_cache) const {
-    ahead_.summed != 0 ? write_from_memory(rows, r, dx) : write_row<false>(rows, r, dx, past_cache);
+  // dx of rows [first, end), as InputGradient has it. What is read next is asked for here.
+  void write(const DoubleRows& rows, int first, int end, bool past_cache) const {
+    ahead_.summed != 0 ? write_rows<true>(rows, first, end, true) : write_rows<false>(rows, first, end, past_cache);
   }
 
  private:
@@ -137,18 +139,19 @@ class DoubleRowTiles {
   };
 
   template <bool kFromMemory>
-  FASTNORM_INLINE void write_row(const DoubleRows& rows, int r, double* dx, bool past_cache) const {
-    const double *const x = rows.x[r], *const dy = rows.dy[r], *const weight = weight_;
-    const Pack<double> mean(rows.mean[r]), rstd(rows.rstd[r]), a(rows.a[r]), b(rows.b[r]);
-    write_asking<kFromMemory>(dx, n_, x, dy, ahead_.written, past_cache, true, [&](auto at) {
-      Pack<double> g = at.template load<double>(dy), centred = at.template load<double>(x);
-      if constexpr (kParams) g *= at.template load<double>(weight);
-      if constexpr (!kCentred) return rstd * g - centred * b;
-      return rstd * ((g - a) - (centred - mean) * b);
-    });
-  }
-  FASTNORM_LOOPS [[gnu::noinline]] void write_from_memory(const DoubleRows& rows, int r, double* dx) const {
-    write_row<true>(rows, r, dx, true);
+  FASTNORM_LOOPS [[gnu::noinline]] void write_rows(const DoubleRows& rows, int first, int end, bool past_cache) const {
+    const int64_t n = n_, ahead = ahead_.written;
+    const double* const weight = weight_;
+    for (int r = first; r < end; ++r) {
+      const double *const x = rows.x[r], *const dy = rows.dy[r];
+      const Pack<double> mean(rows.mean[r]), rstd(rows.rstd[r]), a(rows.a[r]), b(rows.b[r]);
+      write_asking<kFromMemory>(rows.dx[r], n, x, dy, ahead, past_cache, true, [&](auto at) {
+        Pack<double> g = at.template load<double>(dy), centred = at.template load<double>(x);
+        if constexpr (kParams) g *= at.template load<double>(weight);
+        if constexpr (!kCentred) return rstd * g - centred * b;
+        return rstd * ((g - a) - (centred - mean) * b);
+      });
+    }
   }
 
   static int group_size(int left) { return left >= kMostRows ? kMostRows : left >= 2 ? 2 : 1; }

@@ -169,11 +169,6 @@ class RowBackward {
   }
 
  private:
-  // Where the next rows are.
-  struct Places {
-    Offsets x, dy, dx;
-  };
-
   // Are the weights from `param` on such that float32 does? (Those of a set alone: others must not change its bits.)
   bool plain_weights(int64_t param) const {
     if (kMayOverflow<T> || !args_.weight) return true;
@@ -230,15 +225,14 @@ class RowBackward {
   void tiles(int64_t begin, int64_t end, const ParameterSums* params, T* copies) const {
     Tiles<kCentred, kParams> tiles(plan_.elements, weight_, kParams ? *params : ParameterSums{}, ahead_);
     const int batch = in_place_ ? Rows::kMost : together_;
-    Places places{Offsets(plan_.x.set, begin), Offsets(plan_.dy.set, begin), Offsets(plan_.dx.set, begin)};
     for (int64_t set = begin; set < end; set += batch) {
       Rows rows;
       const int count = static_cast<int>(end - set < batch ? end - set : batch);
-      give_rows(rows, places, set, count, copies);
+      give_rows(rows, set, count, copies);
       const bool fit = rows.start(count);
       for (int r = 0; r < count; r += together_) {
         const int size = count - r < together_ ? count - r : together_;
-        write_rows(tiles, rows, places, set, r, size, fit, params, copies);
+        write_rows(tiles, rows, set, r, size, fit, params, copies);
       }
     }
     tiles.finish();
@@ -247,8 +241,8 @@ class RowBackward {
   // Rows [first, first + count) of those from `set` on, by tiles where that will do: the sums of all groups, which a
   // group's results then need not wait for, and dx.
   template <bool kCentred, bool kParams>
-  void write_rows(Tiles<kCentred, kParams>& tiles, Rows& rows, Places& places, int64_t set, int first, int count,
-                  bool fit, const ParameterSums* params, T* copies) const {
+  void write_rows(Tiles<kCentred, kParams>& tiles, Rows& rows, int64_t set, int first, int count, bool fit,
+                  const ParameterSums* params, T* copies) const {
     const int end = first + count;
     for (int r = first; r < end; r += group_) {
       const int size = end - r < group_ ? end - r : group_;
@@ -258,17 +252,18 @@ class RowBackward {
     }
     tiles.settle(rows);
     const bool plain = rows.template finish<kCentred>(first, count, static_cast<double>(plan_.elements)) && fit;
-    const Operand& to = plan_.dx;
+    if (plain && in_place_) return tiles.write(rows, first, end, args_.past_cache);
+    T* const own = copies + 2 * together_ * plan_.elements;
     for (int r = first; r < end; ++r) {
-      char* const place = to.data + places.dx.next();
       if (!plain && !(rows.fit(r) && (rows.holds(r) || tiles.zeros(rows.dy[r])))) {
         set_in_double(set + r, statistic(set + r), nullptr);
+      } else if (in_place_) {
+        tiles.write(rows, r, r + 1, args_.past_cache);
       } else {
-        const Port<T> port{place, to.element, to.aligned};
-        T* const own = copies + 2 * together_ * plan_.elements;
-        T* const dx = in_place_ ? reinterpret_cast<T*>(place) : port.open(0, plan_.elements, own);
-        tiles.write(rows, r, dx, args_.past_cache);
-        if (!in_place_) port.commit(0, plan_.elements, own, dx);
+        const Port<T> port = piece(plan_.dx, rows.dx[r]);
+        rows.dx[r] = port.open(0, plan_.elements, own);
+        tiles.write(rows, r, r + 1, args_.past_cache);
+        port.commit(0, plan_.elements, own, rows.dx[r]);
       }
     }
   }
@@ -309,17 +304,18 @@ class RowBackward {
     tiles.sum(rows, first, count);
   }
 
-  void give_rows(Rows& rows, Places& places, int64_t set, int count, T* copies) const {
+  void give_rows(Rows& rows, int64_t set, int count, T* copies) const {
+    const auto rows_of = [&](const Operand& operand, auto** pointers) {
+      for_offsets(operand.set, set, count,
+                  [&](int64_t r, int64_t offset) { pointers[r] = reinterpret_cast<T*>(operand.data + offset); });
+    };
+    rows_of(plan_.x, rows.x);
+    rows_of(plan_.dy, rows.dy);
+    rows_of(plan_.dx, rows.dx);
     const int64_t n = plan_.elements;
-    for (int r = 0; r < count; ++r, copies += in_place_ ? 0 : 2 * n) {
-      char *const from = plan_.x.data + places.x.next(), *const gradient = plan_.dy.data + places.dy.next();
-      if (in_place_) {
-        rows.x[r] = reinterpret_cast<T*>(from), rows.dy[r] = reinterpret_cast<T*>(gradient);
-      } else {
-        const Port<T> port{from, plan_.x.element, plan_.x.aligned};
-        const Port<T> gradient_port{gradient, plan_.dy.element, plan_.dy.aligned};
-        rows.x[r] = port.read(0, n, copies), rows.dy[r] = gradient_port.read(0, n, copies + n);
-      }
+    for (int r = 0; !in_place_ && r < count; ++r, copies += 2 * n) {
+      rows.x[r] = piece(plan_.x, rows.x[r]).read(0, n, copies);
+      rows.dy[r] = piece(plan_.dy, rows.dy[r]).read(0, n, copies + n);
     }
     // As they were kept: of rows that `fit` nothing is scaled, and float32 keeps no mean_lo to be left out.
     if (count == Rows::kMost && in_order_) {
@@ -331,6 +327,11 @@ class RowBackward {
     load_numbers(plan_.set_stat, set, count, args_.mean, rows.mean);
     load_numbers(plan_.set_stat, set, count, args_.mean_lo, rows.mean_lo);
     load_numbers(plan_.set_stat, set, count, args_.rstd, rows.rstd);
+  }
+
+  // A row of an operand that may lie in pieces.
+  static Port<T> piece(const Operand& operand, const T* row) {
+    return {const_cast<char*>(reinterpret_cast<const char*>(row)), operand.element, operand.aligned};
   }
 
   // Those of Rows::kMost sets: load_numbers with a length that is known (rows of 30: 2 % of their time).

@@ -69,24 +69,27 @@ struct TiledRows {
   static constexpr int kMost = kPack, kFolded = 8;
 
   const float *x[kMost], *dy[kMost];
+  float* dx[kMost];
   alignas(64) double mean[kMost], mean_lo[kMost], rstd[kMost];
   alignas(64) float pivot[kMost], pivot_lo[kMost], float_rstd[kMost];  // pivot + pivot_lo: the mean
   HalfPack g_lanes[kMost], product_lanes[kMost];                       // sums of g and of g * (x - mean), in lanes,
   alignas(64) double g[kMost], product[kMost];                         // and folded
   alignas(64) float a[kMost], b[kMost];  // dx = rstd * ((g - a) - (x - pivot) * b); RMS norm: rstd * g - x * b
-  alignas(64) double size[kMost];        // of the means of g and g * xhat
+  alignas(64) float size[kMost];         // of the means of g and g * xhat
   bool careful[kMost];                   // does some g lose digits in float32? Of use where `any_careful` alone.
   bool any_careful;
 
   Statistic statistic(int r) const { return {mean[r], mean_lo[r], rstd[r], 1}; }
 
   // Does float32 do for the sums? What `holds` allows for lies below these powers, with a unit of float32 to spare.
-  bool fit(int r) const { return (rstd[r] > 0x1p-30) & (rstd[r] < 0x1p30) & (std::fabs(mean[r]) < 0x1p60); }
+  bool fit(int r) const {
+    return (float_rstd[r] > 0x1p-30f) & (float_rstd[r] < 0x1p30f) & (std::fabs(pivot[r]) < 0x1p60f);
+  }
 
   // Did it, and does it for dx? There was no infinity, and nothing that underflow can have taken from products with
   // rstd and weights (2^-150 * 2^60 in xhat <= 2^8) is a unit of the mean of |g|.
   bool holds(int r) const { return ordinary(r) && !(any_careful && careful[r]); }
-  bool ordinary(int r) const { return (size[r] > 0x1p-45) & (size[r] < 0x1p45); }
+  bool ordinary(int r) const { return (size[r] > 0x1p-45f) & (size[r] < 0x1p45f); }
 
   void be_careful(int r) {
     if (!any_careful) std::memset(careful, 0, sizeof careful);
@@ -97,43 +100,47 @@ struct TiledRows {
   bool start(int count) {
     for (int r = count; r < kMost; ++r) mean[r] = mean_lo[r] = 0, rstd[r] = 1;
     any_careful = false;
+    const Pack<double> means = kAll.load<double>(mean);
+    kAll.store(pivot, means);
+    kAll.store(pivot_lo, (means - kAll.load<double>(pivot)) + kAll.load<double>(mean_lo));
+    kAll.store(float_rstd, kAll.load<double>(rstd));
     int beyond = 0;
 #pragma omp simd reduction(| : beyond)
-    for (int r = 0; r < kMost; ++r) {
-      pivot[r] = static_cast<float>(mean[r]);
-      pivot_lo[r] = static_cast<float>((mean[r] - static_cast<double>(pivot[r])) + mean_lo[r]);
-      float_rstd[r] = static_cast<float>(rstd[r]);
-      beyond |= fit(r) ? 0 : 1;
-    }
+    for (int r = 0; r < kMost; ++r) beyond |= fit(r) ? 0 : 1;
     return beyond == 0;
   }
 
   // When the sums of rows [first, first + count) are known, of n values each: a and b, as GradientFactors has them. Are
-  // all held?
+  // all held? What other lanes get is of no use.
   template <bool centred>
   bool finish(int first, int count, double n) {
-    const double share = 1 / n;
-    int beyond = 0;
-    for (int r = first - first % kFolded; r < first + count; r += kFolded) {
+    const int end = first + count;
+    for (int r = first - first % kFolded; r < end; r += kFolded) {
       if (centred) fold_eight(g_lanes + r, g + r);
       fold_eight(product_lanes + r, product + r);
-      for (int k = r; !centred && k < r + kFolded; ++k) g[k] = 0;
-#pragma omp simd reduction(| : beyond)
-      for (int k = r; k < r + kFolded; ++k) {
-        const double mean_g = g[k] * share, mean_g_xhat = product[k] * share * rstd[k], factor = mean_g_xhat * rstd[k];
-        const double off = (static_cast<double>(pivot[k]) - mean[k]) - mean_lo[k];
-        // Without a mean of g there are values of dx that are a product with x alone: one factor for it, which neither
-        // overflows nor underflows.
-        const double alone = factor * rstd[k], magnitude = std::fabs(alone);
-        const bool fine = centred | (magnitude == 0) | ((magnitude > 0x1p-100) & (magnitude < 0x1p100));
-        a[k] = static_cast<float>(mean_g + off * factor);
-        b[k] = static_cast<float>(centred ? factor : alone);
-        size[k] = fine ? std::fabs(mean_g) + std::fabs(mean_g_xhat) : HUGE_VAL;
-        beyond |= (k >= first) & (k < first + count) & !ordinary(k) ? 1 : 0;
-      }
     }
+    const Pack<double> share(1 / n), rstds = kAll.load<double>(rstd);
+    const Pack<double> mean_g_xhat = kAll.load<double>(product) * share * rstds, factor = mean_g_xhat * rstds;
+    if constexpr (centred) {
+      const Pack<double> mean_g = kAll.load<double>(g) * share;
+      const Pack<double> off = (kAll.load<double>(pivot) - kAll.load<double>(mean)) - kAll.load<double>(mean_lo);
+      kAll.store(a, mean_g + off * factor);
+      kAll.store(b, factor);
+      kAll.store(size, magnitude(mean_g) + magnitude(mean_g_xhat));
+    } else {
+      // There are values of dx that are a product with x alone: one factor for it. What `fit` and `ordinary` allow
+      // keeps it within 2^105, far from overflow and underflow.
+      kAll.store(b, factor * rstds);
+      kAll.store(size, magnitude(mean_g_xhat));
+    }
+    int beyond = 0;
+#pragma omp simd reduction(| : beyond)
+    for (int r = 0; r < kMost; ++r) beyond |= (r >= first) & (r < end) & !ordinary(r) ? 1 : 0;
     return beyond == 0 && !any_careful;
   }
+
+ private:
+  static constexpr Whole kAll{0};
 };
 
 // Bytes from a row to the one that is asked for: while dx of it is written, for the nearest cache; while it is summed
@@ -209,10 +216,10 @@ class RowTiles {
     return size.total() == 0;
   }
 
-  // dx of a row, as InputGradient has it. What is read next is asked for here: the sums would put the rows that dx is
-  // made of out of the nearest cache (16384 x 768: 6.2 ms to 5.5).
-  FASTNORM_INLINE void write(const TiledRows& rows, int r, float* dx, bool past_cache) const {
-    ahead_.summed != 0 ? write_from_memory(rows, r, dx) : write_row<false>(rows, r, dx, past_cache);
+  // dx of rows [first, end), as InputGradient has it. What is read next is asked for here: the sums would put the rows
+  // that dx is made of out of the nearest cache (16384 x 768: 6.2 ms to 5.5).
+  void write(const TiledRows& rows, int first, int end, bool past_cache) const {
+    ahead_.summed != 0 ? write_rows<true>(rows, first, end, true) : write_rows<false>(rows, first, end, past_cache);
   }
 
  private:
@@ -252,18 +259,19 @@ class RowTiles {
   };
 
   template <bool kFromMemory>
-  FASTNORM_INLINE void write_row(const TiledRows& rows, int r, float* dx, bool past_cache) const {
-    const float *const x = rows.x[r], *const dy = rows.dy[r], *const weight = weight_;
-    const Pack<float> pivot(rows.pivot[r]), rstd(rows.float_rstd[r]), a(rows.a[r]), b(rows.b[r]);
-    write_asking<kFromMemory>(dx, n_, x, dy, ahead_.written, past_cache, n_ >= kLinedRow, [&](auto at) {
-      Pack<float> g = at.template load<float>(dy), centred = at.template load<float>(x);
-      if constexpr (kParams) g *= at.template load<float>(weight);
-      if constexpr (!kCentred) return g * rstd - centred * b;
-      return rstd * ((g - a) - (centred - pivot) * b);
-    });
-  }
-  FASTNORM_LOOPS [[gnu::noinline]] void write_from_memory(const TiledRows& rows, int r, float* dx) const {
-    write_row<true>(rows, r, dx, true);
+  FASTNORM_LOOPS [[gnu::noinline]] void write_rows(const TiledRows& rows, int first, int end, bool past_cache) const {
+    const int64_t n = n_, ahead = ahead_.written;
+    const float* const weight = weight_;
+    for (int r = first; r < end; ++r) {
+      const float *const x = rows.x[r], *const dy = rows.dy[r];
+      const Pack<float> pivot(rows.pivot[r]), rstd(rows.float_rstd[r]), a(rows.a[r]), b(rows.b[r]);
+      write_asking<kFromMemory>(rows.dx[r], n, x, dy, ahead, past_cache, n >= kLinedRow, [&](auto at) {
+        Pack<float> g = at.template load<float>(dy), centred = at.template load<float>(x);
+        if constexpr (kParams) g *= at.template load<float>(weight);
+        if constexpr (!kCentred) return g * rstd - centred * b;
+        return rstd * ((g - a) - (centred - pivot) * b);
+      });
+    }
   }
 
   static int group_size(int left) { return left >= kMostRows ? kMostRows : left >= 2 ? 2 : 1; }

@@ -46,6 +46,18 @@ class Offsets {
   int64_t step_, offset_ = 0, left_ = 0, index_ = 0;  // index_: the first of the next inner walk
 };
 
+// visit(i, offset of first + i) for i < count.
+template <class Visit>
+inline void for_offsets(const Walk& walk, int64_t first, int64_t count, const Visit& visit) {
+  if (walk.rank == 1) {
+    int64_t offset = walk.offset(first);
+    for (int64_t i = 0; i < count; ++i, offset += walk.stride[0]) visit(i, offset);
+  } else {
+    Offsets offsets(walk, first);
+    for (int64_t i = 0; i < count; ++i) visit(i, offsets.next());
+  }
+}
+
 // Do the places follow each other?
 inline bool contiguous(const Walk& places) { return places.rank == 0 || (places.rank == 1 && places.stride[0] == 1); }
 
@@ -57,8 +69,7 @@ inline void load_numbers(const Walk& places, int64_t first, int64_t count, const
   } else if (contiguous(places)) {
     std::memcpy(to, from + places.offset(first), bytes);
   } else {
-    Offsets offsets(places, first);
-    for (int64_t i = 0; i < count; ++i) to[i] = from[offsets.next()];
+    for_offsets(places, first, count, [&](int64_t i, int64_t offset) { to[i] = from[offset]; });
   }
 }
 
