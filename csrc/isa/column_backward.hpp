@@ -26,13 +26,13 @@ struct GradientTerms {
   template <class At>
   FASTNORM_INLINE FloatTerms operator()(At at, int64_t line, const Pack<float>& mean) const {
     const Values here = load(at, line, mean);
-    return {here.g, here.g * here.centred, magnitude(here.g)};
+    return {here.g, here.g * here.centred};
   }
   // The same, added to those of another line.
   template <class At>
   FASTNORM_INLINE FloatTerms operator()(At at, int64_t line, const Pack<float>& mean, const FloatTerms& other) const {
     const Values here = load(at, line, mean);
-    return {other.first + here.g, other.second + here.g * here.centred, other.size + magnitude(here.g)};
+    return {other.first + here.g, other.second + here.g * here.centred};
   }
 
  private:
@@ -47,6 +47,23 @@ struct GradientTerms {
       prefetch(gradients + at.start, dy_distance);
     }
     return {at.template load<float>(gradients), at.template load<float>(values) - mean};
+  }
+};
+
+// |dy|, for add_in_short_trees.
+struct SizeTerms {
+  const float* dy;
+  int64_t stride;
+
+  FASTNORM_INLINE void move(int64_t columns) { dy += columns; }
+  FASTNORM_INLINE void next(int64_t lines) { dy += lines * stride; }
+  template <class At>
+  FASTNORM_INLINE FloatTerms operator()(At at, int64_t line, const Pack<float>&) const {
+    return {magnitude(at.template load<float>(dy + line * stride)), Pack<float>(0.0f)};
+  }
+  template <class At>
+  FASTNORM_INLINE FloatTerms operator()(At at, int64_t line, const Pack<float>& none, const FloatTerms& other) const {
+    return other + (*this)(at, line, none);
   }
 };
 
@@ -65,7 +82,8 @@ inline bool find_good_sets(const ColumnSpace<T>& space, const double* good, int6
 
 // Sums of dy and of dy * xhat per column by short trees, the latter about the float32 next to the mean: no value of x
 // is nearer to the mean than that is, so what the sums lose is a few units of the sum of their terms' magnitudes
-// wherever the mean is. done = 1 for sets far enough from float32's limits; true if that was everywhere.
+// wherever the mean is. done = 1 for sets far enough from float32's limits; true if that was everywhere. Columns whose
+// sums are both 0 are read once more: without any dy they are good, else something may have vanished.
 inline bool short_tree_gradient_sums(const Columns<float>& columns, int64_t outer, const ColumnSpace<float>& space) {
   const Plan& plan = columns.plan();
   const int64_t width = plan.columns_per_set, sets = columns.sets_in_outer(), n = columns.columns();
@@ -94,21 +112,30 @@ inline bool short_tree_gradient_sums(const Columns<float>& columns, int64_t oute
                    });
                  });
   const ColumnSums sums = columns.sums_at(space.sums, 0);
-  const double count = static_cast<double>(columns.rows()), least = 0x1p-100 * count;
-  double* const good = space.of_column[3];
-#pragma omp simd
+  const double least = 0x1p-100 * static_cast<double>(columns.rows());
+  double *const good = space.of_column[3], *const nothing = space.centre[0];
+  double any_nothing = 0;
+#pragma omp simd reduction(+ : any_nothing)
   for (int64_t c = 0; c < n; ++c) {
-    const double dy = sums.first[c], product = sums.second[c], size = static_cast<double>(sums.size[c]);
+    const double dy = sums.first[c], product = sums.second[c];
     const double rest = (mean[c] - static_cast<double>(static_cast<float>(mean[c]))) + mean_lo[c];
-    const bool ordinary = moderate(size / count) & (std::fabs(product) > least) & (std::fabs(product) < 0x1p200);
-    const bool fine = (ordinary | (size == 0)) & plain_statistic<float>(mean[c], rstd[c], 1);
+    const bool plain = plain_statistic<float>(mean[c], rstd[c], 1);
+    const bool ordinary =
+        (std::fabs(product) > least) & (std::fabs(product) < kTrustedSize) & (std::fabs(dy) < kTrustedSize);
+    good[c] = plain & ordinary ? 1.0 : 0.0;
+    nothing[c] = plain & (product == 0) & (dy == 0) ? 1.0 : 0.0;
+    any_nothing += nothing[c];
     space.dy[c] = dy;
     space.dy_xhat[c] = (product - rest * dy) * rstd[c];
-    space.weight[c] = size;
-    good[c] = fine ? 1.0 : 0.0;
   }
-  const double* const sizes = add_up_sets(space.weight, sets, width, space.size);
-  for (int64_t set = 0; set < sets; ++set) space.size[set] = sizes[set];
+  if (any_nothing != 0) {
+    const Operand* const gradients[1] = {&plan.dy};
+    columns.sum<1>(outer, gradients, space.sums,
+                   [&](const ColumnSums& to, int64_t column, int64_t lines, int64_t n, const Panel<float>& dy) {
+                     add_in_short_trees(to, lines, 0, n, false, space.subtract + column, SizeTerms{dy.data, dy.stride});
+                   });
+    for (int64_t c = 0; c < n; ++c) good[c] += sums.first[c] == 0 ? nothing[c] : 0;
+  }
   return find_good_sets(space, good, sets, width);
 }
 
@@ -171,8 +198,7 @@ inline bool plain_gradient_sums(const Columns<double>& columns, int64_t outer, c
   return find_good_sets(space, good, sets, width);
 }
 
-// Sums of dy and of dy * xhat for the sets that are not done, in double (for float32, space.weight being what |dy|
-// adds up to).
+// Sums of dy and of dy * xhat for the sets that are not done, in double.
 template <class T>
 inline void exact_gradient_sums(const Columns<T>& columns, int64_t outer, const ColumnSpace<T>& space) {
   const int64_t width = columns.plan().columns_per_set, sets = columns.sets_in_outer();
@@ -201,13 +227,13 @@ inline void exact_gradient_sums(const Columns<T>& columns, int64_t outer, const 
     for (int64_t c = set * width; c < (set + 1) * width; ++c) {
       // Trees of dy alone in float32 can but overflow, in float64 not even that: no x, not one with a NaN, may change
       // the gradient of the bias.
-      if (!kMayOverflow<T> && !(space.weight[c] < 0x1p120)) space.dy[c] = sums.first[c];
+      if (!kMayOverflow<T> && !(std::fabs(space.dy[c]) < kTrustedSize)) space.dy[c] = sums.first[c];
       space.dy_xhat[c] = column_sum<T>(sums.second, sums.second_lo, c).value();
     }
   }
 }
 
-// Sums of dy and of dy * xhat per column, and of |dy| per set for float32.
+// Sums of dy and of dy * xhat per column.
 template <class T>
 inline void gradient_outer_sums(const Columns<T>& columns, int64_t outer, const ColumnSpace<T>& space) {
   if constexpr (kMayOverflow<T>) {
@@ -218,24 +244,29 @@ inline void gradient_outer_sums(const Columns<T>& columns, int64_t outer, const 
   exact_gradient_sums(columns, outer, space);
 }
 
-// The means of the gradients of each set, and whether dx can be made of them in float32 (done = 1).
+// The means of the gradients of each set, and whether dx can be made of them in float32 (done = 1). That asks for sums,
+// of whatever sign, from which what underflow takes from dx is far; where they are 0, dx is a product with dy alone.
 inline void gradient_means(const Columns<float>& columns, const ColumnSpace<float>& space) {
   const int64_t width = columns.plan().columns_per_set, sets = columns.sets_in_outer(), n = columns.columns();
-  const double count = static_cast<double>(columns.rows() * width);
-  double *const dy = space.of_column[0], *const dy_xhat = space.of_column[1], *const fine = space.of_column[2];
+  const double count = static_cast<double>(columns.rows() * width), least = 0x1p-60 * count, most = 0x1p60 * count;
+  double *const dy = space.of_column[0], *const dy_xhat = space.of_column[1], *const fine = space.of_column[2],
+                *const size = space.of_column[3];
 #pragma omp simd
   for (int64_t c = 0; c < n; ++c) {
     dy[c] = space.weight[c] * space.dy[c];
     dy_xhat[c] = space.weight[c] * space.dy_xhat[c];
     fine[c] = zero_or_moderate(space.weight[c]) ? 1.0 : 0.0;
+    size[c] = std::fabs(space.dy[c]) + std::fabs(space.dy_xhat[c]);
   }
   const double* const dy_sums = add_up_sets(dy, sets, width, space.first);
   const double* const dy_xhat_sums = add_up_sets(dy_xhat, sets, width, space.second);
   const double* const fine_weights = add_up_sets(fine, sets, width, space.pivot);
+  const double* const sizes = add_up_sets(size, sets, width, space.size);
 #pragma omp simd
   for (int64_t set = 0; set < sets; ++set) {
-    const double a = dy_sums[set] / count, b = dy_xhat_sums[set] / count, size = space.size[set];
-    const bool plain = (fine_weights[set] == static_cast<double>(width)) & zero_or_moderate(size / count) &
+    const double a = dy_sums[set] / count, b = dy_xhat_sums[set] / count;
+    const bool sized = ((sizes[set] > least) & (sizes[set] < most)) | (sizes[set] == 0);
+    const bool plain = (fine_weights[set] == static_cast<double>(width)) & sized &
                        plain_statistic<float>(space.mean[set], space.rstd[set], 1) & (std::fabs(a) < 0x1p100) &
                        (std::fabs(b * space.rstd[set]) < 0x1p100);
     space.mean_g[set] = a;
@@ -498,7 +529,7 @@ class ParameterTotals {
   ColumnSums at(int64_t place) const {
     const int64_t lo = kMayOverflow<T> ? 2 : 0;
     double* const sums = space_.data() + place;
-    return {sums, sums + length_, sums + lo * length_, sums + (lo + 1) * length_, reinterpret_cast<float*>(sums)};
+    return {sums, sums + length_, sums + lo * length_, sums + (lo + 1) * length_};
   }
 
   int64_t rows_, width_, length_;

@@ -13,9 +13,8 @@ namespace {
 // Two sums per column. Float64 sums keep what they lose to rounding.
 struct ColumnSums {
   double *first, *second, *first_lo, *second_lo;
-  float* size;  // about the sum of |dy|: float32 gradients only
 
-  ColumnSums operator+(int64_t c) const { return {first + c, second + c, first_lo + c, second_lo + c, size + c}; }
+  ColumnSums operator+(int64_t c) const { return {first + c, second + c, first_lo + c, second_lo + c}; }
 };
 
 inline void add_exactly(double* hi, double* lo, int64_t c, double value) {
@@ -125,8 +124,9 @@ class Columns {
 
   ColumnSums sums_at(double* space, int64_t chunk) const {
     const int64_t length = space_per_line();
-    double *const from = space + chunk * kRowsOfSums * length, *const at = line_at<double>(from);
-    return {at, at + length, at + 3 * length, at + 4 * length, line_at<float>(from + 2 * length)};
+    constexpr int64_t kLost = kMayOverflow<T> ? 2 : 0;
+    double* const at = line_at<double>(space + chunk * kRowsOfSums * length);
+    return {at, at + length, at + kLost * length, at + (kLost + 1) * length};
   }
   int64_t stat(int64_t outer, int64_t set) const { return plan_.set_stat.offset(outer) + set * plan_.column_stat; }
   int64_t param(int64_t outer, int64_t column) const {
@@ -186,8 +186,6 @@ class Columns {
         for (double* sums : {to.first, to.second}) at.store(sums, Pack<double>(0.0));
         if constexpr (kMayOverflow<T>) {
           for (double* sums : {to.first_lo, to.second_lo}) at.store(sums, Pack<double>(0.0));
-        } else {
-          at.store(to.size, Pack<float>(0.0F));
         }
       });
       Tile<T> first(*operands[0], lines_, outer, column), second(*operands[kOperands - 1], lines_, outer, column);
@@ -209,19 +207,13 @@ class Columns {
   int64_t lines_ahead() const { return lines_ahead_; }
 
  private:
-  // first, second, size; and for float64 what the first two have lost
-  static constexpr int64_t kRowsOfSums = kMayOverflow<T> ? 5 : 3;
+  // first and second, and of float64 what they have lost
+  static constexpr int64_t kRowsOfSums = kMayOverflow<T> ? 4 : 2;
 
   void merge_chunks(double* space) const {
     const ColumnSums total = sums_at(space, 0);
-    const auto add = [&](const ColumnSums& part, int64_t n) {
-      add_sums<T>(total, part, n);
-      if constexpr (kMayOverflow<T>) return;
-#pragma omp simd
-      for (int64_t c = 0; c < n; ++c) total.size[c] += part.size[c];
-    };
-    for (int64_t chunk = 1; chunk < chunks_; ++chunk) add(sums_at(space, chunk), lines_.length);
-    for (int64_t row = 1; row < lines_.fold; ++row) add(total + row * columns_, columns_);
+    for (int64_t chunk = 1; chunk < chunks_; ++chunk) add_sums<T>(total, sums_at(space, chunk), lines_.length);
+    for (int64_t row = 1; row < lines_.fold; ++row) add_sums<T>(total, total + row * columns_, columns_);
   }
 
   const Plan& plan_;
@@ -319,17 +311,8 @@ FASTNORM_INLINE void add_plainly(const ColumnSums& to, int64_t count, int64_t wi
   });
 }
 
-// Terms of the two sums in float32, and of the size.
-struct FloatTerms {
-  Pack<float> first, second, size;
-
-  FASTNORM_INLINE friend FloatTerms operator+(FloatTerms a, const FloatTerms& b) {
-    a.first += b.first;
-    a.second += b.second;
-    a.size += b.size;
-    return a;
-  }
-};
+// Terms of the two sums in float32.
+using FloatTerms = LanePair<Pack<float>, Pack<float>>;
 
 // The two sums of the trees that are not complete, per place of a tile.
 struct TreeParts {
@@ -353,14 +336,13 @@ FASTNORM_INLINE void add_tree_lines(const ColumnSums& to, int64_t trees, int64_t
     terms.move(place.start);
     const auto at = [&](int k) FASTNORM_LOOPS { return moved(place, k * kPack - place.start); };
     Pack<double> first[kPacks], second[kPacks];
-    Pack<float> size[kPacks], pivot[kPacks];
+    Pack<float> pivot[kPacks];
     FASTNORM_UNROLL
     for (int k = 0; k < kPacks; ++k) {
       if constexpr (kEnds) {
         first[k] = at(k).template load<double>(sums.first);
         second[k] = at(k).template load<double>(sums.second);
       }
-      size[k] = at(k).template load<float>(sums.size);
       pivot[k] = at(k).template load<float>(pivots + place.start);
     }
     for (int64_t tree = 0; tree < trees; ++tree) {
@@ -369,7 +351,6 @@ FASTNORM_INLINE void add_tree_lines(const ColumnSums& to, int64_t trees, int64_t
         const auto pair = [&](int64_t line) FASTNORM_LOOPS {
           FloatTerms sum = terms(at(k), line, pivot[k]);
           if constexpr (kLines > 1) sum = terms(at(k), line + 1, pivot[k], sum);
-          size[k] += sum.size;
           return sum;
         };
         FloatTerms sum = pair(0);
@@ -389,13 +370,12 @@ FASTNORM_INLINE void add_tree_lines(const ColumnSums& to, int64_t trees, int64_t
       }
       terms.next(kLines);
     }
-    FASTNORM_UNROLL
-    for (int k = 0; k < kPacks; ++k) {
-      if constexpr (kEnds) {
+    if constexpr (kEnds) {
+      FASTNORM_UNROLL
+      for (int k = 0; k < kPacks; ++k) {
         at(k).store(sums.first, first[k]);
         at(k).store(sums.second, second[k]);
       }
-      at(k).store(sums.size, size[k]);
     }
   });
 }
