@@ -43,37 +43,77 @@ inline WeightedSums weighted_sums(const double* weight, const double* dy, const 
   return weight ? along(Each<double>{weight}) : along(None{});
 }
 
+// What there is of g in a segment of float32 data, as far as its sums tell: infinite where the weight is beyond what
+// float32 can be trusted with.
+FASTNORM_INLINE double size_of_gradient(double weight, double dy, double dy_xhat) {
+  return zero_or_moderate(weight) ? std::fabs(weight) * (std::fabs(dy) + std::fabs(dy_xhat)) : HUGE_VAL;
+}
+
+// Is there so much of g in a set of float32 data that what underflow takes from dx is nothing beside it? Or no sum of
+// it at all: dx is a product with dy alone then. (That of a single value is 0, whatever is rounded: not so made.)
+FASTNORM_INLINE bool sized(double size, double count, const GradientMeans& means, double rstd) {
+  const double product = std::fabs(means.b_rstd * rstd);
+  const bool some = (size > 0x1p-60 * count) & (size < 0x1p60 * count) & (product < 0x1p100);
+  return static_cast<bool>((count > 1) & ((some & ((product > 0x1p-100) | (product == 0))) | (size == 0)));
+}
+
 template <class T>
 inline GradientMeans channel_means(const Plan& plan, const NormArgs<T>& args, int64_t set, const Statistic& s,
                                    const SegmentTable<T>& sums) {
   const int64_t param = plan.set_param.offset(set), first = set * plan.segments;
-  const double count = static_cast<double>(plan.set_size());
+  const double count = static_cast<double>(plan.set_size()), centred = args.centred ? 1 : 0;
   if constexpr (kMayOverflow<T>) {
     const double* weight = args.weight ? args.weight + param : nullptr;
     const WeightedSums g = weighted_sums(weight, sums.dy + first, sums.dy_xhat + first, plan.segments);
-    const double centred = args.centred ? 1 : 0;
-    return GradientMeans::of_sums<T>(centred * g.a, g.b, 0, count, s.mean, s.rstd, centred * g.a_lo, g.b_lo);
+    return GradientMeans::of_sums<T>(centred * g.a, g.b, count, s.mean, s.rstd, centred * g.a_lo, g.b_lo);
   } else {
-    Sum a, b;
-    double size = 0;
+    double a = 0, b = 0, size = 0;
     for (int64_t segment = 0; segment < plan.segments; ++segment) {
       const double weight = args.weight ? static_cast<double>(args.weight[param + segment]) : 1;
-      a.hi += weight * sums.dy[first + segment];
-      b.hi += weight * sums.dy_xhat[first + segment];
-      size += std::fabs(weight) * sums.size[first + segment];
+      const double dy = sums.dy[first + segment], dy_xhat = sums.dy_xhat[first + segment];
+      a += weight * dy;
+      b += weight * dy_xhat;
+      size += size_of_gradient(weight, dy, dy_xhat);
     }
-    return GradientMeans::of<T>(a, b, size, count, args.centred, true, s);
+    GradientMeans means = GradientMeans::of_sums<T>(centred * a, b, count, s.mean, s.rstd);
+    means.plain = means.plain && sized(size, count, means, s.rstd);
+    return means;
   }
 }
 
-// May dx be made about a pivot, in T?
+// dx of a segment, about a pivot: of float64 data as PivotGradient has it, of float32 data with one factor for dy and
+// one for x.
 template <class T>
-FASTNORM_INLINE bool plain(const GradientMeans& means, double mean, double rstd) {
-  if constexpr (!kMayOverflow<T>) return means.in_float;
-  const double b = std::fabs(means.b * rstd);
-  const bool fit = (std::fabs(means.a) < kMostOrdinary) & (b < kMostOrdinary);
-  return static_cast<bool>(ordinary_set(mean, rstd) & fit & ((b > kLeastOrdinary) | (means.b == 0)));
-}
+struct SegmentGradient : PivotGradient<T, Same<T>> {
+  SegmentGradient(T pivot, double rstd, T a, T b)
+      : PivotGradient<T, Same<T>>(GradientFactors<T>{pivot, static_cast<T>(rstd), a, b}, Same<T>(1)) {}
+  FASTNORM_INLINE void weigh(T of_segment) { this->weight.value = Pack<T>(of_segment); }
+
+  static T a_of(const GradientMeans& means, double off, double) { return means.pivot_a + off * means.b_rstd; }
+  static T b_of(const GradientMeans& means, double) { return means.b_rstd; }
+};
+
+template <>
+struct SegmentGradient<float> {
+  double rstd;
+  Pack<float> pivot, factor, a, b;
+
+  SegmentGradient(float about, double by, float less, float times)
+      : rstd(by), pivot(about), factor(0.0f), a(less), b(times) {}
+  FASTNORM_INLINE void weigh(float weight) {
+    factor = Pack<float>(static_cast<float>(rstd * static_cast<double>(weight)));
+  }
+
+  static float a_of(const GradientMeans& means, double off, double rstd) {
+    return static_cast<float>(rstd * (means.pivot_a + off * means.b_rstd));
+  }
+  static float b_of(const GradientMeans& means, double rstd) { return static_cast<float>(rstd * means.b_rstd); }
+
+  template <class At>
+  FASTNORM_INLINE Pack<float> operator()(At at, const float* x, const float* dy) const {
+    return (at.template load<float>(dy) * factor - a) - (at.template load<float>(x) - pivot) * b;
+  }
+};
 
 template <class T>
 FASTNORM_LOOPS inline void channel_unit_gradient(const Plan& plan, const NormArgs<T>& args, int64_t run, int64_t set,
@@ -87,12 +127,12 @@ FASTNORM_LOOPS inline void channel_unit_gradient(const Plan& plan, const NormArg
     const auto along = [&](const auto& gradient) {
       for_stored_packs(args.past_cache, dx, n, [&](auto at, auto out) { out.store(at, dx, gradient(at, x, dy)); });
     };
-    if (s.scale == 1 && plain<T>(means, s.mean, s.rstd)) {
+    if (s.scale == 1 && means.plain) {
+      using Gradient = SegmentGradient<T>;
       const Pivot<T> pivot = Pivot<T>::of(s);
-      const GradientFactors<T> factors{pivot.value, static_cast<T>(s.rstd),
-                                       static_cast<T>(means.pivot_a + pivot.off * means.b_rstd),
-                                       static_cast<T>(means.b_rstd)};
-      along(PivotGradient<T, Same<T>>(factors, Same<T>(weight)));
+      Gradient plain(pivot.value, s.rstd, Gradient::a_of(means, pivot.off, s.rstd), Gradient::b_of(means, s.rstd));
+      plain.weigh(static_cast<T>(weight));
+      along(plain);
     } else {
       along(InputGradient<T, double, Same<double>>(s, means.a, means.b, Same<double>(weight)));
     }
@@ -162,7 +202,8 @@ class ChannelBatches {
   }
 
  private:
-  static constexpr bool kSized = !kMayOverflow<T>;  // is the sum of |dy| wanted?
+  static constexpr bool kRest = kMayOverflow<T>;  // is the sum of x - pivot wanted?
+  using Gradient = SegmentGradient<T>;
 
   // Statistics of whole lanes: the last ones may be of no set.
   static int64_t whole_lanes(int64_t count) {
@@ -195,17 +236,13 @@ class ChannelBatches {
   }
 
   struct Lanes {
-    HalfPack dy[kFoldedSegments], product[kFoldedSegments], size[kFoldedSegments];  // or, of float64, x - pivot
+    HalfPack dy[kFoldedSegments], product[kFoldedSegments], rest[kFoldedSegments];
     double off[kFoldedSegments], mean[kFoldedSegments], rstd[kFoldedSegments];
 
     FASTNORM_INLINE void put(int64_t lane, const TreeGradientSums<T>& sums) {
       dy[lane] = sums.dy_sum;
       product[lane] = sums.product_sum;
-      if constexpr (kSized) {
-        size[lane] = widen(sums.size);
-      } else {
-        size[lane] = sums.rest_sum;
-      }
+      if constexpr (kRest) rest[lane] = sums.rest_sum;
     }
   };
 
@@ -265,7 +302,7 @@ class ChannelBatches {
         sums.finish();
         lanes.put(lane, sums);
         lanes.off[lane] = off_[i];
-        if constexpr (!kSized) lanes.mean[lane] = mean_[i];
+        if constexpr (kRest) lanes.mean[lane] = mean_[i];
         lanes.rstd[lane] = rstd_[i];
         ++lane;
         if (lane == kFoldedSegments || done + lane == all) {
@@ -279,27 +316,26 @@ class ChannelBatches {
 
   // The sums of segments [first, first + count) of the batch.
   void finish(const Lanes& lanes, int64_t count, int64_t first) {
-    double dy[kFoldedSegments], product[kFoldedSegments], size[kFoldedSegments], dy_xhat[kFoldedSegments];
+    double dy[kFoldedSegments], product[kFoldedSegments], rest[kFoldedSegments], dy_xhat[kFoldedSegments];
     fold_eight(lanes.dy, dy);
     fold_eight(lanes.product, product);
-    fold_eight(lanes.size, size);
+    if constexpr (kRest) fold_eight(lanes.rest, rest);
     const auto totals = [&](int64_t lane) {
-      return TreeTotals::of<T>(dy[lane], product[lane], size[lane], lanes.off[lane], lanes.mean[lane],
-                               lanes.rstd[lane]);
+      return TreeTotals::of<T>(dy[lane], product[lane], lanes.off[lane], lanes.mean[lane], lanes.rstd[lane]);
     };
     const double values = static_cast<double>(plan_.elements);
     int64_t failures = 0;
 #pragma omp simd reduction(| : failures)
     for (int64_t lane = 0; lane < kFoldedSegments; ++lane) {
       dy_xhat[lane] = totals(lane).dy_xhat;
-      if constexpr (!kSized) size[lane] += lanes.off[lane] * values;
+      if constexpr (kRest) rest[lane] += lanes.off[lane] * values;
       failures |= totals(lane).trusted ? 0 : 1;
     }
     const int64_t to = first_ * plan_.segments + first;
     const auto put = [&](size_t n) {
       std::memcpy(sums_.dy + to, dy, n * sizeof(double));
       std::memcpy(sums_.dy_xhat + to, dy_xhat, n * sizeof(double));
-      std::memcpy((kSized ? sums_.size : sums_.rest) + to, size, n * sizeof(double));
+      if constexpr (kRest) std::memcpy(sums_.rest + to, rest, n * sizeof(double));
     };
     if (count == kFoldedSegments) {
       put(kFoldedSegments);
@@ -317,7 +353,7 @@ class ChannelBatches {
   }
 
   void centre() {
-    if (kSized || !args_.centred) return;
+    if (!kRest || !args_.centred) return;
     const int64_t segments = plan_.segments;
     for (int64_t i = 0, first = first_ * segments; i < count_; ++i, first += segments) {
       sums_.centre(first, segments, static_cast<double>(plan_.set_size()), rstd_[i]);
@@ -325,20 +361,19 @@ class ChannelBatches {
     }
   }
 
-  // The sums of g and of g * xhat of the sets of the batch (and of |g|, about), as channel_means has them.
+  // The sums of g and of g * xhat of the sets of the batch, and what there is of g, as channel_means has them.
   void weigh(double* a, double* b, double* size, double* a_lo, double* b_lo) const {
     const int64_t segments = plan_.segments, sets = count_;
-    const double *dy = sums_.dy + first_ * segments, *dy_xhat = sums_.dy_xhat + first_ * segments,
-                 *of_dy = sums_.size + first_ * segments;
+    const double *dy = sums_.dy + first_ * segments, *dy_xhat = sums_.dy_xhat + first_ * segments;
     if (segments == 1) {
       double weight[kGradientSets];
       for (int64_t i = 0; i < sets; ++i) weight[i] = static_cast<double>(*weight_of(i, 0));
 #pragma omp simd
       for (int64_t i = 0; i < sets; ++i) {
-        if constexpr (kSized) {
+        if constexpr (!kRest) {
           a[i] = weight[i] * dy[i];
           b[i] = weight[i] * dy_xhat[i];
-          size[i] = std::fabs(weight[i]) * of_dy[i];
+          size[i] = size_of_gradient(weight[i], dy[i], dy_xhat[i]);
         } else {
           const WeightedSums g = weighted_sums(weight[i], dy[i], dy_xhat[i]);
           a[i] = g.a, b[i] = g.b, a_lo[i] = g.a_lo, b_lo[i] = g.b_lo;
@@ -356,16 +391,16 @@ class ChannelBatches {
         double sum_a = 0, sum_b = 0, sum_size = 0;
         for (int64_t segment = 0; segment < segments; ++segment) {
           const double weight = static_cast<double>(*weight_of(i, segment));
-          sum_a += weight * *dy++;
-          sum_b += weight * *dy_xhat++;
-          sum_size += std::fabs(weight) * *of_dy++;
+          sum_a += weight * *dy;
+          sum_b += weight * *dy_xhat;
+          sum_size += size_of_gradient(weight, *dy++, *dy_xhat++);
         }
         a[i] = sum_a, b[i] = sum_b, size[i] = sum_size;
       }
     }
   }
 
-  // What channel_means and GradientFactors::of do, for all sets of the batch.
+  // What channel_means does, for all sets of the batch.
   [[gnu::noinline]] void prepare() {
     double a[kGradientSets], b[kGradientSets], size[kGradientSets], a_lo[kGradientSets], b_lo[kGradientSets];
     const double count = static_cast<double>(plan_.set_size()), centred = args_.centred ? 1 : 0;
@@ -378,15 +413,13 @@ class ChannelBatches {
     const int64_t rounded = whole_lanes(count_);
 #pragma omp simd
     for (int64_t i = 0; i < rounded; ++i) {
-      const GradientMeans means =
-          GradientMeans::of_sums<T>(centred * a[i], b[i], kSized ? size[i] : 0, count, mean_[i], rstd_[i],
-                                    kSized ? 0 : centred * a_lo[i], kSized ? 0 : b_lo[i]);
-      factor_a_[i] = static_cast<T>(means.pivot_a + off_[i] * means.b_rstd);
-      factor_b_[i] = static_cast<T>(means.b_rstd);
-      factor_rstd_[i] = static_cast<T>(rstd_[i]);
+      const GradientMeans means = GradientMeans::of_sums<T>(centred * a[i], b[i], count, mean_[i], rstd_[i],
+                                                            kRest ? centred * a_lo[i] : 0, kRest ? b_lo[i] : 0);
+      factor_a_[i] = Gradient::a_of(means, off_[i], rstd_[i]);
+      factor_b_[i] = Gradient::b_of(means, rstd_[i]);
       mean_g_[i] = means.a;
       mean_g_xhat_[i] = means.b;
-      plain_[i] = plain<T>(means, mean_[i], rstd_[i]) ? 1 : 0;
+      plain_[i] = means.plain & (kRest || sized(size[i], count, means, rstd_[i])) ? 1 : 0;
     }
   }
 
@@ -397,13 +430,12 @@ class ChannelBatches {
     const int64_t weight_step = args_.weight ? 1 : 0;
     for (int64_t i = 0; i < count; ++i) {
       if (plain_[i] == 0) continue;
-      const GradientFactors<T> factors{pivot_[i], factor_rstd_[i], factor_a_[i], factor_b_[i]};
-      PivotGradient<T, Same<T>> gradient(factors, Same<T>(1));
+      Gradient gradient(pivot_[i], rstd_[i], factor_a_[i], factor_b_[i]);
       const T* weight = weight_of(i, 0);
       const char *x_segment = x.set(i), *dy_segment = dy.set(i);
       char* dx_segment = dx.set(i);
       for (int64_t segment = 0; segment < segments; ++segment) {
-        gradient.weight.value = Pack<T>(*weight);
+        gradient.weigh(*weight);
         const char *x_line = x_segment, *dy_line = dy_segment;
         char* dx_line = dx_segment;
         for (int64_t line = 0; line < lines.count; ++line) {
@@ -443,8 +475,7 @@ class ChannelBatches {
   int64_t weight_step_ = 0;
   double mean_[kGradientSets] = {}, mean_lo_[kGradientSets] = {}, rstd_[kGradientSets] = {}, off_[kGradientSets];
   double mean_g_[kGradientSets], mean_g_xhat_[kGradientSets];
-  T pivot_[kGradientSets], factor_rstd_[kGradientSets], factor_a_[kGradientSets], factor_b_[kGradientSets],
-      plain_[kGradientSets];
+  T pivot_[kGradientSets], factor_a_[kGradientSets], factor_b_[kGradientSets], plain_[kGradientSets];
 };
 
 }  // namespace

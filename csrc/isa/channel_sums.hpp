@@ -15,7 +15,7 @@ namespace {
 
 struct SegmentSums {
   Sum dy, dy_xhat;
-  double size = 0;  // about the sum of |dy|: float32 only
+  double size = 0;  // the sum of |dy|: of rows of float32 only
   Sum rest;         // of x - mean, NaN where it is not known: float64 only
   void add(const SegmentSums& other) {
     dy.add(other.dy);
@@ -34,6 +34,8 @@ struct ReadAhead {
   FASTNORM_INLINE void operator()(const T* x, const T* dy) const {
     prefetch(x, x_distance);
     prefetch(dy, dy_distance);
+    // Group norm of 56 x 56: 5 % less time, with AVX2 6 %; float64 14 % more.
+    if constexpr (!kMayOverflow<T>) hold_back();
   }
 };
 struct NoReadAhead {
@@ -68,28 +70,24 @@ struct TreeCut {
   }
 };
 
-// Sums in short trees: of dy, of dy * (x - pivot) and, of float32 data and for nothing but its size, of |dy|.
+// Sums in short trees: of dy and of dy * (x - pivot).
 template <class T>
 struct TreeGradientSums;
 
 template <>
 struct TreeGradientSums<float> {
   Pack<double> dy_sum = Pack<double>(0.0), product_sum = Pack<double>(0.0);
-  Pack<float> size = Pack<float>(0.0f);
 
   struct Terms {
-    Pack<float> dy, product, size;
+    Pack<float> dy, product;
     FASTNORM_INLINE friend Terms operator+(const Terms& a, const Terms& b) {
-      return {a.dy + b.dy, a.product + b.product, a.size + b.size};
+      return {a.dy + b.dy, a.product + b.product};
     }
   };
-  FASTNORM_INLINE static Terms terms(const Pack<float>& dy, const Pack<float>& d) {
-    return {dy, dy * d, magnitude(dy)};
-  }
+  FASTNORM_INLINE static Terms terms(const Pack<float>& dy, const Pack<float>& d) { return {dy, dy * d}; }
   FASTNORM_INLINE void add(const Terms& tree) {
     dy_sum += widen(tree.dy);
     product_sum += widen(tree.product);
-    size += tree.size;
   }
   FASTNORM_INLINE void finish() {}
 };
@@ -160,16 +158,15 @@ struct TreeTotals {
   bool trusted;
 
   template <class T>
-  FASTNORM_INLINE static TreeTotals of(double dy, double product, double size, double off, double mean, double rstd) {
+  FASTNORM_INLINE static TreeTotals of(double dy, double product, double off, double mean, double rstd) {
     const double magnitude = std::fabs(product);
     const TreeTotals totals{dy, (product + off * dy) * rstd, false};
     if constexpr (kMayOverflow<T>) {
       const bool fit = (std::fabs(dy) < kMostOrdinary) & (magnitude < kMostOrdinary) & (magnitude > kLeastOrdinary);
       return {totals.dy, totals.dy_xhat, static_cast<bool>(fit & ordinary_set(mean, rstd))};
     } else {
-      const bool finite = (size < kTrustedSize) & (magnitude < kTrustedSize),
-                 large = (magnitude > 0x1p-84) | (size == 0);
-      return {totals.dy, totals.dy_xhat, static_cast<bool>(finite & large)};
+      const bool finite = (std::fabs(dy) < kTrustedSize) & (magnitude < kTrustedSize);
+      return {totals.dy, totals.dy_xhat, static_cast<bool>(finite & (magnitude > 0x1p-84))};
     }
   }
 };
@@ -192,13 +189,8 @@ FASTNORM_LOOPS inline bool tree_unit_sums(const Plan& plan, int64_t run, int64_t
     sums = inner;
   });
   sums.finish();
-  if constexpr (kMayOverflow<T>) {
-    total.rest.hi = fold(sums.rest_sum) + pivot.off * static_cast<double>(count);
-  } else {
-    total.size = fold(widen(sums.size));
-  }
-  const TreeTotals totals =
-      TreeTotals::of<T>(fold(sums.dy_sum), fold(sums.product_sum), total.size, pivot.off, s.mean, s.rstd);
+  if constexpr (kMayOverflow<T>) total.rest.hi = fold(sums.rest_sum) + pivot.off * static_cast<double>(count);
+  const TreeTotals totals = TreeTotals::of<T>(fold(sums.dy_sum), fold(sums.product_sum), pivot.off, s.mean, s.rstd);
   total.dy.hi = totals.dy;
   total.dy_xhat.hi = totals.dy_xhat;
   return totals.trusted && s.scale == 1;
@@ -256,14 +248,30 @@ FASTNORM_LOOPS inline SegmentSums unit_sums(const Plan& plan, int64_t run, int64
   return total;
 }
 
-// The sums of one unit added up with care, where those of its trees cannot be trusted; but for the sum of dy, which
-// must not change with what x is.
+// Is there no dy in a unit?
+template <class T>
+FASTNORM_LOOPS inline bool nothing_in_unit(const Plan& plan, int64_t run, int64_t set, int64_t unit) {
+  const Operands<1, false> operands{{&plan.dy}, nullptr};
+  Size size;
+  visit_unit<T>(plan, operands, run, set, unit, [&](const T* const* in, T*, int64_t, int64_t n) {
+    Size inner = size;
+    for_packs(n, [&](auto at) { inner.add(at, in[0]); });
+    size = inner;
+  });
+  return size.total() == 0;
+}
+
+// The sums of one unit added up with care, where those of its trees cannot be trusted (as the product's 0 without any
+// dy can be, of x that is finite); but for the sum of dy, which must not change with what x is.
 template <class T>
 inline SegmentSums careful_sums(const Plan& plan, int64_t run, int64_t set, int64_t unit, const Statistic& s,
                                 const SegmentSums& of_trees) {
+  if constexpr (!kMayOverflow<T>) {
+    const bool zeros = (of_trees.dy.hi == 0) & (of_trees.dy_xhat.hi == 0);
+    if (zeros && nothing_in_unit<T>(plan, run, set, unit)) return of_trees;
+  }
   SegmentSums sums = unit_sums<T>(plan, run, set, unit, s, [](int64_t) { return None{}; });
-  const bool finite = kMayOverflow<T> ? std::fabs(of_trees.dy.hi) < kMostOrdinary : of_trees.size < kTrustedSize;
-  if (finite) sums.dy = of_trees.dy;
+  if (std::fabs(of_trees.dy.hi) < (kMayOverflow<T> ? kMostOrdinary : kTrustedSize)) sums.dy = of_trees.dy;
   sums.rest.hi = std::numeric_limits<double>::quiet_NaN();
   return sums;
 }
@@ -276,23 +284,23 @@ FASTNORM_INLINE double quotient(const TwoTerm& sum, double count, double share) 
   return rounded + (std::fabs(sum.hi) < 0x1p900 ? rest : 0);
 }
 
-// The means that the input gradient subtracts, and whether float32 can hold what is made of them.
+// The means that the input gradient subtracts, and whether it can be made of them about a pivot, in T.
 struct GradientMeans {
   double a = 0, b = 0;
   double pivot_a = 0, b_rstd = 0;  // a and b * rstd as PivotGradient wants them: of float64 data, rounded once
-  bool in_float = false;
+  bool plain = false;
 
   template <class T>
   static GradientMeans of(const Sum& a, const Sum& b, double size, double count, bool centred, bool plain_weights,
                           const Statistic& s) {
-    GradientMeans means = of_sums<T>(centred ? a.value() : 0, b.value(), size, count, s.mean, s.rstd);
-    means.in_float = !kMayOverflow<T> && plain_weights && means.in_float;
+    GradientMeans means = of_sums<T>(centred ? a.value() : 0, b.value(), count, s.mean, s.rstd);
+    means.plain = !kMayOverflow<T> && plain_weights && zero_or_moderate(size / count) && means.plain;
     return means;
   }
   // Without a branch, for loops over sets; and without a division, for which float32 results do not ask. `a_lo` and
   // `b_lo`: what rounding has taken from a and b.
   template <class T>
-  static GradientMeans of_sums(double a, double b, double size, double count, double mean, double rstd, double a_lo = 0,
+  static GradientMeans of_sums(double a, double b, double count, double mean, double rstd, double a_lo = 0,
                                double b_lo = 0) {
     const double share = 1 / count;
     GradientMeans means;
@@ -306,10 +314,14 @@ struct GradientMeans {
       means.pivot_a = means.a;
       means.b_rstd = means.b * rstd;
     }
-    const bool fits = moderate(rstd) & (std::fabs(mean) < kMostMean);
-    const bool fit =
-        zero_or_moderate(size * share) & (std::fabs(means.a) < kMostMean) & (std::fabs(means.b * rstd) < kMostMean);
-    means.in_float = static_cast<bool>(fits & fit);
+    const double most_b = std::fabs(means.b * rstd);
+    if constexpr (kMayOverflow<T>) {
+      const bool fit = (std::fabs(means.a) < kMostOrdinary) & (most_b < kMostOrdinary);
+      means.plain = static_cast<bool>(ordinary_set(mean, rstd) & fit & ((most_b > kLeastOrdinary) | (means.b == 0)));
+    } else {
+      const bool fit = (std::fabs(means.a) < kMostMean) & (most_b < kMostMean);
+      means.plain = static_cast<bool>(moderate(rstd) & (std::fabs(mean) < kMostMean) & fit);
+    }
     return means;
   }
 };
@@ -319,23 +331,22 @@ template <class T>
 class SegmentTable {
  public:
   explicit SegmentTable(int64_t count)
-      : space_(3 * count),
+      : space_((kMayOverflow<T> ? 3 : 2) * count),
         dy(space_.data()),
         dy_xhat(dy + count),
-        size(kMayOverflow<T> ? nullptr : dy + 2 * count),
         rest(kMayOverflow<T> ? dy + 2 * count : nullptr) {}
   explicit operator bool() const { return static_cast<bool>(space_); }
   SegmentSums operator[](int64_t i) const {
     SegmentSums sums;
     sums.dy.hi = dy[i];
     sums.dy_xhat.hi = dy_xhat[i];
-    (kMayOverflow<T> ? sums.rest.hi : sums.size) = kMayOverflow<T> ? rest[i] : size[i];
+    if constexpr (kMayOverflow<T>) sums.rest.hi = rest[i];
     return sums;
   }
   void put(int64_t i, const SegmentSums& sums) {
     dy[i] = sums.dy.value();
     dy_xhat[i] = sums.dy_xhat.value();
-    kMayOverflow<T> ? rest[i] = sums.rest.value() : size[i] = sums.size;
+    if constexpr (kMayOverflow<T>) rest[i] = sums.rest.value();
   }
 
   // When all segments of a set, `count` values, have their sums: makes those of dy * xhat about the mean that x - mean
@@ -357,7 +368,7 @@ class SegmentTable {
   const Workspace<double> space_;
 
  public:
-  double *const dy, *const dy_xhat, *const size, *const rest;
+  double *const dy, *const dy_xhat, *const rest;
 };
 
 // Sums over all sets that share a parameter. Those of float64 data come with what rounding has taken from them: there

@@ -185,7 +185,7 @@ class RowBackward {
     GradientMeans means = GradientMeans::of<T>(total.dy, total.dy_xhat, total.size, static_cast<double>(plan_.elements),
                                                args_.centred, plain_weights_here, s);
     // Without a mean of g there are values of dx that are a product with x alone, which float32 may lose.
-    means.in_float = means.in_float && args_.centred;
+    means.plain = means.plain && args_.centred;
     return means;
   }
 
@@ -196,7 +196,7 @@ class RowBackward {
       for_stored_packs(past_cache, dx, n, [&](auto at, auto out) { out.store(at, dx, gradient(at, x, dy)); });
     };
     if constexpr (!kMayOverflow<T>) {
-      if (means.in_float) return along(InputGradient<T, T, Weight>(s, means.a, means.b, weight));
+      if (means.plain) return along(InputGradient<T, T, Weight>(s, means.a, means.b, weight));
     }
     along(InputGradient<T, double, Weight>(s, means.a, means.b, weight));
   }
