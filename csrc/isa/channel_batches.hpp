@@ -202,7 +202,7 @@ class ChannelBatches {
   }
 
  private:
-  static constexpr bool kRest = kMayOverflow<T>;  // is the sum of x - pivot wanted?
+  static constexpr bool kWantsRest = kMayOverflow<T>;  // is the sum of x - pivot wanted?
   using Gradient = SegmentGradient<T>;
 
   // Statistics of whole lanes: the last ones may be of no set.
@@ -238,11 +238,12 @@ class ChannelBatches {
   struct Lanes {
     HalfPack dy[kFoldedSegments], product[kFoldedSegments], rest[kFoldedSegments];
     double off[kFoldedSegments], mean[kFoldedSegments], rstd[kFoldedSegments];
+    const char* gradients[kFoldedSegments];  // dy
 
     FASTNORM_INLINE void put(int64_t lane, const TreeGradientSums<T>& sums) {
       dy[lane] = sums.dy_sum;
       product[lane] = sums.product_sum;
-      if constexpr (kRest) rest[lane] = sums.rest_sum;
+      if constexpr (kWantsRest) rest[lane] = sums.rest_sum;
     }
   };
 
@@ -297,16 +298,17 @@ class ChannelBatches {
           x_line += x.line_step;
           dy_line += dy.line_step;
         }
+        if constexpr (!kWantsRest) lanes.gradients[lane] = dy_segment;
         x_segment += x.segment_step;
         dy_segment += dy.segment_step;
         sums.finish();
         lanes.put(lane, sums);
         lanes.off[lane] = off_[i];
-        if constexpr (kRest) lanes.mean[lane] = mean_[i];
+        if constexpr (kWantsRest) lanes.mean[lane] = mean_[i];
         lanes.rstd[lane] = rstd_[i];
         ++lane;
         if (lane == kFoldedSegments || done + lane == all) {
-          finish(lanes, lane, done);
+          finish(lanes, lane, done, dy.line_step);
           done += lane;
           lane = 0;
         }
@@ -315,11 +317,11 @@ class ChannelBatches {
   }
 
   // The sums of segments [first, first + count) of the batch.
-  void finish(const Lanes& lanes, int64_t count, int64_t first) {
+  void finish(const Lanes& lanes, int64_t count, int64_t first, int64_t line_step) {
     double dy[kFoldedSegments], product[kFoldedSegments], rest[kFoldedSegments], dy_xhat[kFoldedSegments];
     fold_eight(lanes.dy, dy);
     fold_eight(lanes.product, product);
-    if constexpr (kRest) fold_eight(lanes.rest, rest);
+    if constexpr (kWantsRest) fold_eight(lanes.rest, rest);
     const auto totals = [&](int64_t lane) {
       return TreeTotals::of<T>(dy[lane], product[lane], lanes.off[lane], lanes.mean[lane], lanes.rstd[lane]);
     };
@@ -328,14 +330,14 @@ class ChannelBatches {
 #pragma omp simd reduction(| : failures)
     for (int64_t lane = 0; lane < kFoldedSegments; ++lane) {
       dy_xhat[lane] = totals(lane).dy_xhat;
-      if constexpr (kRest) rest[lane] += lanes.off[lane] * values;
+      if constexpr (kWantsRest) rest[lane] += lanes.off[lane] * values;
       failures |= totals(lane).trusted ? 0 : 1;
     }
     const int64_t to = first_ * plan_.segments + first;
     const auto put = [&](size_t n) {
       std::memcpy(sums_.dy + to, dy, n * sizeof(double));
       std::memcpy(sums_.dy_xhat + to, dy_xhat, n * sizeof(double));
-      if constexpr (kRest) std::memcpy(sums_.rest + to, rest, n * sizeof(double));
+      if constexpr (kWantsRest) std::memcpy(sums_.rest + to, rest, n * sizeof(double));
     };
     if (count == kFoldedSegments) {
       put(kFoldedSegments);
@@ -343,8 +345,23 @@ class ChannelBatches {
       put(static_cast<size_t>(count));
     }
     for (int64_t lane = 0; failures != 0 && lane < count; ++lane) {
-      if (!totals(lane).trusted) sum_carefully(to + lane);
+      if (totals(lane).trusted) continue;
+      // Without any dy, the product's 0 of finite x can be trusted.
+      const bool zeros = !kWantsRest && dy[lane] == 0 && dy_xhat[lane] == 0;
+      if (!(zeros && nothing_in(lanes.gradients[lane], line_step))) sum_carefully(to + lane);
     }
+  }
+
+  [[gnu::noinline]] FASTNORM_LOOPS bool nothing_in(const char* dy_segment, int64_t line_step) const {
+    Pack<float> all(0.0f);
+    const int64_t run = run_, lines = lines_;
+    for (int64_t line = 0; line < lines; ++line, dy_segment += line_step) {
+      const float* const dy = reinterpret_cast<const float*>(dy_segment);
+      int64_t i = 0;
+      for (; i + kPack <= run; i += kPack) all = either(all, Whole{i}.load<float>(dy));
+      if (i < run) all = either(all, Partial{i, run - i}.load<float>(dy));
+    }
+    return all_zero(all);
   }
 
   [[gnu::noinline]] void sum_carefully(int64_t index) const {
@@ -353,7 +370,7 @@ class ChannelBatches {
   }
 
   void centre() {
-    if (!kRest || !args_.centred) return;
+    if (!kWantsRest || !args_.centred) return;
     const int64_t segments = plan_.segments;
     for (int64_t i = 0, first = first_ * segments; i < count_; ++i, first += segments) {
       sums_.centre(first, segments, static_cast<double>(plan_.set_size()), rstd_[i]);
@@ -370,7 +387,7 @@ class ChannelBatches {
       for (int64_t i = 0; i < sets; ++i) weight[i] = static_cast<double>(*weight_of(i, 0));
 #pragma omp simd
       for (int64_t i = 0; i < sets; ++i) {
-        if constexpr (!kRest) {
+        if constexpr (!kWantsRest) {
           a[i] = weight[i] * dy[i];
           b[i] = weight[i] * dy_xhat[i];
           size[i] = size_of_gradient(weight[i], dy[i], dy_xhat[i]);
@@ -413,13 +430,14 @@ class ChannelBatches {
     const int64_t rounded = whole_lanes(count_);
 #pragma omp simd
     for (int64_t i = 0; i < rounded; ++i) {
-      const GradientMeans means = GradientMeans::of_sums<T>(centred * a[i], b[i], count, mean_[i], rstd_[i],
-                                                            kRest ? centred * a_lo[i] : 0, kRest ? b_lo[i] : 0);
+      const GradientMeans means =
+          GradientMeans::of_sums<T>(centred * a[i], b[i], count, mean_[i], rstd_[i], kWantsRest ? centred * a_lo[i] : 0,
+                                    kWantsRest ? b_lo[i] : 0);
       factor_a_[i] = Gradient::a_of(means, off_[i], rstd_[i]);
       factor_b_[i] = Gradient::b_of(means, rstd_[i]);
       mean_g_[i] = means.a;
       mean_g_xhat_[i] = means.b;
-      plain_[i] = means.plain & (kRest || sized(size[i], count, means, rstd_[i])) ? 1 : 0;
+      plain_[i] = means.plain & (kWantsRest || sized(size[i], count, means, rstd_[i])) ? 1 : 0;
     }
   }
 

@@ -248,28 +248,11 @@ FASTNORM_LOOPS inline SegmentSums unit_sums(const Plan& plan, int64_t run, int64
   return total;
 }
 
-// Is there no dy in a unit?
-template <class T>
-FASTNORM_LOOPS inline bool nothing_in_unit(const Plan& plan, int64_t run, int64_t set, int64_t unit) {
-  const Operands<1, false> operands{{&plan.dy}, nullptr};
-  Size size;
-  visit_unit<T>(plan, operands, run, set, unit, [&](const T* const* in, T*, int64_t, int64_t n) {
-    Size inner = size;
-    for_packs(n, [&](auto at) { inner.add(at, in[0]); });
-    size = inner;
-  });
-  return size.total() == 0;
-}
-
-// The sums of one unit added up with care, where those of its trees cannot be trusted (as the product's 0 without any
-// dy can be, of x that is finite); but for the sum of dy, which must not change with what x is.
+// The sums of one unit added up with care, where those of its trees cannot be trusted; but for the sum of dy, which
+// must not change with what x is.
 template <class T>
 inline SegmentSums careful_sums(const Plan& plan, int64_t run, int64_t set, int64_t unit, const Statistic& s,
                                 const SegmentSums& of_trees) {
-  if constexpr (!kMayOverflow<T>) {
-    const bool zeros = (of_trees.dy.hi == 0) & (of_trees.dy_xhat.hi == 0);
-    if (zeros && nothing_in_unit<T>(plan, run, set, unit)) return of_trees;
-  }
   SegmentSums sums = unit_sums<T>(plan, run, set, unit, s, [](int64_t) { return None{}; });
   if (std::fabs(of_trees.dy.hi) < (kMayOverflow<T> ? kMostOrdinary : kTrustedSize)) sums.dy = of_trees.dy;
   sums.rest.hi = std::numeric_limits<double>::quiet_NaN();

@@ -50,23 +50,6 @@ struct GradientTerms {
   }
 };
 
-// |dy|, for add_in_short_trees.
-struct SizeTerms {
-  const float* dy;
-  int64_t stride;
-
-  FASTNORM_INLINE void move(int64_t columns) { dy += columns; }
-  FASTNORM_INLINE void next(int64_t lines) { dy += lines * stride; }
-  template <class At>
-  FASTNORM_INLINE FloatTerms operator()(At at, int64_t line, const Pack<float>&) const {
-    return {magnitude(at.template load<float>(dy + line * stride)), Pack<float>(0.0f)};
-  }
-  template <class At>
-  FASTNORM_INLINE FloatTerms operator()(At at, int64_t line, const Pack<float>& none, const FloatTerms& other) const {
-    return other + (*this)(at, line, none);
-  }
-};
-
 // done = 1 for the sets whose columns are all good; true if that is all of them.
 template <class T>
 inline bool find_good_sets(const ColumnSpace<T>& space, const double* good, int64_t sets, int64_t width) {
@@ -78,6 +61,31 @@ inline bool find_good_sets(const ColumnSpace<T>& space, const double* good, int6
     good_ones += space.done[set];
   }
   return good_ones == static_cast<double>(sets);
+}
+
+// In `space.sums`, 0 for columns without any dy, of those near the columns whose sets are not done.
+inline void look_for_gradients(const Columns<float>& columns, int64_t outer, const ColumnSpace<float>& space) {
+  constexpr int64_t kTogether = 4;  // lines: fewer sums, and still read in the order of memory
+  space.find_undone(columns);
+  const Operand* const operands[1] = {&columns.plan().dy};
+  columns.sum<1>(outer, operands, space.sums,
+                 [&](const ColumnSums& to, int64_t column, int64_t lines, int64_t n, const Panel<float>& dy) {
+                   const double* const wanted = space.careful + column / kPack;
+                   const auto look = [&](int64_t first, int64_t count) {
+                     const float* const from = dy.data + first * dy.stride;
+                     for_packs(n, [&](auto at) FASTNORM_LOOPS {
+                       if (wanted[at.start / kPack] == 0) return;
+                       Pack<float> any = at.template load<float>(from);
+                       for (int64_t k = 1; k < count; ++k) {
+                         any = either(any, at.template load<float>(from + k * dy.stride));
+                       }
+                       at.store(to.first, at.template load<double>(to.first) + widen(magnitude(any)));
+                     });
+                   };
+                   int64_t line = 0;
+                   for (; line + kTogether <= lines; line += kTogether) look(line, kTogether);
+                   if (line < lines) look(line, lines - line);
+                 });
 }
 
 // Sums of dy and of dy * xhat per column by short trees, the latter about the float32 next to the mean: no value of x
@@ -128,14 +136,10 @@ inline bool short_tree_gradient_sums(const Columns<float>& columns, int64_t oute
     space.dy[c] = dy;
     space.dy_xhat[c] = (product - rest * dy) * rstd[c];
   }
-  if (any_nothing != 0) {
-    const Operand* const gradients[1] = {&plan.dy};
-    columns.sum<1>(outer, gradients, space.sums,
-                   [&](const ColumnSums& to, int64_t column, int64_t lines, int64_t n, const Panel<float>& dy) {
-                     add_in_short_trees(to, lines, 0, n, false, space.subtract + column, SizeTerms{dy.data, dy.stride});
-                   });
-    for (int64_t c = 0; c < n; ++c) good[c] += sums.first[c] == 0 ? nothing[c] : 0;
-  }
+  const bool all_good = find_good_sets(space, good, sets, width);
+  if (all_good || any_nothing == 0) return all_good;
+  look_for_gradients(columns, outer, space);
+  for (int64_t c = 0; c < n; ++c) good[c] += sums.first[c] == 0 ? nothing[c] : 0;
   return find_good_sets(space, good, sets, width);
 }
 

@@ -324,6 +324,24 @@ FASTNORM_INLINE Pack<C> magnitude(Pack<C> pack) {
   return pack;
 }
 
+// The bits that are set in either: of numbers 0, of whatever sign, if all of them are.
+FASTNORM_INLINE Pack<float> either(Pack<float> a, const Pack<float>& b) {
+  using Bits = Vector<int32_t, kVectorBytes>;
+  FASTNORM_UNROLL
+  for (int k = 0; k < Pack<float>::kParts; ++k) {
+    const Bits bits = reinterpret_cast<Bits>(a.part[k]) | reinterpret_cast<Bits>(b.part[k]);
+    a.part[k] = reinterpret_cast<Pack<float>::Part>(bits);
+  }
+  return a;
+}
+FASTNORM_INLINE bool all_zero(const Pack<float>& pack) {
+  float lanes[kPack];
+  std::memcpy(lanes, &pack, sizeof lanes);
+  int other = 0;
+  for (float lane : lanes) other |= lane != 0 ? 1 : 0;
+  return other == 0;
+}
+
 // Loaded once: where registers are many, compilers would rather load a value for each of its uses.
 template <class C>
 FASTNORM_INLINE Pack<C> in_register(Pack<C> pack) {
