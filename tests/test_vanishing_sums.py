@@ -15,7 +15,7 @@ import fastnorm as fn
 UNIT, LEAST = 2.0**-24, 2.0**-149
 ALLOWED = 8  # u of the sum of the terms' magnitudes
 SIZES = (8, 30, 64, 98, 128, 200, 514)
-CHANNELS = 21
+CHANNELS, GROUP = 21, 3
 EPS = 1e-30
 
 
@@ -60,6 +60,23 @@ def _least_factors(rng: Any, shape: tuple[int, int]) -> tuple[Any, Any]:
     return 1e9 * x, 1e-25 * dy
 
 
+def _some_of_each(rng: Any, shape: tuple[int, int]) -> tuple[Any, Any]:
+    """Columns without dy beside those whose products vanish, and others."""
+    x, dy = _products_vanish(rng, shape)
+    dy[::3] = 0
+    dy[1::6] = 1e-40 * rng.standard_normal(dy[1::6].shape)
+    return x, dy
+
+
+def _large_beside_cancelling(_: Any, shape: tuple[int, int]) -> tuple[Any, Any]:
+    """2^60 beside a pair near 2^97 and -2^97: with weights far apart their mean is more than float32 holds."""
+    x = np.tile(1.2 * 2.0**-39 * np.array([1, 1, -1, -1]), (shape[0], shape[1] // 4 + 1))[:, : shape[1]]
+    dy = np.full(shape, 2.0**60)
+    dy[::3], dy[2::3] = 0, 0
+    dy[::3, :2] = np.array([1, -1]) * 2.0**99 / GROUP  # the mean of weighted ones
+    return x, dy
+
+
 KINDS: dict[str, Callable[[Any, tuple[int, int]], tuple[Any, Any]]] = {
     "no dy for some": _nothing_for_some,
     "opposite pairs": _pairs(1.0),
@@ -68,6 +85,8 @@ KINDS: dict[str, Callable[[Any, tuple[int, int]], tuple[Any, Any]]] = {
     "largest opposite pairs beside ordinary ones": _pairs_and_some,
     "products that vanish": _products_vanish,
     "a factor that vanishes": _least_factors,
+    "some of each": _some_of_each,
+    "large beside cancelling": _large_beside_cancelling,
     "any size": _any_size,
 }
 
@@ -88,16 +107,29 @@ def _planes(x: Any, dy: Any, weight: Any) -> Any:
     return grads.dx[0], grads.dweight, grads.dbias
 
 
-def _exact(x: Any, dy: Any, weight: Any) -> list[tuple[Any, Any]]:
+def _group_norm(x: Any, dy: Any, weight: Any) -> Any:
+    """Channels last: a set is GROUP columns."""
+
+    def sample(values: Any) -> Any:
+        return np.ascontiguousarray(values.T)[None]
+
+    zeros, options = np.zeros_like(weight), {"channel_axis": -1, "eps": EPS}
+    _, cache = fn.group_norm_forward(sample(x), len(x) // GROUP, weight, zeros, **options)
+    grads = fn.group_norm_backward(sample(dy), cache)
+    return grads.dx[0].T, grads.dweight, grads.dbias
+
+
+def _exact(x: Any, dy: Any, weight: Any, group: int) -> list[tuple[Any, Any]]:
     """The gradients, each with the sum of its terms' magnitudes."""
     x, dy, weight = (values.astype(np.longdouble) for values in (x, dy, weight[:, None]))
-    centred = x - x.mean(axis=1, keepdims=True)
-    rstd = 1 / np.sqrt((centred * centred).mean(axis=1, keepdims=True) + np.longdouble(EPS))
-    xhat, g = centred * rstd, dy * weight
 
     def mean(values: Any) -> Any:
-        return values.mean(axis=1, keepdims=True)
+        of_sets = values.reshape(len(x) // group, -1).mean(axis=1)
+        return np.repeat(of_sets, group)[:, None]
 
+    centred = x - mean(x)
+    rstd = 1 / np.sqrt(mean(centred * centred) + np.longdouble(EPS))
+    xhat, g = centred * rstd, dy * weight
     dx = rstd * (g - mean(g) - xhat * mean(g * xhat))
     terms = rstd * (np.abs(g) + mean(np.abs(g)) + np.abs(xhat) * mean(np.abs(g * xhat)))
     return [
@@ -107,22 +139,32 @@ def _exact(x: Any, dy: Any, weight: Any) -> list[tuple[Any, Any]]:
     ]
 
 
+def _weights(rng: Any) -> list[Any]:
+    near = rng.uniform(0.5, 1, CHANNELS)
+    far = 2.0 ** rng.integers(-39, 40, CHANNELS) * (rng.random(CHANNELS) > 0.2)
+    far[:GROUP] = 1, 2.0**39, 1
+    return [weight.astype(np.float32) for weight in (near, 4 * near, far)]
+
+
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("norm", [_batch_norm, _planes], ids=("channels last", "channels first"))
-def test_gradients(norm: Callable[[Any, Any, Any], Any], kind: str) -> None:
+@pytest.mark.parametrize(
+    ("norm", "group"),
+    [(_batch_norm, 1), (_planes, 1), (_group_norm, GROUP)],
+    ids=("channels last", "channels first", "groups, channels last"),
+)
+def test_gradients(norm: Callable[[Any, Any, Any], Any], group: int, kind: str) -> None:
     rng = np.random.default_rng(7)
     worst = {}
     for size in SIZES:
-        for factor in (1.0, 4.0):
+        for weight in _weights(rng):
             with np.errstate(over="ignore"):
                 x, dy = (values.astype(np.float32) for values in KINDS[kind](rng, (CHANNELS, size)))
-            weight = (factor * rng.uniform(0.5, 1, CHANNELS)).astype(np.float32)
             for name, got, (exact, terms) in zip(
-                ("dx", "dweight", "dbias"), norm(x, dy, weight), _exact(x, dy, weight), strict=True
+                ("dx", "dweight", "dbias"), norm(x, dy, weight), _exact(x, dy, weight, group), strict=True
             ):
                 there = np.abs(exact) < np.finfo(np.float32).max
-                assert np.isfinite(got[there]).all(), (name, size)
+                assert np.isfinite(got[there]).all(), (name, size, weight)
                 error = (np.abs(got - exact) / (UNIT * terms + 2 * LEAST))[there]
-                worst[name, size, factor] = float(error.max()) if error.size else 0
+                worst[name, size, float(weight[1])] = float(error.max()) if error.size else 0
     print("worst, in u of the terms:", max(worst.items(), key=lambda item: item[1]))
     assert max(worst.values()) <= ALLOWED, worst

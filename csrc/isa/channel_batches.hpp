@@ -49,12 +49,21 @@ FASTNORM_INLINE double size_of_gradient(double weight, double dy, double dy_xhat
   return zero_or_moderate(weight) ? std::fabs(weight) * (std::fabs(dy) + std::fabs(dy_xhat)) : HUGE_VAL;
 }
 
-// Is there so much of g in a set of float32 data that what underflow takes from dx is nothing beside it? Or no sum of
-// it at all: dx is a product with dy alone then. (That of a single value is 0, whatever is rounded: not so made.)
-FASTNORM_INLINE bool sized(double size, double count, const GradientMeans& means, double rstd) {
-  const double product = std::fabs(means.b_rstd * rstd);
-  const bool some = (size > 0x1p-60 * count) & (size < 0x1p60 * count) & (product < 0x1p100);
-  return static_cast<bool>((count > 1) & ((some & ((product > 0x1p-100) | (product == 0))) | (size == 0)));
+// Is there so much of g in a set of float32 data that what underflow takes from dx is nothing beside it, and no more
+// than its means can bear? Or no sum of it at all: dx is a product with dy alone then.
+FASTNORM_INLINE bool sized(double size, double count) {
+  return static_cast<bool>(((size > 0x1p-60 * count) & (size < 0x1p60 * count)) | (size == 0));
+}
+
+// Can a number of float32 data be a factor that takes no digits away?
+FASTNORM_INLINE bool fit_factor(double factor) {
+  const double size = std::fabs(factor);
+  return static_cast<bool>(((size > 0x1p-100) & (size < 0x1p100)) | (size == 0));
+}
+
+// Can dx of a set of float32 data be made about a pivot? (That of a single value is 0, whatever is rounded.)
+FASTNORM_INLINE bool plain(const GradientMeans& means, double size, double count, double rstd) {
+  return static_cast<bool>(means.plain & (count > 1) & sized(size, count) & fit_factor(means.b_rstd * rstd));
 }
 
 template <class T>
@@ -76,7 +85,7 @@ inline GradientMeans channel_means(const Plan& plan, const NormArgs<T>& args, in
       size += size_of_gradient(weight, dy, dy_xhat);
     }
     GradientMeans means = GradientMeans::of_sums<T>(centred * a, b, count, s.mean, s.rstd);
-    means.plain = means.plain && sized(size, count, means, s.rstd);
+    means.plain = plain(means, size, count, s.rstd);
     return means;
   }
 }
@@ -130,9 +139,9 @@ FASTNORM_LOOPS inline void channel_unit_gradient(const Plan& plan, const NormArg
     if (s.scale == 1 && means.plain) {
       using Gradient = SegmentGradient<T>;
       const Pivot<T> pivot = Pivot<T>::of(s);
-      Gradient plain(pivot.value, s.rstd, Gradient::a_of(means, pivot.off, s.rstd), Gradient::b_of(means, s.rstd));
-      plain.weigh(static_cast<T>(weight));
-      along(plain);
+      Gradient dx_of(pivot.value, s.rstd, Gradient::a_of(means, pivot.off, s.rstd), Gradient::b_of(means, s.rstd));
+      dx_of.weigh(static_cast<T>(weight));
+      along(dx_of);
     } else {
       along(InputGradient<T, double, Same<double>>(s, means.a, means.b, Same<double>(weight)));
     }
@@ -437,7 +446,7 @@ class ChannelBatches {
       factor_b_[i] = Gradient::b_of(means, rstd_[i]);
       mean_g_[i] = means.a;
       mean_g_xhat_[i] = means.b;
-      plain_[i] = means.plain & (kWantsRest || sized(size[i], count, means, rstd_[i])) ? 1 : 0;
+      plain_[i] = (kWantsRest ? means.plain : plain(means, size[i], count, rstd_[i])) ? 1 : 0;
     }
   }
 

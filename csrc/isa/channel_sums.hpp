@@ -15,7 +15,7 @@ namespace {
 
 struct SegmentSums {
   Sum dy, dy_xhat;
-  double size = 0;  // the sum of |dy|: of rows of float32 only
+  double size = 0;  // the sum of |dy|: what float32 rows are judged by
   Sum rest;         // of x - mean, NaN where it is not known: float64 only
   void add(const SegmentSums& other) {
     dy.add(other.dy);

@@ -248,31 +248,25 @@ inline void gradient_outer_sums(const Columns<T>& columns, int64_t outer, const 
   exact_gradient_sums(columns, outer, space);
 }
 
-// The means of the gradients of each set, and whether dx can be made of them in float32 (done = 1). That asks for sums,
-// of whatever sign, from which what underflow takes from dx is far; where they are 0, dx is a product with dy alone.
+// The means of the gradients of each set, and whether dx can be made of them in float32 (done = 1).
 inline void gradient_means(const Columns<float>& columns, const ColumnSpace<float>& space) {
   const int64_t width = columns.plan().columns_per_set, sets = columns.sets_in_outer(), n = columns.columns();
-  const double count = static_cast<double>(columns.rows() * width), least = 0x1p-60 * count, most = 0x1p60 * count;
-  double *const dy = space.of_column[0], *const dy_xhat = space.of_column[1], *const fine = space.of_column[2],
-                *const size = space.of_column[3];
+  const double count = static_cast<double>(columns.rows() * width);
+  double *const dy = space.of_column[0], *const dy_xhat = space.of_column[1], *const size = space.of_column[2];
 #pragma omp simd
   for (int64_t c = 0; c < n; ++c) {
     dy[c] = space.weight[c] * space.dy[c];
     dy_xhat[c] = space.weight[c] * space.dy_xhat[c];
-    fine[c] = zero_or_moderate(space.weight[c]) ? 1.0 : 0.0;
-    size[c] = std::fabs(space.dy[c]) + std::fabs(space.dy_xhat[c]);
+    size[c] = size_of_gradient(space.weight[c], space.dy[c], space.dy_xhat[c]);
   }
   const double* const dy_sums = add_up_sets(dy, sets, width, space.first);
   const double* const dy_xhat_sums = add_up_sets(dy_xhat, sets, width, space.second);
-  const double* const fine_weights = add_up_sets(fine, sets, width, space.pivot);
   const double* const sizes = add_up_sets(size, sets, width, space.size);
 #pragma omp simd
   for (int64_t set = 0; set < sets; ++set) {
     const double a = dy_sums[set] / count, b = dy_xhat_sums[set] / count;
-    const bool sized = ((sizes[set] > least) & (sizes[set] < most)) | (sizes[set] == 0);
-    const bool plain = (fine_weights[set] == static_cast<double>(width)) & sized &
-                       plain_statistic<float>(space.mean[set], space.rstd[set], 1) & (std::fabs(a) < 0x1p100) &
-                       (std::fabs(b * space.rstd[set]) < 0x1p100);
+    const bool plain = sized(sizes[set], count) & plain_statistic<float>(space.mean[set], space.rstd[set], 1) &
+                       (std::fabs(a) < 0x1p100) & (std::fabs(b * space.rstd[set]) < 0x1p100);
     space.mean_g[set] = a;
     space.mean_g_xhat[set] = b;
     space.done[set] = plain ? 1.0 : 0.0;
@@ -328,14 +322,14 @@ inline void prepare_gradient(const Columns<T>& columns, int64_t outer, const Col
     const double rest = (mean[c] - static_cast<double>(subtract)) + mean_lo[c];
     space.subtract[c] = subtract;
     const double factor = space.weight[c] * rstd[c], b = mean_g_xhat[c] * rstd[c];
-    const double a = rstd[c] * (mean_g[c] - rest * b), product = std::fabs(b * rstd[c]);
+    const double a = rstd[c] * (mean_g[c] - rest * b);
     bool fine;
     if constexpr (kMayOverflow<T>) {
-      const double size = std::fabs(factor);
+      const double size = std::fabs(factor), product = std::fabs(b * rstd[c]);
       fine = (((size > 0x1p-300) & (size < 0x1p300)) | (factor == 0)) & (std::fabs(a) < 0x1p900) & (product < 0x1p900) &
              ((product > 0x1p-900) | (mean_g_xhat[c] == 0));
     } else {
-      fine = zero_or_moderate(factor) & (product < 0x1p100) & ((product > 0x1p-100) | (product == 0));
+      fine = zero_or_moderate(factor) & (std::fabs(a) < 0x1p110) & fit_factor(b * rstd[c]);
     }
     space.factor[c] = static_cast<T>(any * factor);
     space.a[c] = static_cast<T>(any * a);

@@ -74,9 +74,9 @@ struct TiledRows {
   alignas(64) float pivot[kMost], pivot_lo[kMost], float_rstd[kMost];  // pivot + pivot_lo: the mean
   HalfPack g_lanes[kMost], product_lanes[kMost];                       // sums of g and of g * (x - mean), in lanes,
   alignas(64) double g[kMost], product[kMost];                         // and folded
-  alignas(64) float a[kMost], b[kMost];  // dx = rstd * ((g - a) - (x - pivot) * b); RMS norm: rstd * g - x * b
-  alignas(64) float size[kMost];         // of the means of g and g * xhat
-  bool careful[kMost];                   // does some g lose digits in float32? Of use where `any_careful` alone.
+  alignas(64) float a[kMost] = {}, b[kMost];  // dx = rstd * ((g - a) - (x - pivot) * b); RMS norm: rstd * g - x * b
+  alignas(64) float size[kMost];              // of the means of g and g * xhat
+  bool careful[kMost];                        // does some g lose digits in float32? Of use where `any_careful` alone.
   bool any_careful;
 
   Statistic statistic(int r) const { return {mean[r], mean_lo[r], rstd[r], 1}; }

@@ -346,7 +346,8 @@ FASTNORM_LOOPS inline void input_gradient_constant(const T* dy, T* dx, int64_t n
   });
 }
 
-// The mean of |dy| decides whether dx is computed in float32: added up in float32, for nothing but its size matters.
+// The mean of |dy| decides whether dx of a row is computed in float32: added up in float32, for nothing but its size
+// matters.
 struct Size {
   Pack<float> sum = Pack<float>(0.0f);
   template <class At>
