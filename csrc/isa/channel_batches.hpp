@@ -365,10 +365,7 @@ class ChannelBatches {
     Pack<float> all(0.0f);
     const int64_t run = run_, lines = lines_;
     for (int64_t line = 0; line < lines; ++line, dy_segment += line_step) {
-      const float* const dy = reinterpret_cast<const float*>(dy_segment);
-      int64_t i = 0;
-      for (; i + kPack <= run; i += kPack) all = either(all, Whole{i}.load<float>(dy));
-      if (i < run) all = either(all, Partial{i, run - i}.load<float>(dy));
+      all = either(all, reinterpret_cast<const float*>(dy_segment), run);
     }
     return all_zero(all);
   }

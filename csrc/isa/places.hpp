@@ -185,6 +185,13 @@ FASTNORM_INLINE void for_packs(int64_t n, const Body& body) {
   if (i < n) body(Partial{i, n - i});
 }
 
+// `all` and the bits of a run of n values.
+FASTNORM_INLINE Pack<float> either(Pack<float> all, const float* p, int64_t n) {
+  int64_t i = 0;
+  for (; i + kPack <= n; i += kPack) all = either(all, Whole{i}.load<float>(p));
+  return i < n ? either(all, Partial{i, n - i}.load<float>(p)) : all;
+}
+
 // body(place, how) along a run of n results at p, in whole lines of the cache but for the ends.
 template <class How, class T, class Body>
 FASTNORM_INLINE void for_aligned_packs(How how, const T* p, int64_t n, const Body& body) {
