@@ -1,5 +1,6 @@
 """Float32 gradients whose sums are 0, or next to it, while dy is not: the backward of channels judges by its sums
-whether float32 has lost anything on the way to them, and whether dx can be made in it.
+whether float32 has lost anything on the way to them, and whether dx can be made in it. What they do not show is dy next
+to float32's largest number that an opposite one takes away.
 """
 
 from __future__ import annotations
@@ -91,31 +92,45 @@ KINDS: dict[str, Callable[[Any, tuple[int, int]], tuple[Any, Any]]] = {
 }
 
 
-def _batch_norm(x: Any, dy: Any, weight: Any) -> Any:
+def _batch_norm(x: Any, dy: Any, weight: Any, in_place: bool = False) -> Any:
     """Channels last: a set is a column."""
-    columns, zeros = np.ascontiguousarray(x.T), np.zeros_like(weight)
-    grads = fn.batch_norm_backward(
-        np.ascontiguousarray(dy.T), fn.batch_norm_forward(columns, weight, zeros, eps=EPS)[1]
-    )
+    columns, zeros, dy = np.ascontiguousarray(x.T), np.zeros_like(weight), np.array(dy.T, order="C")
+    _, cache = fn.batch_norm_forward(columns, weight, zeros, eps=EPS)
+    grads = fn.batch_norm_backward(dy, cache, out=dy if in_place else None)
     return grads.dx.T, grads.dweight, grads.dbias
 
 
-def _planes(x: Any, dy: Any, weight: Any) -> Any:
+def _planes(x: Any, dy: Any, weight: Any, in_place: bool = False) -> Any:
     """Channels first: a set is a plane."""
+    dy = dy[None].copy()
     _, cache = fn.instance_norm_forward(x[None], weight, np.zeros_like(weight), eps=EPS)
-    grads = fn.instance_norm_backward(dy[None], cache)
+    grads = fn.instance_norm_backward(dy, cache, out=dy if in_place else None)
     return grads.dx[0], grads.dweight, grads.dbias
 
 
-def _group_norm(x: Any, dy: Any, weight: Any) -> Any:
+def _split_planes(x: Any, dy: Any, weight: Any, in_place: bool = False) -> Any:
+    """Channels first: a set is two planes of an array with more channels."""
+
+    def samples(values: Any) -> Any:
+        array = np.zeros((2, CHANNELS + 1, values.shape[1] // 2), np.float32)
+        array[0, :-1], array[1, :-1] = np.split(values, 2, axis=1)
+        return array[:, :-1]
+
+    dy = samples(dy)
+    _, cache = fn.batch_norm_forward(samples(x), weight, np.zeros_like(weight), eps=EPS)
+    grads = fn.batch_norm_backward(dy, cache, out=dy if in_place else None)
+    return np.concatenate(grads.dx, axis=1), grads.dweight, grads.dbias
+
+
+def _group_norm(x: Any, dy: Any, weight: Any, in_place: bool = False) -> Any:
     """Channels last: a set is GROUP columns."""
 
     def sample(values: Any) -> Any:
-        return np.ascontiguousarray(values.T)[None]
+        return np.array(values.T, order="C")[None]
 
-    zeros, options = np.zeros_like(weight), {"channel_axis": -1, "eps": EPS}
+    dy, zeros, options = sample(dy), np.zeros_like(weight), {"channel_axis": -1, "eps": EPS}
     _, cache = fn.group_norm_forward(sample(x), len(x) // GROUP, weight, zeros, **options)
-    grads = fn.group_norm_backward(sample(dy), cache)
+    grads = fn.group_norm_backward(dy, cache, out=dy if in_place else None)
     return grads.dx[0].T, grads.dweight, grads.dbias
 
 
@@ -168,3 +183,36 @@ def test_gradients(norm: Callable[[Any, Any, Any], Any], group: int, kind: str) 
                 worst[name, size, float(weight[1])] = float(error.max()) if error.size else 0
     print("worst, in u of the terms:", max(worst.items(), key=lambda item: item[1]))
     assert max(worst.values()) <= ALLOWED, worst
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize(
+    ("norm", "group"),
+    [(_batch_norm, 1), (_planes, 1), (_split_planes, 1), (_group_norm, GROUP)],
+    ids=("channels last", "channels first", "two planes", "groups, channels last"),
+)
+def test_next_to_the_largest(norm: Callable[..., Any], group: int, in_place: bool) -> None:
+    """dx is float32's largest number less a little, of dy that adds up to nothing; other channels are ordinary."""
+    rng = np.random.default_rng(11)
+    largest = float(np.finfo(np.float32).max)
+    worst, extreme = 0.0, 0
+    for size in SIZES:
+        pattern = np.resize((1, 1, -1, -1), size // 4 * 4)
+        for _ in range(20):
+            x, dy = rng.standard_normal((2, CHANNELS, pattern.size))
+            weight = np.repeat(rng.uniform(2, 4, CHANNELS // GROUP), GROUP).astype(np.float32)
+            some = np.repeat(rng.random(CHANNELS // GROUP) < 0.5, GROUP)
+            std = np.repeat(rng.uniform(1, 2, CHANNELS // GROUP), GROUP)[some, None]
+            x[some] = pattern * std
+            dy[some] = np.resize((1, -1), pattern.size) * std / weight[some, None]
+            dy[some] *= largest * (1 - 3e-7 * rng.random((int(some.sum()), 1)))
+            x, dy = x.astype(np.float32), dy.astype(np.float32)
+            got = norm(x, dy, weight, in_place)[0]
+            exact, terms = _exact(x, dy, weight, group)[0]
+            there = np.abs(exact) <= largest
+            extreme += int((np.abs(exact[there]) > largest * (1 - 2e-7)).sum())
+            assert np.isfinite(got[there]).all(), (size, weight)
+            worst = max(worst, float((np.abs(got - exact) / (UNIT * terms))[there].max()))
+    print("worst, in u of the terms:", worst, "values next to the largest:", extreme)
+    assert extreme > 1000
+    assert worst <= ALLOWED

@@ -130,21 +130,29 @@ FASTNORM_LOOPS inline void channel_unit_gradient(const Plan& plan, const NormArg
   const int64_t param = plan.set_param.offset(set) + segment_of(plan, unit);
   const double weight = args.weight ? static_cast<double>(args.weight[param]) : 1;
   const Operands<2, true> operands{{&plan.x, &plan.dy}, &plan.dx};
-  visit_unit<T>(plan, operands, run, set, unit, [&](const T* const* in, T* dx, int64_t, int64_t n) {
-    const T *x = in[0], *dy = in[1];
-    if (args.constant_stats) return input_gradient_constant(dy, dx, n, s, Same<double>(weight));
-    const auto along = [&](const auto& gradient) {
+  const auto visit = [&](const auto& write) {
+    visit_unit<T>(plan, operands, run, set, unit,
+                  [&](const T* const* in, T* dx, int64_t, int64_t n) { write(in[0], in[1], dx, n); });
+  };
+  const auto visit_packs = [&](const auto& gradient) {
+    visit([&](const T* x, const T* dy, T* dx, int64_t n) {
       for_stored_packs(args.past_cache, dx, n, [&](auto at, auto out) { out.store(at, dx, gradient(at, x, dy)); });
-    };
-    if (s.scale == 1 && means.plain) {
-      using Gradient = SegmentGradient<T>;
-      const Pivot<T> pivot = Pivot<T>::of(s);
-      Gradient dx_of(pivot.value, s.rstd, Gradient::a_of(means, pivot.off, s.rstd), Gradient::b_of(means, s.rstd));
-      dx_of.weigh(static_cast<T>(weight));
-      along(dx_of);
-    } else {
-      along(InputGradient<T, double, Same<double>>(s, means.a, means.b, Same<double>(weight)));
-    }
+    });
+  };
+  if (args.constant_stats) {
+    return visit(
+        [&](const T*, const T* dy, T* dx, int64_t n) { input_gradient_constant(dy, dx, n, s, Same<double>(weight)); });
+  }
+  const InputGradient<T, double, Same<double>> careful(s, means.a, means.b, Same<double>(weight));
+  if (s.scale != 1 || !means.plain) return visit_packs(careful);
+  using Gradient = SegmentGradient<T>;
+  const Pivot<T> pivot = Pivot<T>::of(s);
+  Gradient plain(pivot.value, s.rstd, Gradient::a_of(means, pivot.off, s.rstd), Gradient::b_of(means, s.rstd));
+  plain.weigh(static_cast<T>(weight));
+  write_mending<T>(plan.dx_in_place(), [&](auto mends) {
+    visit_packs([&](auto at, const T* x, const T* dy) {
+      return mended<decltype(mends)::value>(plain(at, x, dy), [&] { return careful(at, x, dy); });
+    });
   });
 }
 
@@ -202,9 +210,9 @@ class ChannelBatches {
       }
       with_lines([&](const auto& lines) {
         if (args_.past_cache) {
-          write<std::decay_t<decltype(lines)>, true>(lines);
+          write<true>(lines);
         } else {
-          write<std::decay_t<decltype(lines)>, false>(lines);
+          write<false>(lines);
         }
       });
     }
@@ -447,7 +455,12 @@ class ChannelBatches {
     }
   }
 
-  template <class Lines, bool kPastCache>
+  template <bool kPastCache, class Lines>
+  void write(const Lines& lines) const {
+    write_mending<T>(plan_.dx_in_place(), [&](auto mends) { write<kPastCache, decltype(mends)::value>(lines); });
+  }
+
+  template <bool kPastCache, bool kMends, class Lines>
   [[gnu::noinline]] FASTNORM_LOOPS void write(const Lines& lines) const {
     const int64_t count = count_, segments = plan_.segments, run = run_;
     const Runs x(plan_.x, first_, run), dy(plan_.dy, first_, run), dx(plan_.dx, first_, run);
@@ -464,8 +477,9 @@ class ChannelBatches {
         char* dx_line = dx_segment;
         for (int64_t line = 0; line < lines.count; ++line) {
           const T *from = reinterpret_cast<const T*>(x_line), *dy_from = reinterpret_cast<const T*>(dy_line);
-          write_run<kPastCache>(reinterpret_cast<T*>(dx_line), run,
-                                [&](auto at) { return gradient(at, from, dy_from); });
+          write_run<kPastCache>(reinterpret_cast<T*>(dx_line), run, [&](auto at) {
+            return mended<kMends>(gradient(at, from, dy_from), [&] { return careful(i, segment)(at, from, dy_from); });
+          });
           x_line += x.line_step;
           dy_line += dy.line_step;
           dx_line += dx.line_step;
@@ -476,6 +490,12 @@ class ChannelBatches {
         dx_segment += dx.segment_step;
       }
     }
+  }
+
+  // dx of float32 data, each value by itself.
+  InputGradient<T, double, Same<double>> careful(int64_t i, int64_t segment) const {
+    return {kept_statistic(plan_, args_, first_ + i), mean_g_[i], mean_g_xhat_[i],
+            Same<double>(static_cast<double>(*weight_of(i, segment)))};
   }
 
   [[gnu::noinline]] void write_carefully(int64_t i) const {

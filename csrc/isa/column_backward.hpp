@@ -365,7 +365,7 @@ FASTNORM_INLINE void given_gradient_panel(const ColumnSpace<T>& space, int64_t c
 
 // dx of a panel (asking ahead by groups takes 7 to 35 % from large float32 arrays on AVX2, and nothing from float64):
 // in float32 or float64 where the sets' numbers allow it, value by value where they do not.
-template <bool kAhead, class T, class Out>
+template <bool kAhead, bool kMends, class T, class Out>
 FASTNORM_INLINE void gradient_panel(const Columns<T>& columns, const ColumnSpace<T>& space, int64_t column,
                                     int64_t lines, int64_t n, const Panel<T>& x, const Panel<T>& dy, const Panel<T>& dx,
                                     Out out) {
@@ -395,6 +395,14 @@ FASTNORM_INLINE void gradient_panel(const Columns<T>& columns, const ColumnSpace
     T* to = dx.data;
     const int64_t x_step = x.stride, dy_step = dy.stride, dx_step = dx.stride, count = lines;
     const int64_t x_ahead = x_distance, dy_ahead = dy_distance;
+    const auto mend_group = [&](const Pack<T>& results, int64_t group) {
+      return mend(at, results, space.plain + column + group, n - group, [&](int64_t lane) {
+        const int64_t i = group + at.start + lane, c = (column + i) % columns.columns(),
+                      set = c / columns.plan().columns_per_set;
+        return input_gradient(space.statistic(set), static_cast<double>(gradients[i]) * space.weight[c],
+                              space.mean_g[set], space.mean_g_xhat[set], values[i]);
+      });
+    };
     if (all_plain(space, column + at.start, kPacks)) {
       for (int64_t line = 0; line < count; ++line) {
         FASTNORM_UNROLL
@@ -403,7 +411,11 @@ FASTNORM_INLINE void gradient_panel(const Columns<T>& columns, const ColumnSpace
             prefetch(values + at.start + k * kPack, x_ahead);
             prefetch(gradients + at.start + k * kPack, dy_ahead);
           }
-          out.store(at, to + k * kPack, result(values, gradients, k));
+          Pack<T> results = result(values, gradients, k);
+          if constexpr (kMends) {
+            if (!all_finite(results)) results = mend_group(results, k * kPack);
+          }
+          out.store(at, to + k * kPack, results);
         }
         values += x_step, gradients += dy_step, to += dx_step;
       }
@@ -412,14 +424,7 @@ FASTNORM_INLINE void gradient_panel(const Columns<T>& columns, const ColumnSpace
     for (int64_t line = 0; line < count; ++line) {
       for (int k = 0; k < kPacks; ++k) {
         const int64_t group = k * kPack;
-        const Pack<T> mended =
-            mend(at, result(values, gradients, k), space.plain + column + group, n - group, [&](int64_t lane) {
-              const int64_t i = group + at.start + lane, c = (column + i) % columns.columns(),
-                            set = c / columns.plan().columns_per_set;
-              return input_gradient(space.statistic(set), static_cast<double>(gradients[i]) * space.weight[c],
-                                    space.mean_g[set], space.mean_g_xhat[set], values[i]);
-            });
-        out.store(at, to + group, mended);
+        out.store(at, to + group, mend_group(result(values, gradients, k), group));
       }
       values += x_step, gradients += dy_step, to += dx_step;
     }
@@ -438,14 +443,18 @@ inline void gradient_outer(const Columns<T>& columns, int64_t outer, const Colum
                        [&](int64_t first, int64_t count, int64_t shift, int64_t n) FASTNORM_LOOPS {
                          const Panel<T> x = x_tile.read(first, count, n), dy = dy_tile.read(first, count, n),
                                         dx = dx_tile.open(first, count, n), to = dx.moved(shift);
-                         with_panel_store(columns.args().past_cache, to, [&](auto out) {
+                         const auto write = [&](auto mends, auto out) {
                            with_ahead(columns.lines_ahead() != 0, [&](auto asks) {
                              for_bands<T, 2>(count, n, columns.lines_ahead(), [&](int64_t band, int64_t band_lines) {
-                               gradient_panel<decltype(asks)::value>(columns, space, column + shift, band_lines, n,
-                                                                     x.moved(shift).from(band),
-                                                                     dy.moved(shift).from(band), to.from(band), out);
+                               gradient_panel<decltype(asks)::value, decltype(mends)::value>(
+                                   columns, space, column + shift, band_lines, n, x.moved(shift).from(band),
+                                   dy.moved(shift).from(band), to.from(band), out);
                              });
                            });
+                         };
+                         write_mending<T>(plan.dx_in_place(), [&](auto mends) {
+                           if constexpr (decltype(mends)::value) return write(mends, IntoCache{});
+                           with_panel_store(columns.args().past_cache, to, [&](auto out) { write(mends, out); });
                          });
                          dx_tile.commit(dx, first, count, n);
                        });

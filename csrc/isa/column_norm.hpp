@@ -83,13 +83,13 @@ inline T normalised(const Columns<T>& columns, int64_t outer, const Statistic& s
                         (args.bias ? static_cast<double>(args.bias[param]) : kNoBias));
 }
 
-// Lanes of a pack, one value at a time: result[lane] = value(lane) for those that are not plain.
+// Lanes of a pack, one value at a time: result[lane] = value(lane) for those that are not plain, or have overflowed.
 template <class T, class At, class Value>
 inline Pack<T> mend(At at, Pack<T> pack, const T* plain, int64_t width, const Value& value) {
   T lanes[kPack];
   std::memcpy(lanes, &pack, sizeof lanes);
   for (int64_t lane = 0; lane < kPack && at.start + lane < width; ++lane) {
-    if (plain[at.start + lane] == 0) lanes[lane] = value(lane);
+    if (plain[at.start + lane] == 0 || !std::isfinite(lanes[lane])) lanes[lane] = value(lane);
   }
   std::memcpy(&pack, lanes, sizeof lanes);
   return pack;

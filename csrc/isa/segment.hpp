@@ -346,6 +346,43 @@ FASTNORM_LOOPS inline void input_gradient_constant(const T* dy, T* dx, int64_t n
   });
 }
 
+// Results, those that are not finite being others.
+[[gnu::noinline]] inline Pack<float> instead_of_infinite(Pack<float> results, const Pack<double>& others) {
+  float lanes[kPack], instead[kPack];
+  std::memcpy(lanes, &results, sizeof lanes);
+  Whole{0}.store(instead, others);
+  for (int lane = 0; lane < kPack; ++lane) {
+    if (!std::isfinite(lanes[lane])) lanes[lane] = instead[lane];
+  }
+  std::memcpy(&results, lanes, sizeof lanes);
+  return results;
+}
+
+// Results of float32 data, where they have overflowed on the way those of careful(), made in double.
+template <bool kMends, class T, class Careful>
+FASTNORM_INLINE Pack<T> mended(const Pack<T>& results, const Careful& careful) {
+  if constexpr (kMends) {
+    if (!all_finite(results)) return instead_of_infinite(results, careful());
+  }
+  return results;
+}
+
+// write(mends) writes results: first as if nothing would overflow, and where that was wrong once more; at once where
+// results take the place of what they are made from. Float64 has nothing that could mend them.
+template <class T, class Write>
+FASTNORM_INLINE void write_mending(bool in_place, const Write& write) {
+  if constexpr (kMayOverflow<T>) {
+    write(std::false_type{});
+  } else {
+    if (!in_place) {
+      Overflow::clear();
+      write(std::false_type{});
+      if (!Overflow::any()) return;
+    }
+    write(std::true_type{});
+  }
+}
+
 // The mean of |dy| decides whether dx of a row is computed in float32: added up in float32, for nothing but its size
 // matters.
 struct Size {

@@ -342,6 +342,23 @@ FASTNORM_INLINE bool all_zero(const Pack<float>& pack) {
   return other == 0;
 }
 
+// Is all of a pack finite? What is not is not 0 less itself either.
+FASTNORM_INLINE bool all_finite(const Pack<float>& pack) {
+  const Pack<float> zero = pack - pack;
+  Pack<float>::Part all = zero.part[0];
+  FASTNORM_UNROLL
+  for (int k = 1; k < Pack<float>::kParts; ++k) all += zero.part[k];
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask(all, all, _CMP_UNORD_Q) == 0;
+#elif defined(__AVX__)
+  return _mm256_movemask_ps(_mm256_cmp_ps(all, all, _CMP_UNORD_Q)) == 0;
+#else
+  bool finite = true;
+  for (int lane = 0; lane < Pack<float>::kWidth; ++lane) finite = finite && all[lane] == 0;
+  return finite;
+#endif
+}
+
 // Loaded once: where registers are many, compilers would rather load a value for each of its uses.
 template <class C>
 FASTNORM_INLINE Pack<C> in_register(Pack<C> pack) {
@@ -351,30 +368,37 @@ FASTNORM_INLINE Pack<C> in_register(Pack<C> pack) {
   return pack;
 }
 
-// Has arithmetic of this thread overflowed, or lost digits to underflow, since `clear`? The processor notes it anyway.
-// There is one note for all of a thread: what is asked about has to be in memory by then, and nothing else may clear it
-// in between. Conditional arithmetic has no place there: compilers may do it on either branch.
-struct LostDigits {
+// Has that happened in arithmetic of this thread since `clear`? The processor notes it anyway. There is one note for
+// all of a thread: what is asked about has to be in memory by then, and nothing else may clear it in between.
+// Conditional arithmetic has no place there: compilers may do it on either branch.
 #if defined(__SSE2__)
-  static constexpr unsigned kFlags = _MM_EXCEPT_OVERFLOW | _MM_EXCEPT_UNDERFLOW;
+constexpr unsigned kOverflow = _MM_EXCEPT_OVERFLOW, kUnderflow = _MM_EXCEPT_UNDERFLOW;
+#elif defined(FE_OVERFLOW) && defined(FE_UNDERFLOW)
+constexpr unsigned kOverflow = FE_OVERFLOW, kUnderflow = FE_UNDERFLOW;
+#else
+constexpr unsigned kOverflow = 1, kUnderflow = 2;
+#endif
+template <unsigned kEvents>
+struct Noted {
+#if defined(__SSE2__)
   FASTNORM_INLINE static void clear() {
-    if (any()) _mm_setcsr(_mm_getcsr() & ~kFlags);
+    if (any()) _mm_setcsr(_mm_getcsr() & ~kEvents);
     keep_order();
   }
   FASTNORM_INLINE static bool any() {
     keep_order();
-    const bool lost = (_mm_getcsr() & kFlags) != 0;
+    const bool noted = (_mm_getcsr() & kEvents) != 0;
     keep_order();
-    return lost;
+    return noted;
   }
 #elif defined(FE_OVERFLOW) && defined(FE_UNDERFLOW)
   static void clear() {
-    std::feclearexcept(FE_OVERFLOW | FE_UNDERFLOW);
+    std::feclearexcept(kEvents);
     keep_order();
   }
   static bool any() {
     keep_order();
-    return std::fetestexcept(FE_OVERFLOW | FE_UNDERFLOW) != 0;
+    return std::fetestexcept(kEvents) != 0;
   }
 #else
   static void clear() {}
@@ -384,6 +408,8 @@ struct LostDigits {
  private:
   FASTNORM_INLINE static void keep_order() { asm volatile("" ::: "memory"); }
 };
+using Overflow = Noted<kOverflow>;
+using LostDigits = Noted<kOverflow | kUnderflow>;
 
 // A store that does not bring the line into the cache; p is a multiple of the size, of a vector or a single number.
 template <class V>
