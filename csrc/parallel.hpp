@@ -17,7 +17,8 @@ void set_max_threads(int threads);  // threads >= 1
 // Threads for a call that touches `elements` array elements: 1 for small work.
 int threads_for(int64_t elements);
 
-// call(context, begin, end) over pieces of [0, count), on the caller and up to `threads` - 1 others.
+// call(context, begin, end) over pieces of [0, count), on the caller and up to `threads` - 1 others. An overflow that
+// the processor has noted of any of them is noted of the caller (noted.hpp).
 void run_parallel(int threads, int64_t count, void (*call)(const void* context, int64_t begin, int64_t end),
                   const void* context);
 

@@ -22,6 +22,8 @@
 #include <unistd.h>
 #endif
 
+#include "noted.hpp"
+
 namespace fastnorm {
 namespace {
 
@@ -118,6 +120,7 @@ class Pool {
     wake(0);
     work(job, 0);
     last_end_ = close(start);
+    if (overflowed_.load(std::memory_order_relaxed)) Overflow::note();
     alone_ = Duration::zero();
     return true;
   }
@@ -155,6 +158,7 @@ class Pool {
     }
     job_ = job;
     caller_cpu_.store(current_cpu(), std::memory_order_relaxed);
+    overflowed_.store(false, std::memory_order_relaxed);
     state_.store(0, std::memory_order_release);
     generation_.fetch_add(1);
   }
@@ -244,7 +248,9 @@ class Pool {
       if (self.index < job.shares) {
         // Helpers wake each other: a caller that woke all of them itself would do nothing else.
         for (int other = 2 * self.index - 1; other <= 2 * self.index && other < job.shares - 1; ++other) wake(other);
+        Overflow::clear();
         work(job, self.index);
+        if (Overflow::any()) overflowed_.store(true, std::memory_order_relaxed);
       }
       leave();
     }
@@ -310,6 +316,7 @@ class Pool {
   std::atomic<uint32_t> state_{kClosed};
   std::atomic<uint64_t> generation_{0};
   std::atomic<int> caller_cpu_{-1};
+  std::atomic<bool> overflowed_{false};  // what the processor noted of a helper's arithmetic is the caller's as well
   Job job_;
   std::unique_ptr<Share[]> shares_;
   std::vector<std::unique_ptr<Helper>> helpers_;

@@ -11,6 +11,7 @@
 #include "dropout.hpp"
 #include "kernel_table.hpp"
 #include "norm_cache.hpp"
+#include "noted.hpp"
 #include "operands.hpp"
 #include "parallel.hpp"
 
@@ -413,8 +414,11 @@ py::object backward(PyObject* const* args) {
   if (s.dtype() == Dtype::float32) {
     run_backward<float>(step, sizes, *cache, arrays, reinterpret_cast<float*>(to[0]), reinterpret_cast<float*>(to[1]));
   } else {
+    Overflow::clear();
     run_backward<double>(step, sizes, *cache, arrays, reinterpret_cast<double*>(to[0]),
                          reinterpret_cast<double*>(to[1]));
+    // The separate calls can mend that, if dy is still there.
+    if (Overflow::any() && arrays.dx.data() != dy.data()) return py::none();
   }
   return tuple_of({dx, dresidual, gradients[0], gradients[1]});
 }

@@ -1,13 +1,17 @@
 // Backward of the norms: reads the cache, takes the gradients' arrays from NumPy, runs the kernel.
 #include <new>
+#include <type_traits>
+#include <vector>
 
 #include "cpu_features.hpp"
 #include "interpreter.hpp"
 #include "kernel_table.hpp"
 #include "norm_cache.hpp"
 #include "norm_entries.hpp"
+#include "noted.hpp"
 #include "operands.hpp"
 #include "parallel.hpp"
+#include "wide_gradient.hpp"
 
 namespace fastnorm {
 namespace {
@@ -33,6 +37,7 @@ class ParamGradient {
     if (walked_ == nullptr) return;
     for (int64_t i = 0; i < plan.params; ++i) result_[c_index(plan, i)] = walked_[i];
   }
+  T* values() const { return result_; }
   void clear() {
     if (result_) std::fill_n(result_, Array(array_).count(), T(0));
   }
@@ -52,6 +57,16 @@ py::object make_grads(py::object dx, py::object dweight, py::object dbias) {
   PyTuple_SET_ITEM(made, 1, dweight.release().ptr());
   PyTuple_SET_ITEM(made, 2, dbias.release().ptr());
   return py::reinterpret_steal<py::object>(made);
+}
+
+// `dweight` and `dbias` in C order.
+[[gnu::noinline]] void mend_overflow(const PlanInput& in, const Plan& plan, const NormArgs<double>& args,
+                                     double* dweight, double* dbias) {
+  std::vector<double> weight(static_cast<size_t>(plan.params), 1.0);
+  for (int64_t i = 0; args.weight && i < plan.params; ++i) {
+    weight[static_cast<size_t>(c_index(plan, i))] = args.weight[i];
+  }
+  WideGradient(in, args, weight.data(), dweight, dbias).mend();
 }
 
 template <class T>
@@ -88,10 +103,15 @@ py::object run(const NormCache& cache, const Array& x, const Array& dy, py::obje
   args.dbias = dbias.target(plan);
   {
     const ReleaseForLargeWork release(total);
+    Overflow::clear();
     if (!norm_kernels<T>().backward(plan, args)) throw std::bad_alloc();
+    dweight.finish(plan);
+    dbias.finish(plan);
+    if constexpr (std::is_same_v<T, double>) {
+      if (Overflow::any() && result.data() != dy.data())
+        mend_overflow(in, plan, args, dweight.values(), dbias.values());
+    }
   }
-  dweight.finish(plan);
-  dbias.finish(plan);
   return make_grads(std::move(dx), dweight.release(), dbias.release());
 }
 

@@ -11,11 +11,10 @@
 
 #if defined(__SSE2__)
 #include <immintrin.h>
-#else
-#include <cfenv>
 #endif
 
 #include "isa/two_term.hpp"
+#include "noted.hpp"
 
 namespace fastnorm {
 namespace {
@@ -367,49 +366,6 @@ FASTNORM_INLINE Pack<C> in_register(Pack<C> pack) {
 #endif
   return pack;
 }
-
-// Has that happened in arithmetic of this thread since `clear`? The processor notes it anyway. There is one note for
-// all of a thread: what is asked about has to be in memory by then, and nothing else may clear it in between.
-// Conditional arithmetic has no place there: compilers may do it on either branch.
-#if defined(__SSE2__)
-constexpr unsigned kOverflow = _MM_EXCEPT_OVERFLOW, kUnderflow = _MM_EXCEPT_UNDERFLOW;
-#elif defined(FE_OVERFLOW) && defined(FE_UNDERFLOW)
-constexpr unsigned kOverflow = FE_OVERFLOW, kUnderflow = FE_UNDERFLOW;
-#else
-constexpr unsigned kOverflow = 1, kUnderflow = 2;
-#endif
-template <unsigned kEvents>
-struct Noted {
-#if defined(__SSE2__)
-  FASTNORM_INLINE static void clear() {
-    if (any()) _mm_setcsr(_mm_getcsr() & ~kEvents);
-    keep_order();
-  }
-  FASTNORM_INLINE static bool any() {
-    keep_order();
-    const bool noted = (_mm_getcsr() & kEvents) != 0;
-    keep_order();
-    return noted;
-  }
-#elif defined(FE_OVERFLOW) && defined(FE_UNDERFLOW)
-  static void clear() {
-    std::feclearexcept(kEvents);
-    keep_order();
-  }
-  static bool any() {
-    keep_order();
-    return std::fetestexcept(kEvents) != 0;
-  }
-#else
-  static void clear() {}
-  static bool any() { return true; }  // nobody knows
-#endif
-
- private:
-  FASTNORM_INLINE static void keep_order() { asm volatile("" ::: "memory"); }
-};
-using Overflow = Noted<kOverflow>;
-using LostDigits = Noted<kOverflow | kUnderflow>;
 
 // A store that does not bring the line into the cache; p is a multiple of the size, of a vector or a single number.
 template <class V>
