@@ -1,6 +1,5 @@
 // Float64 gradients that overflow on the way to a finite result, dy or dy * weight being next to the largest number
-// there is: made again from the formulas in long double, which reaches further (on x86 and wherever it is not a
-// double).
+// there is: made again from the formulas in long double, which reaches further on x86 and wherever it is not a double.
 #pragma once
 
 #include <cmath>
@@ -26,8 +25,8 @@ class WideSum {
   long double sum_ = 0, lost_ = 0;
 };
 
-// Replaces what is not finite: all of dx of a set, or a parameter's gradient. `weight`, and dweight and dbias if they
-// are wanted, in C order. dx does not overlap dy.
+// Replaces what is not finite: all of dx of a set (through given statistics a value alone), a parameter's gradient.
+// `weight`, and dweight and dbias if they are wanted, in C order. dx does not overlap dy.
 class WideGradient {
  public:
   WideGradient(const PlanInput& in, const NormArgs<double>& args, const double* weight, double* dweight, double* dbias)
@@ -153,7 +152,7 @@ class WideGradient {
     const long double count = static_cast<long double>(set_size_);
     each([&](const Place& at) {
       const Set& set = sets[at.set];
-      if (!set.wanted) return;
+      if (!set.wanted || (args_.constant_stats && std::isfinite(load(in_.dx, at.dx)))) return;
       const long double a = set.g.value() / count, b = set.g_xhat.value() / count;
       const long double dx = set.rstd * ((g(at) - a) - xhat(set, at) * b);
       const double rounded = static_cast<double>(dx);
