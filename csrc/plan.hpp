@@ -117,7 +117,7 @@ struct Plan {
   int64_t column_stat = 0;
   Walk param_order;      // PARAM axes as x walks them -> index in C order
   Operand x, y, dy, dx;  // y: forward; dy, dx: backward
-  bool dx_in_place() const { return dx.data == dy.data || dx.data == x.data; }
+  bool dx_in_place() const { return dx.data == dy.data; }
   // From x to what is to be on its way to the caches when x is done, in bytes of either sign; 0: more of x.
   int64_t ahead = 0;
   int threads = 1;

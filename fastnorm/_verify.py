@@ -255,7 +255,8 @@ def _compare(function: str, output: str, got: Array | None, exact: Exact | None)
         relative = np.where(np.isnan(relative), np.inf, relative)
     worst = int(np.argmax(relative))
     index = tuple(int(i) for i in np.unravel_index(worst, got.shape))
-    expected = exact.value.astype(got.dtype)[index]
+    with np.errstate(over="ignore"):
+        expected = exact.value[index].astype(got.dtype)
     return Miss(
         function,
         output,

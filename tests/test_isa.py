@@ -154,6 +154,26 @@ def test_same_bits_at_every_level_near_the_ends_of_float64(magnitude: float) -> 
                 assert all(found == bits[0] for found in bits), (n, offset, eps)
 
 
+@pytest.mark.skipif(len(LEVELS) < 2, reason="one level only")
+@pytest.mark.parametrize("exponents", [(800, -332), (1000, -332), (1000, -103), (900, 100), (-900, 400), (-500, -400)])
+def test_same_bits_at_every_level_of_large_and_small_factors(exponents: tuple[int, int]) -> None:
+    """dy times a weight: what they are split into must not overflow either, nor vanish."""
+    rng = np.random.default_rng(23)
+    for shape in ((4, 3, 1), (7, 2, 3), (5, 4, 41)):
+        x, dy = rng.standard_normal((2, *shape))
+        dy *= 2.0 ** exponents[0]
+        for function in OPERATIONS:
+            if not function.endswith("_norm_backward") or function.startswith("dropout"):
+                continue
+            weight = 2.0 ** exponents[1] * rng.uniform(1, 2, shape[-1 if function[0] in "lr" else 1])
+            bits = []
+            for level in LEVELS:
+                _core.set_isa(level)
+                bits.append(digest(OPERATIONS[function].make(fn, shape, np.float64, x=x, dy=dy, weight=weight)))
+            _core.set_isa(LEVELS[0])
+            assert all(found == bits[0] for found in bits), (function, shape)
+
+
 def compiler_for(level: str) -> list[str]:
     """A compiler and the build's flags for a level, read from CMake's own files, so that the tests follow them."""
     compiler = next((c for c in (os.environ.get("CXX"), "c++", "g++", "clang++") if c and shutil.which(c)), None)

@@ -85,6 +85,27 @@ def test_gradients(function: str, kind: str, layout: str) -> None:
             assert_close(call.run(), exact, f"{shape} {options}")
 
 
+@pytest.mark.parametrize("offset", [1e4, 1e9, -1e14])
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_far_from_zero(function: str, offset: float) -> None:
+    """Not even longdouble holds such a mean in one number."""
+    shape = (6, 3, 9)
+    rng = np.random.default_rng(4)
+    dy, x = _any_sign(rng, shape)["dy"] / 8, offset + rng.standard_normal(shape)
+    call = OPERATIONS[function].make(fn, shape, np.float64, dy=dy, x=x)
+    assert_close(call.run(), expected(function, **call.arguments))
+
+
+@pytest.mark.parametrize("function", ["layer_norm_backward", "rms_norm_backward"])
+def test_beside_sets_whose_rstd_is_beyond_float64(function: str) -> None:
+    x = np.array([[1.0, 2.0, 4.0]] * 3) * 2.0**-1060
+    dy = np.array([[1.0], [1.0], [-1.0]]) * np.full(3, 0.6 * LARGEST)
+    for weight in (np.zeros(3), np.full(3, 1e-15)):
+        call = OPERATIONS[function].make(fn, x.shape, np.float64, dy=dy, x=x, weight=weight, eps=0)
+        with np.errstate(all="ignore"):
+            assert_close(call.run(), expected(function, **call.arguments))
+
+
 def test_a_set_by_itself_and_among_others() -> None:
     """Sets without such dy have the bits that they have without the others, at any number of threads."""
     rng = np.random.default_rng(5)

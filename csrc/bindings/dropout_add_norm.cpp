@@ -14,6 +14,7 @@
 #include "noted.hpp"
 #include "operands.hpp"
 #include "parallel.hpp"
+#include "wide_gradient.hpp"
 
 namespace fastnorm {
 namespace {
@@ -417,8 +418,8 @@ py::object backward(PyObject* const* args) {
     Overflow::clear();
     run_backward<double>(step, sizes, *cache, arrays, reinterpret_cast<double*>(to[0]),
                          reinterpret_cast<double*>(to[1]));
-    // The separate calls can mend that, if dy is still there.
-    if (Overflow::any() && arrays.dx.data() != dy.data()) return py::none();
+    // The separate calls mend what can be mended, if dy is still there.
+    if (WideGradient::kReachesFurther && Overflow::any() && arrays.dx.data() != dy.data()) return py::none();
   }
   return tuple_of({dx, dresidual, gradients[0], gradients[1]});
 }

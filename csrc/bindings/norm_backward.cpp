@@ -103,13 +103,13 @@ py::object run(const NormCache& cache, const Array& x, const Array& dy, py::obje
   args.dbias = dbias.target(plan);
   {
     const ReleaseForLargeWork release(total);
-    Overflow::clear();
+    constexpr bool kMends = std::is_same_v<T, double> && WideGradient::kReachesFurther;
+    if constexpr (kMends) Overflow::clear();
     if (!norm_kernels<T>().backward(plan, args)) throw std::bad_alloc();
     dweight.finish(plan);
     dbias.finish(plan);
-    if constexpr (std::is_same_v<T, double>) {
-      if (Overflow::any() && result.data() != dy.data())
-        mend_overflow(in, plan, args, dweight.values(), dbias.values());
+    if constexpr (kMends) {
+      if (Overflow::any() && !plan.dx_in_place()) mend_overflow(in, plan, args, dweight.values(), dbias.values());
     }
   }
   return make_grads(std::move(dx), dweight.release(), dbias.release());

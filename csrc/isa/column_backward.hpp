@@ -395,14 +395,15 @@ FASTNORM_INLINE void gradient_panel(const Columns<T>& columns, const ColumnSpace
     T* to = dx.data;
     const int64_t x_step = x.stride, dy_step = dy.stride, dx_step = dx.stride, count = lines;
     const int64_t x_ahead = x_distance, dy_ahead = dy_distance;
-    const auto mend_group = [&](const Pack<T>& results, int64_t group) {
-      return mend(at, results, space.plain + column + group, n - group, [&](int64_t lane) {
+    const auto mend_group = [&](const Pack<T>& results, int64_t group, const auto& wrong) {
+      return mend(at, results, n - group, wrong, [&](int64_t lane) {
         const int64_t i = group + at.start + lane, c = (column + i) % columns.columns(),
                       set = c / columns.plan().columns_per_set;
         return input_gradient(space.statistic(set), static_cast<double>(gradients[i]) * space.weight[c],
                               space.mean_g[set], space.mean_g_xhat[set], values[i]);
       });
     };
+    const auto overflowed = [](int64_t, T number) { return kMends && !std::isfinite(number); };
     if (all_plain(space, column + at.start, kPacks)) {
       for (int64_t line = 0; line < count; ++line) {
         FASTNORM_UNROLL
@@ -413,7 +414,7 @@ FASTNORM_INLINE void gradient_panel(const Columns<T>& columns, const ColumnSpace
           }
           Pack<T> results = result(values, gradients, k);
           if constexpr (kMends) {
-            if (!all_finite(results)) results = mend_group(results, k * kPack);
+            if (!all_finite(results)) results = mend_group(results, k * kPack, overflowed);
           }
           out.store(at, to + k * kPack, results);
         }
@@ -424,7 +425,9 @@ FASTNORM_INLINE void gradient_panel(const Columns<T>& columns, const ColumnSpace
     for (int64_t line = 0; line < count; ++line) {
       for (int k = 0; k < kPacks; ++k) {
         const int64_t group = k * kPack;
-        out.store(at, to + group, mend_group(result(values, gradients, k), group));
+        const T* const plain = space.plain + column + group + at.start;
+        const auto wrong = [&](int64_t lane, T number) { return plain[lane] == 0 || overflowed(lane, number); };
+        out.store(at, to + group, mend_group(result(values, gradients, k), group, wrong));
       }
       values += x_step, gradients += dy_step, to += dx_step;
     }

@@ -83,13 +83,13 @@ inline T normalised(const Columns<T>& columns, int64_t outer, const Statistic& s
                         (args.bias ? static_cast<double>(args.bias[param]) : kNoBias));
 }
 
-// Lanes of a pack, one value at a time: result[lane] = value(lane) for those that are not plain, or have overflowed.
-template <class T, class At, class Value>
-inline Pack<T> mend(At at, Pack<T> pack, const T* plain, int64_t width, const Value& value) {
+// Lanes of a pack of a line of `width`, one value at a time: result[lane] = value(lane) where wrong(lane, number).
+template <class T, class At, class Wrong, class Value>
+[[gnu::noinline]] Pack<T> mend(At at, Pack<T> pack, int64_t width, const Wrong& wrong, const Value& value) {
   T lanes[kPack];
   std::memcpy(lanes, &pack, sizeof lanes);
   for (int64_t lane = 0; lane < kPack && at.start + lane < width; ++lane) {
-    if (plain[at.start + lane] == 0 || !std::isfinite(lanes[lane])) lanes[lane] = value(lane);
+    if (wrong(lane, lanes[lane])) lanes[lane] = value(lane);
   }
   std::memcpy(&pack, lanes, sizeof lanes);
   return pack;
@@ -165,7 +165,9 @@ FASTNORM_INLINE void normalise_panel(const Columns<T>& columns, int64_t outer, c
     for (int64_t line = 0; line < count; ++line, from += x_step, to += y_step) {
       for (int k = 0; k < kPacks; ++k) {
         const int64_t group = k * kPack;
-        const Pack<T> mended = mend(at, result(from, k), space.plain + column + group, n - group, [&](int64_t lane) {
+        const T* const plain = space.plain + column + group + at.start;
+        const auto wrong = [&](int64_t lane, T) { return plain[lane] == 0; };
+        const Pack<T> mended = mend(at, result(from, k), n - group, wrong, [&](int64_t lane) {
           const int64_t c = (column + group + at.start + lane) % columns.columns();
           return normalised(columns, outer, space.statistic(c / columns.plan().columns_per_set), c,
                             from[group + at.start + lane]);

@@ -368,7 +368,7 @@ FASTNORM_INLINE Pack<T> mended(const Pack<T>& results, const Careful& careful) {
 }
 
 // write(mends) writes results: first as if nothing would overflow, and where that was wrong once more; at once where
-// results take the place of what they are made from. Float64 has nothing that could mend them.
+// results take the place of what they are made from. (Float64 is mended afterwards: bindings/wide_gradient.hpp.)
 template <class T, class Write>
 FASTNORM_INLINE void write_mending(bool in_place, const Write& write) {
   if constexpr (kMayOverflow<T>) {

@@ -16,20 +16,25 @@ inline TwoTerm two_sum(double a, double b) {
   return {sum, (a - (sum - part)) + (b - part)};
 }
 
-// The same bits either way: by one fused instruction, or Dekker's many steps where there is none, which take small
-// numbers times a power of two: none of their parts may underflow.
+// The same bits either way: by one fused instruction, or Dekker's many steps where there is none, which take small and
+// large numbers times a power of two: none of their parts may underflow or overflow.
 inline TwoTerm two_product(double a, double b) {
   const double product = a * b;
 #if defined(__FMA__)
   return {product, __builtin_fma(a, b, -product)};
 #else
-  const double a_up = std::fabs(a) < 0x1p-300 ? 0x1p600 : 1, b_up = std::fabs(b) < 0x1p-300 ? 0x1p600 : 1;
-  const double a_down = std::fabs(a) < 0x1p-300 ? 0x1p-600 : 1, b_down = std::fabs(b) < 0x1p-300 ? 0x1p-600 : 1;
-  const double large_a = a * a_up, large_b = b * b_up, large = product * a_up * b_up;
-  const double a_scaled = 134217729.0 * large_a, b_scaled = 134217729.0 * large_b;
-  const double a_hi = a_scaled - (a_scaled - large_a), b_hi = b_scaled - (b_scaled - large_b);
-  const double a_lo = large_a - a_hi, b_lo = large_b - b_hi;
-  return {product, (((a_hi * b_hi - large) + a_hi * b_lo + a_lo * b_hi) + a_lo * b_lo) * a_down * b_down};
+  const double a_size = std::fabs(a), b_size = std::fabs(b);
+  const double a_up = a_size < 0x1p-300 ? 0x1p600 : a_size > 0x1p600 ? 0x1p-600 : 1;
+  const double b_up = b_size < 0x1p-300 ? 0x1p600 : b_size > 0x1p600 ? 0x1p-600 : 1;
+  const double a_near = a * a_up, b_near = b * b_up;
+  // A small number times a large one is not scaled, but its factors are.
+  const bool scaled = a_up * b_up != 1;
+  const double near = scaled ? product * a_up * b_up : a_near * b_near;
+  const double a_split = 134217729.0 * a_near, b_split = 134217729.0 * b_near;
+  const double a_hi = a_split - (a_split - a_near), b_hi = b_split - (b_split - b_near);
+  const double a_lo = a_near - a_hi, b_lo = b_near - b_hi;
+  const double lost = ((a_hi * b_hi - near) + a_hi * b_lo + a_lo * b_hi) + a_lo * b_lo;
+  return {product, lost * (scaled ? 1 / a_up : 1) * (scaled ? 1 / b_up : 1)};
 #endif
 }
 
