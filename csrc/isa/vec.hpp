@@ -154,7 +154,17 @@ FASTNORM_INLINE Pack<double> lost_in_product(const Pack<double>& a, const Pack<d
   const Pack<double> a_scaled = a * split, b_scaled = b * split;
   const Pack<double> a_hi = a_scaled - (a_scaled - a), b_hi = b_scaled - (b_scaled - b);
   const Pack<double> a_lo = a - a_hi, b_lo = b - b_hi;
-  return ((a_hi * b_hi - product) + a_hi * b_lo + a_lo * b_hi) + a_lo * b_lo;
+  Pack<double> lost = ((a_hi * b_hi - product) + a_hi * b_lo + a_lo * b_hi) + a_lo * b_lo;
+  using Bits = Vector<int64_t, kVectorBytes>;
+  for (int k = 0; k < Pack<double>::kParts; ++k) {
+    const auto none = Pack<double>(0.0).part[k], x = a.part[k], y = b.part[k], xy = product.part[k];
+    // Where parts of the steps vanish, they are left to the C library.
+    const Bits vanishing = (xy < none + 0x1p-900) & (xy > none - 0x1p-900) & (x != none) & (y != none);
+    for (int i = 0; i < Pack<double>::kWidth; ++i) {
+      if (vanishing[i] != 0) lost.part[k][i] = __builtin_fma(x[i], y[i], -xy[i]);
+    }
+  }
+  return lost;
 #endif
 }
 
