@@ -130,7 +130,7 @@ class WideGradient {
     if (args_.centred) of.rest = sum(within_set_, set, [&](const Place& at) { return x(at) - of.mean; }) / count;
     const auto square = [&](const Place& at) { return centred(of, at) * centred(of, at); };
     const long double var = sum(within_set_, set, square) / count + args_.eps;
-    of.rstd = var > 0 ? 1 / std::sqrt(var) : 0;
+    of.rstd = var == 0 ? 0 : 1 / std::sqrt(var);  // NaN goes on
     return of;
   }
 
