@@ -144,18 +144,23 @@ FASTNORM_INLINE Pack<double> add_exact_product(const Pack<double>& a, const Pack
 #endif
 }
 
+// What rounding took from the product a * b, in Dekker's steps, no part of which may vanish.
+FASTNORM_INLINE Pack<double> lost_in_steps(const Pack<double>& a, const Pack<double>& b, const Pack<double>& product) {
+  const Pack<double> split(134217729.0);
+  const Pack<double> a_scaled = a * split, b_scaled = b * split;
+  const Pack<double> a_hi = a_scaled - (a_scaled - a), b_hi = b_scaled - (b_scaled - b);
+  const Pack<double> a_lo = a - a_hi, b_lo = b - b_hi;
+  return ((a_hi * b_hi - product) + a_hi * b_lo + a_lo * b_hi) + a_lo * b_lo;
+}
+
 // What rounding took from the product a * b: exact either way, a fused instruction being one step instead of many.
 FASTNORM_INLINE Pack<double> lost_in_product(const Pack<double>& a, const Pack<double>& b,
                                              const Pack<double>& product) {
 #if defined(__AVX512F__) || defined(__FMA__)
   return add_exact_product(a, b, Pack<double>(0.0) - product);
 #else
-  const Pack<double> split(134217729.0);
-  const Pack<double> a_scaled = a * split, b_scaled = b * split;
-  const Pack<double> a_hi = a_scaled - (a_scaled - a), b_hi = b_scaled - (b_scaled - b);
-  const Pack<double> a_lo = a - a_hi, b_lo = b - b_hi;
-  Pack<double> lost = ((a_hi * b_hi - product) + a_hi * b_lo + a_lo * b_hi) + a_lo * b_lo;
   using Bits = Vector<int64_t, kVectorBytes>;
+  Pack<double> lost = lost_in_steps(a, b, product);
   for (int k = 0; k < Pack<double>::kParts; ++k) {
     const auto none = Pack<double>(0.0).part[k], x = a.part[k], y = b.part[k], xy = product.part[k];
     // Where parts of the steps vanish, they are left to the C library.
@@ -190,7 +195,7 @@ inline Pack<double> add_to_odd(const Pack<double>& a, const Pack<double>& b) {
                                                             const Pack<double>& c) {
   using Bits = Vector<int64_t, kVectorBytes>;
   const Pack<double> product = a * b, plain = product + c;
-  const Pack<double> lost = lost_in_product(a, b, product);
+  const Pack<double> lost = lost_in_steps(a, b, product);
   const Pack<double> low = c + lost, part = low - c, low_lost = (c - (low - part)) + (lost - part);
   const Pack<double> sum = product + low, rest = sum - product;
   const Pack<double> sum_lost = (product - (sum - rest)) + (low - rest);
