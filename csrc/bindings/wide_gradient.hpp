@@ -27,8 +27,8 @@ class WideSum {
 };
 
 // Replaces what is not finite: dx of a set, or of a value where statistics are given, and a parameter's gradient. Set
-// by set and parameter by parameter, which takes no memory but some tens of nanoseconds for each value. `weight`, and
-// dweight and dbias if they are wanted, in C order. dx does not overlap dy.
+// by set and parameter by parameter, which takes next to no memory but some tens of nanoseconds for each value.
+// `weight`, and dweight and dbias if they are wanted, in C order. dx does not overlap dy.
 class WideGradient {
  public:
   static constexpr bool kReachesFurther =

@@ -83,18 +83,6 @@ inline T normalised(const Columns<T>& columns, int64_t outer, const Statistic& s
                         (args.bias ? static_cast<double>(args.bias[param]) : kNoBias));
 }
 
-// Lanes of a pack of a line of `width`, one value at a time: result[lane] = value(lane) where wrong(lane, number).
-template <class T, class At, class Wrong, class Value>
-[[gnu::noinline]] Pack<T> mend(At at, Pack<T> pack, int64_t width, const Wrong& wrong, const Value& value) {
-  T lanes[kPack];
-  std::memcpy(lanes, &pack, sizeof lanes);
-  for (int64_t lane = 0; lane < kPack && at.start + lane < width; ++lane) {
-    if (wrong(lane, lanes[lane])) lanes[lane] = value(lane);
-  }
-  std::memcpy(&pack, lanes, sizeof lanes);
-  return pack;
-}
-
 // body(how to store) for a panel of results.
 template <class T, class Body>
 FASTNORM_INLINE void with_panel_store(bool past_cache, const Panel<T>& panel, const Body& body) {

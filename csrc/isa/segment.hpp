@@ -346,23 +346,28 @@ FASTNORM_LOOPS inline void input_gradient_constant(const T* dy, T* dx, int64_t n
   });
 }
 
-// Results, those that are not finite being others.
-[[gnu::noinline]] inline Pack<float> instead_of_infinite(Pack<float> results, const Pack<double>& others) {
-  float lanes[kPack], instead[kPack];
-  std::memcpy(lanes, &results, sizeof lanes);
-  Whole{0}.store(instead, others);
-  for (int lane = 0; lane < kPack; ++lane) {
-    if (!std::isfinite(lanes[lane])) lanes[lane] = instead[lane];
+// Lanes of a pack of a line of `width`, one value at a time: result[lane] = value(lane) where wrong(lane, number).
+template <class T, class At, class Wrong, class Value>
+[[gnu::noinline]] Pack<T> mend(At at, Pack<T> pack, int64_t width, const Wrong& wrong, const Value& value) {
+  T lanes[kPack];
+  std::memcpy(lanes, &pack, sizeof lanes);
+  for (int64_t lane = 0; lane < kPack && at.start + lane < width; ++lane) {
+    if (wrong(lane, lanes[lane])) lanes[lane] = value(lane);
   }
-  std::memcpy(&results, lanes, sizeof lanes);
-  return results;
+  std::memcpy(&pack, lanes, sizeof lanes);
+  return pack;
 }
 
 // Results of float32 data, where they have overflowed on the way those of careful(), made in double.
 template <bool kMends, class T, class Careful>
 FASTNORM_INLINE Pack<T> mended(const Pack<T>& results, const Careful& careful) {
   if constexpr (kMends) {
-    if (!all_finite(results)) return instead_of_infinite(results, careful());
+    if (!all_finite(results)) {
+      T others[kPack];
+      Whole{0}.store(others, careful());
+      const auto overflowed = [](int64_t, T number) { return !std::isfinite(number); };
+      return mend(Whole{0}, results, kPack, overflowed, [&](int64_t lane) { return others[lane]; });
+    }
   }
   return results;
 }
