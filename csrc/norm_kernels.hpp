@@ -16,11 +16,13 @@ struct NormArgs {
   bool past_cache = false;      // the result is written past the caches: it would only push out what is still needed
   bool from_memory = false;     // if it is: what it is made of comes from memory, too large for the caches itself
   bool constant_stats = false;  // backward through given statistics (batch norm in evaluation mode)
-  double* mean = nullptr;       // (sets); mean + mean_lo is the mean to twice the precision of float64
+  // (sets). mean + mean_lo is the mean to twice the precision of float64, and so is rstd + rstd_lo; nullptr: 0
+  double* mean = nullptr;
   double* mean_lo = nullptr;
-  double* var = nullptr;   // (sets), biased; may be nullptr
-  double* rstd = nullptr;  // (sets)
-  T* dweight = nullptr;    // (params), nullptr: not wanted
+  double* var = nullptr;  // biased; may be nullptr
+  double* rstd = nullptr;
+  double* rstd_lo = nullptr;
+  T* dweight = nullptr;  // (params), nullptr: not wanted
   T* dbias = nullptr;
   // Family::row's backward alone: called as soon as dx of sets [begin, end) is written, from the thread that wrote it;
   // about sets_at_once of them at a time.
@@ -34,11 +36,11 @@ template <class T>
 struct NormKernels {
   // mean, mean_lo and var (here: the sum of squared deviations m2) of every set of x
   bool (*moments)(const Plan& plan, const NormArgs<T>& args);
-  // y = (x - mean) * rstd * weight + bias; fills mean, mean_lo, var, rstd
+  // y = (x - mean) * rstd * weight + bias; fills mean, mean_lo, var, rstd, rstd_lo
   bool (*forward)(const Plan& plan, const NormArgs<T>& args);
   // the same from given mean, mean_lo and rstd
   bool (*apply)(const Plan& plan, const NormArgs<T>& args);
-  // dx, dweight, dbias from dy, x, mean, mean_lo, rstd
+  // dx, dweight, dbias from dy, x, mean, mean_lo, rstd, rstd_lo
   bool (*backward)(const Plan& plan, const NormArgs<T>& args);
 };
 

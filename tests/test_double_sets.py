@@ -98,6 +98,23 @@ def test_within_four_units(kind: str) -> None:
     assert max(worst.values()) <= 4, worst
 
 
+@pytest.mark.parametrize(("by", "limit"), [(0, 1.8), (1e3, 1.6)])
+def test_rstd_costs_ordinary_results_no_unit(by: float, limit: float) -> None:
+    """x - mean is exact or nearly so, rstd comes in two parts: what is left is the last rounding, and the sums'."""
+    rng = np.random.default_rng(12)
+    worst = {}
+    for size in (100, 196, 515, 1024):
+        x = rng.standard_normal((400_000 // size, size)) + by
+        exact = _exact(x, EPS)
+        worst[size] = max(
+            _worst(fn.layer_norm(x, eps=EPS), exact),
+            _worst(fn.batch_norm_forward(np.ascontiguousarray(x.T), eps=EPS)[0].T, exact),
+            _worst(fn.instance_norm(x[None], eps=EPS)[0], exact),
+        )
+    print({size: round(error, 2) for size, error in worst.items()})
+    assert max(worst.values()) <= limit, worst
+
+
 @pytest.mark.parametrize("size", [30, 64, 100, 515, 1024, 2048])
 def test_a_set_has_the_same_bits_in_any_company(size: int) -> None:
     """Near zero, far from it, with a scale, NaN, constant: side by side and alone, strided, in place, on threads."""

@@ -51,6 +51,14 @@ def _outlier(rng: Any, shape: tuple[int, int]) -> tuple[Any, Any]:
     return x, np.abs(dy) + 0.5
 
 
+def _outlier_with_dy(rng: Any, shape: tuple[int, int]) -> tuple[Any, Any]:
+    """All of a sum comes from where x makes the standard deviation: what the mean is off counts that often."""
+    x, dy = rng.standard_normal((2, *shape))
+    at = _at_random(rng, shape)
+    x[at], dy[at] = _sizes(rng, shape[0], 0, 5)[:, 0], _sizes(rng, shape[0], -3, 8)[:, 0]
+    return x, dy
+
+
 def _far_away(rng: Any, shape: tuple[int, int]) -> tuple[Any, Any]:
     x, dy = _one_dy(rng, shape)
     return x + _sizes(rng, shape[0], 0, 8), dy
@@ -60,6 +68,7 @@ KINDS: dict[str, Callable[[Any, tuple[int, int]], tuple[Any, Any]]] = {
     "one dy far beyond the others": _one_dy,
     "an outlier without dy": _outlier_without_dy,
     "an outlier": _outlier,
+    "an outlier with dy": _outlier_with_dy,
     "one dy, far away": _far_away,
 }
 
@@ -140,4 +149,5 @@ def test_dx(norm: str, kind: str) -> None:
             error = float(np.max(np.abs(NORMS[norm](x, dy) - exact) / terms)) / UNIT
             worst[size] = max(worst.get(size, 0), error)
     print(f"{norm}, {kind}: {max(worst.values()):.2f} u at {max(worst, key=worst.__getitem__)} values")
-    assert max(worst.values()) <= 8, worst
+    # rstd counts three times in RMS norm's dx, where nothing else is left beside an outlier that has dy
+    assert max(worst.values()) <= (10 if norm == "rms_norm" and kind == "an outlier with dy" else 8), worst

@@ -155,7 +155,8 @@ bool forward_blocks(const Step& step, const Rows& rows, const ForwardArrays& a, 
   };
   const T factor = keep_scale<T>(step.draw.threshold);
   const NearRows near(a.past.second, rows.block * rows.length * static_cast<int64_t>(sizeof(T)));
-  double *const mean = args.mean, *const mean_lo = args.mean_lo, *const rstd = args.rstd;
+  double *const mean = args.mean, *const mean_lo = args.mean_lo;
+  double *const rstd = args.rstd, *const rstd_lo = args.rstd_lo;
   Plan plan = plan_of(begin);
   for (int64_t i = begin; i < end; ++i) {
     const int64_t row = i * rows.block, count = std::min(rows.block, rows.count - row);
@@ -171,6 +172,7 @@ bool forward_blocks(const Step& step, const Rows& rows, const ForwardArrays& a, 
     args.rstd = rstd + row;
     if (mean) args.mean = mean + row;
     if (mean_lo) args.mean_lo = mean_lo + row;
+    if (rstd_lo) args.rstd_lo = rstd_lo + row;
     if (!norm_kernels<T>().forward(plan, args)) return false;
   }
   return true;
@@ -190,6 +192,7 @@ void run_forward(const Step& step, const Sizes& sizes, const ForwardArrays& a, c
   args.rstd = statistics.rstd;
   args.mean = statistics.mean;
   args.mean_lo = statistics.mean_lo;
+  args.rstd_lo = statistics.rstd_lo;
   std::atomic<bool> done{true};
   {
     const ReleaseForLargeWork release(sizes.total);
@@ -346,6 +349,7 @@ void run_backward(const Step& step, const Sizes& sizes, const NormCache& cache, 
   args.mean = cache.mean;
   args.mean_lo = cache.mean_lo;
   args.rstd = cache.rstd;
+  args.rstd_lo = cache.rstd_lo;
   args.dweight = dweight;
   args.dbias = dbias;
   const bool apart = near || a.dresidual;  // dx is not what it is made of

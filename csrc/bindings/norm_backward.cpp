@@ -99,6 +99,7 @@ py::object run(const NormCache& cache, const Array& x, const Array& dy, py::obje
   args.mean = cache.mean;
   args.mean_lo = cache.mean_lo;
   args.rstd = cache.rstd;
+  args.rstd_lo = cache.rstd_lo;
   args.dweight = dweight.target(plan);
   args.dbias = dbias.target(plan);
   {

@@ -13,9 +13,9 @@ namespace fastnorm {
 
 static_assert(offsetof(PyBytesObject, ob_sval) % alignof(double) == 0, "statistics lie in a bytes object");
 
-void Statistics::allocate(Kind kind, int64_t sets, bool want_mean_lo, bool want_var, bool zeros) {
+void Statistics::allocate(Kind kind, int64_t sets, bool both_parts, bool want_var, bool zeros) {
   const bool want_mean = kind != Kind::rms;
-  const int64_t rows = 1 + want_mean + (want_mean && want_mean_lo) + want_var;
+  const int64_t rows = (1 + want_mean) * (1 + both_parts) + want_var;
   const auto bytes = static_cast<py::ssize_t>(rows * sets * static_cast<int64_t>(sizeof(double)));
   owner = py::reinterpret_steal<py::object>(PyBytes_FromStringAndSize(nullptr, bytes));
   if (!owner) throw py::error_already_set();
@@ -30,7 +30,8 @@ void Statistics::allocate(Kind kind, int64_t sets, bool want_mean_lo, bool want_
   rstd = take(true);
   mean = take(want_mean);
   var = take(want_var);
-  mean_lo = take(want_mean && want_mean_lo);
+  mean_lo = take(want_mean && both_parts);
+  rstd_lo = take(both_parts);
 }
 
 namespace {
@@ -219,6 +220,7 @@ py::object make_cache(const Settings& settings, const Array& x, py::handle weigh
   self->mean_lo = statistics.mean_lo;
   self->var = statistics.var;
   self->rstd = statistics.rstd;
+  self->rstd_lo = statistics.rstd_lo;
   self->eps = settings.eps;
   self->sets = sets;
   self->count = settings.count;

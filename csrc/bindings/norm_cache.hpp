@@ -10,13 +10,15 @@ namespace fastnorm {
 // Statistics of a call's sets, all in one bytes object: immutable for Python, and a tenth of an array's cost each.
 struct Statistics {
   py::object owner;
-  double* mean = nullptr;     // nullptr: the norm has none
-  double* mean_lo = nullptr;  // mean + mean_lo is the mean to twice the precision of float64
-  double* var = nullptr;      // biased
+  double* mean = nullptr;  // nullptr: the norm has none
+  double* mean_lo = nullptr;
+  double* var = nullptr;  // biased
   double* rstd = nullptr;
+  double* rstd_lo = nullptr;
 
-  // Zeros where there will be no kernel to write them.
-  void allocate(Kind kind, int64_t sets, bool want_mean_lo, bool want_var, bool zeros);
+  // both_parts: mean + mean_lo is the mean to twice the precision of float64, and so is rstd + rstd_lo. Zeros where
+  // there will be no kernel to write them.
+  void allocate(Kind kind, int64_t sets, bool both_parts, bool want_var, bool zeros);
 };
 
 struct NormCache {
@@ -25,7 +27,7 @@ struct NormCache {
   PyObject *x, *weight, *bias;  // weight, bias: may be None
   PyObject* owner;              // of the statistics
   PyObject* views[3];           // mean, rstd, batch_var as arrays, once they have been asked for
-  double *mean, *mean_lo, *var, *rstd;
+  double *mean, *mean_lo, *var, *rstd, *rstd_lo;
   double eps;
   int64_t sets, count;  // count: values in each set
   Spec spec;

@@ -37,6 +37,7 @@ void run(const Settings& settings, Pass pass, const Array& x, const Array& y, co
   args.mean_lo = statistics.mean_lo;
   args.var = statistics.var;
   args.rstd = statistics.rstd;
+  args.rstd_lo = statistics.rstd_lo;
   const NormKernels<T>& kernel = norm_kernels<T>();
   const ReleaseForLargeWork release(total);
   if (!(pass == Pass::forward ? kernel.forward : kernel.apply)(plan, args)) throw std::bad_alloc();

@@ -121,7 +121,8 @@ class WideGradient {
   Wide kept(int64_t set) const {
     const auto found = beyond_.find(set);
     if (found != beyond_.end()) return found->second;
-    return {args_.mean ? args_.mean[set] : 0.0L, args_.mean_lo ? args_.mean_lo[set] : 0.0L, args_.rstd[set]};
+    const auto part = [set](const double* of) { return of ? static_cast<long double>(of[set]) : 0.0L; };
+    return {part(args_.mean), part(args_.mean_lo), part(args_.rstd) + part(args_.rstd_lo)};
   }
   // Those of a set anew: what float64 keeps of them may be next to its limits as well.
   Wide measured(const Place& set) const {

@@ -74,7 +74,7 @@ inline GradientMeans channel_means(const Plan& plan, const NormArgs<T>& args, in
   if constexpr (kMayOverflow<T>) {
     const double* weight = args.weight ? args.weight + param : nullptr;
     const WeightedSums g = weighted_sums(weight, sums.dy + first, sums.dy_xhat + first, plan.segments);
-    return GradientMeans::of_sums<T>(centred * g.a, g.b, count, s.mean, s.rstd, centred * g.a_lo, g.b_lo);
+    return GradientMeans::of_sums<T>(centred * g.a, g.b, count, s.mean, s.rstd, s.rstd_lo, centred * g.a_lo, g.b_lo);
   } else {
     double a = 0, b = 0, size = 0;
     for (int64_t segment = 0; segment < plan.segments; ++segment) {
@@ -283,12 +283,14 @@ class ChannelBatches {
       mean_[i] = args_.mean ? args_.mean[stat + i * step] : 0;
       mean_lo_[i] = args_.mean_lo ? args_.mean_lo[stat + i * step] : 0;
       rstd_[i] = args_.rstd[stat + i * step];
+      rstd_lo_[i] = args_.rstd_lo ? args_.rstd_lo[stat + i * step] : 0;
     }
     const int64_t rounded = whole_lanes(count_);
+    const double eps = args_.eps;
 #pragma omp simd
     for (int64_t i = 0; i < rounded; ++i) {
       const double mean_lo = std::fabs(mean_lo_[i]) * rstd_[i] < 0x1p-56 ? 0 : mean_lo_[i];
-      pivot_[i] = static_cast<T>(mean_[i]);
+      pivot_[i] = Pivot<T>::next_to(mean_[i], rstd_[i], varies(rstd_[i], eps));
       off_[i] = (static_cast<double>(pivot_[i]) - mean_[i]) - mean_lo;
     }
   }
@@ -445,8 +447,8 @@ class ChannelBatches {
 #pragma omp simd
     for (int64_t i = 0; i < rounded; ++i) {
       const GradientMeans means =
-          GradientMeans::of_sums<T>(centred * a[i], b[i], count, mean_[i], rstd_[i], kWantsRest ? centred * a_lo[i] : 0,
-                                    kWantsRest ? b_lo[i] : 0);
+          GradientMeans::of_sums<T>(centred * a[i], b[i], count, mean_[i], rstd_[i], rstd_lo_[i],
+                                    kWantsRest ? centred * a_lo[i] : 0, kWantsRest ? b_lo[i] : 0);
       factor_a_[i] = Gradient::a_of(means, off_[i], rstd_[i]);
       factor_b_[i] = Gradient::b_of(means, rstd_[i]);
       mean_g_[i] = means.a;
@@ -517,7 +519,8 @@ class ChannelBatches {
   const T one_ = 1;
   const T* weights_ = &one_;
   int64_t weight_step_ = 0;
-  double mean_[kGradientSets] = {}, mean_lo_[kGradientSets] = {}, rstd_[kGradientSets] = {}, off_[kGradientSets];
+  double mean_[kGradientSets] = {}, mean_lo_[kGradientSets] = {}, rstd_[kGradientSets] = {};
+  double rstd_lo_[kGradientSets] = {}, off_[kGradientSets];
   double mean_g_[kGradientSets], mean_g_xhat_[kGradientSets];
   T pivot_[kGradientSets], factor_a_[kGradientSets], factor_b_[kGradientSets], plain_[kGradientSets];
 };

@@ -196,31 +196,60 @@ FASTNORM_LOOPS inline bool tree_unit_sums(const Plan& plan, int64_t run, int64_t
   return totals.trusted && s.scale == 1;
 }
 
-// The terms of the sums of float64 data, and xhat.
+// The terms of the sums of float64 data, and x - pivot.
 using DoubleTerms = LanePair<PackPair, Pack<double>>;
 
+// A sum in double that keeps what rounding takes between its terms.
+struct ExactSum {
+  HalfPack sum = Pack<double>(0.0), lost = Pack<double>(0.0);
+  FASTNORM_INLINE void add(const Pack<double>& terms) { sum.add(terms, lost); }
+  Sum total() const {
+    const TwoTerm all = fold_exactly(sum, lost);
+    return {all.hi, all.lo};
+  }
+};
+
 // The sums of one unit, weighted or not. Float32 data is added in plain lanes of double; float64 data has no digits to
-// spare and is added in trees.
+// spare: leaves are trees, and added with what rounding takes.
 template <class T, class WeightAt>
 FASTNORM_LOOPS inline SegmentSums unit_sums(const Plan& plan, int64_t run, int64_t set, int64_t unit,
                                             const Statistic& s, const WeightAt& weight_at) {
   const Operands<2, false> operands{{&plan.x, &plan.dy}, nullptr};
-  const Centre<T> centre(s);
   const Pack<double> rstd(s.rstd);
-  const int64_t x_ahead = reading_ahead<T>(plan, plan.x, run), dy_ahead = reading_ahead<T>(plan, plan.dy, run);
   SegmentSums total;
-  PackPair lanes{0.0, 0.0};
-  LaneTree<DoubleTerms> tree;
-  Size size;
-  visit_unit<T>(plan, operands, run, set, unit, [&](const T* const* in, T*, int64_t first, int64_t n) {
-    const T *x = in[0], *dy = in[1];
-    const auto weight = weight_at(first);
-    if constexpr (kMayOverflow<T>) {
-      tree.push(tree_sums(0, n, [&](auto at) {
-        const Pack<double> xhat = centre(at, x) * rstd, g = times(at, at.template load<double>(dy), weight);
-        return DoubleTerms{{g, g * xhat}, xhat};
-      }));
-    } else {
+  if constexpr (kMayOverflow<T>) {
+    const Pivot<T> pivot = Pivot<T>::of(s);
+    const Pack<double> scale(s.scale), about(pivot.value);
+    ExactSum of_g, of_product, of_x;
+    int64_t count = 0;
+    visit_unit<T>(plan, operands, run, set, unit, [&](const T* const* in, T*, int64_t first, int64_t n) {
+      const T *x = in[0], *dy = in[1];
+      const auto weight = weight_at(first);
+      const auto terms = [&](auto at) {
+        const Pack<double> d = within(at, at.template load<double>(x) * scale - about);
+        const Pack<double> g = times(at, at.template load<double>(dy), weight);
+        return DoubleTerms{{g, g * (d * rstd)}, d};
+      };
+      for (int64_t i = 0; i < n; i += kLeaf) {
+        const DoubleTerms leaf = leaf_sums<true>(i, n - i < kLeaf ? n - i : kLeaf, terms);
+        of_g.add(leaf.first.first);
+        of_product.add(leaf.first.second);
+        of_x.add(leaf.second);
+      }
+      count += n;
+    });
+    total.dy = of_g.total();
+    total.dy_xhat = of_product.total();
+    if (pivot.off != 0) total.dy_xhat.add(pivot.off * s.rstd * total.dy.value());
+    total.rest.hi = of_x.total().value() + pivot.off * static_cast<double>(count);
+  } else {
+    const Centre<T> centre(s);
+    const int64_t x_ahead = reading_ahead<T>(plan, plan.x, run), dy_ahead = reading_ahead<T>(plan, plan.dy, run);
+    PackPair lanes{0.0, 0.0};
+    Size size;
+    visit_unit<T>(plan, operands, run, set, unit, [&](const T* const* in, T*, int64_t first, int64_t n) {
+      const T *x = in[0], *dy = in[1];
+      const auto weight = weight_at(first);
       PackPair inner = lanes;
       Size inner_size = size;
       for_packs(n, [&](auto at) {
@@ -231,15 +260,7 @@ FASTNORM_LOOPS inline SegmentSums unit_sums(const Plan& plan, int64_t run, int64
       });
       lanes = inner;
       size = inner_size;
-    }
-  });
-  if constexpr (kMayOverflow<T>) {
-    const DoubleTerms terms = tree.total();
-    const TwoTerm of_dy = fold_exactly(terms.first.first), of_product = fold_exactly(terms.first.second);
-    total.dy.hi = of_dy.hi, total.dy.lo = of_dy.lo;
-    total.dy_xhat.hi = of_product.hi, total.dy_xhat.lo = of_product.lo;
-    total.rest.hi = fold(terms.second) / s.rstd;
-  } else {
+    });
     const Pair sums = fold(lanes);
     total.dy.hi = sums.first;
     total.dy_xhat.hi = sums.second;
@@ -280,11 +301,11 @@ struct GradientMeans {
     means.plain = !kMayOverflow<T> && plain_weights && zero_or_moderate(size / count) && means.plain;
     return means;
   }
-  // Without a branch, for loops over sets; and without a division, for which float32 results do not ask. `a_lo` and
-  // `b_lo`: what rounding has taken from a and b.
+  // Without a branch, for loops over sets; and without a division, for which float32 results do not ask. Those that
+  // end in `lo`: what rounding has taken from the others (from rstd twice, for b has it in it).
   template <class T>
-  static GradientMeans of_sums(double a, double b, double count, double mean, double rstd, double a_lo = 0,
-                               double b_lo = 0) {
+  static GradientMeans of_sums(double a, double b, double count, double mean, double rstd, double rstd_lo = 0,
+                               double a_lo = 0, double b_lo = 0) {
     const double share = 1 / count;
     GradientMeans means;
     means.a = kMayOverflow<T> ? a / count : a * share;
@@ -292,7 +313,7 @@ struct GradientMeans {
     if constexpr (kMayOverflow<T>) {
       const TwoTerm product = two_product(b, rstd);
       means.pivot_a = quotient({a, a_lo}, count, share);
-      means.b_rstd = quotient({product.hi, product.lo + b_lo * rstd}, count, share);
+      means.b_rstd = quotient({product.hi, product.lo + (b_lo * rstd + 2 * b * rstd_lo)}, count, share);
     } else {
       means.pivot_a = means.a;
       means.b_rstd = means.b * rstd;

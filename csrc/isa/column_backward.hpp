@@ -172,7 +172,7 @@ inline void sum_gradients(const Columns<T>& columns, int64_t outer, const Column
       });
 }
 
-// Sums of dy and of dy * (x - mean) of float64 data, the mean being rounded: what the rest of it and rstd make of them
+// Sums of dy and of dy * (x - short_mean) of float64 data: what the rest of the mean and rstd make of them
 // comes afterwards. done = 1 for sets whose products had none of float64's limits near them; true if that was
 // everywhere.
 inline bool plain_gradient_sums(const Columns<double>& columns, int64_t outer, const ColumnSpace<double>& space) {
@@ -181,8 +181,10 @@ inline bool plain_gradient_sums(const Columns<double>& columns, int64_t outer, c
   const double* const mean_lo = spread_sets(space.mean_lo, sets, width, space.of_column[1]);
   const double* const rstd = spread_sets(space.rstd, sets, width, space.of_column[2]);
   const double* const scale = spread_sets(space.scale, sets, width, space.of_column[3]);
+  const double eps = columns.args().eps;
   double* const pivots = space.centre[0];
-  std::memcpy(pivots, mean, static_cast<size_t>(n) * sizeof(double));
+#pragma omp simd
+  for (int64_t c = 0; c < n; ++c) pivots[c] = short_mean(mean[c], rstd[c], varies(rstd[c], eps));
   repeat(columns.lines(), pivots);
   for (int64_t set = 0; set < sets; ++set) space.done[set] = 0;
   space.find_undone(columns);
@@ -197,7 +199,7 @@ inline bool plain_gradient_sums(const Columns<double>& columns, int64_t outer, c
     const bool sound = ((size > 0x1p-800) & (size < 0x1p1000)) | ((size == 0) & (dy == 0));
     good[c] = sound & (rstd[c] > 0x1p-60) & (rstd[c] < 0x1p60) & (scale[c] == 1) ? 1.0 : 0.0;
     space.dy[c] = std::fabs(sums.first[c]) < HUGE_VAL ? dy : sums.first[c];  // what infinity has lost is NaN
-    space.dy_xhat[c] = (product - mean_lo[c] * dy) * rstd[c];
+    space.dy_xhat[c] = (product - ((mean[c] - pivots[c]) + mean_lo[c]) * dy) * rstd[c];
   }
   return find_good_sets(space, good, sets, width);
 }
@@ -295,12 +297,13 @@ inline void gradient_means(const Columns<double>& columns, const ColumnSpace<dou
   }
 }
 
-// value * rstd * rstd of float64 data, rounded once, where nothing is near the limits.
-FASTNORM_INLINE double times_twice(double value, double rstd) {
+// value * rstd * rstd of float64 data, rounded once, where nothing is near the limits. `value` has rstd in it as well,
+// and what its rounding took, `rstd_lo`, counts three times.
+FASTNORM_INLINE double times_twice(double value, double rstd, double rstd_lo) {
   const TwoTerm once = two_product(value, rstd), twice = two_product(once.hi, rstd);
   const double least = std::fabs(twice.hi), most = std::fabs(value);
   const bool ordinary = (least > 0x1p-700) & (most < 0x1p900) & (rstd > 0x1p-60) & (rstd < 0x1p60);
-  return twice.hi + (ordinary ? twice.lo + once.lo * rstd : 0);
+  return twice.hi + (ordinary ? twice.lo + (once.lo * rstd + 3 * once.hi * rstd_lo) : 0);
 }
 
 // The means of each set, and what makes dx of them in each place.
@@ -315,10 +318,12 @@ inline void prepare_gradient(const Columns<T>& columns, int64_t outer, const Col
   const double* const done = spread_sets(space.done, sets, width, space.of_column[3]);
   const double* const mean_g = spread_sets(space.mean_g, sets, width, space.centre[0]);
   const double* const mean_g_xhat = spread_sets(space.mean_g_xhat, sets, width, space.centre[1]);
+  const double* const rstd_lo = spread_sets(space.rstd_lo, sets, width, space.centre[2]);
+  const double eps = columns.args().eps;
   const double any = columns.rows() * width > 1 ? 1 : 0;  // dx of a set of one value is 0, whatever is rounded
 #pragma omp simd
   for (int64_t c = 0; c < n; ++c) {
-    const T subtract = static_cast<T>(mean[c]);
+    const T subtract = Pivot<T>::next_to(mean[c], rstd[c], varies(rstd[c], eps));
     const double rest = (mean[c] - static_cast<double>(subtract)) + mean_lo[c];
     space.subtract[c] = subtract;
     const double factor = space.weight[c] * rstd[c], b = mean_g_xhat[c] * rstd[c];
@@ -333,7 +338,8 @@ inline void prepare_gradient(const Columns<T>& columns, int64_t outer, const Col
     }
     space.factor[c] = static_cast<T>(any * factor);
     space.a[c] = static_cast<T>(any * a);
-    space.b[c] = static_cast<T>(any * (kMayOverflow<T> ? times_twice(mean_g_xhat[c], rstd[c]) : b * rstd[c]));
+    space.b[c] =
+        static_cast<T>(any * (kMayOverflow<T> ? times_twice(mean_g_xhat[c], rstd[c], rstd_lo[c]) : b * rstd[c]));
     space.plain[c] = fine ? static_cast<T>(done[c]) : T(0);
   }
   for (T* array : {space.subtract, space.factor, space.a, space.b}) repeat(columns.lines(), array);
@@ -344,7 +350,7 @@ inline void prepare_gradient(const Columns<T>& columns, int64_t outer, const Col
 template <class T>
 inline T input_gradient(const Statistic& s, double g, double a, double b, T x) {
   const double xhat = ((static_cast<double>(x) * s.scale - s.mean) - s.mean_lo) * s.rstd;
-  return static_cast<T>(s.rstd * ((g - a) - xhat * b) * s.scale);
+  return static_cast<T>(s.rstd * ((g - a) - xhat * both_parts(b, s)) * s.scale);
 }
 
 // dx of a panel through given statistics, where nothing but dy * weight * rstd comes back, whatever x holds.

@@ -74,21 +74,22 @@ inline const double* spread_sets(const double* of_sets, int64_t sets, int64_t wi
 template <class T>
 struct ColumnSpace {
   double* sums;
-  double *mean, *mean_lo, *rstd, *scale, *var;  // per set: its Statistic, and its variance (0: given, or constant)
-  double *pivot, *done;                         // per set; done: 1 once its moments, or sums of gradients, are known
-  double *first, *second, *size;                // sums per set
-  double *mean_g, *mean_g_xhat;                 // means of gradients per set
-  double* of_column[4];                         // numbers of sets, per column
-  double *weight, *bias, *dy, *dy_xhat;         // per column
-  double* centre[4];                            // mean, rstd, and for float64 mean_lo and scale, per place
-  T *subtract, *factor, *offset;                // y = (x - subtract) * factor + offset, per place
+  // per set: its Statistic, and its variance (0: given, or constant)
+  double *mean, *mean_lo, *rstd, *rstd_lo, *scale, *var;
+  double *pivot, *done;                       // per set; done: 1 once its moments, or sums of gradients, are known
+  double *first, *second, *size;              // sums per set
+  double *mean_g, *mean_g_xhat;               // means of gradients per set
+  double* of_column[4];                       // numbers of sets, per column
+  double *weight, *bias, *dy, *dy_xhat;       // per column
+  double* centre[4];                          // mean, rstd, and for float64 mean_lo and scale, per place
+  T *subtract, *factor, *factor_lo, *offset;  // y = (x - subtract) * factor + offset, per place
   T *a, *b;         // dx = (dy * factor - a) - (x - subtract) * b: more arrays would be more than half of the time
   T* plain;         // 0 where a place wants double, or a scale
   double* careful;  // per pack of places: some of them are not plain
 
   static int64_t size_of(const Columns<T>& columns) {
     const int64_t per_line = columns.space_per_line();
-    return columns.sums_space() + 18 * per_line + 12 * padded(columns.sets_in_outer()) + padded(per_line / kPack + 2);
+    return columns.sums_space() + 19 * per_line + 13 * padded(columns.sets_in_outer()) + padded(per_line / kPack + 2);
   }
   ColumnSpace(double* space, const Columns<T>& columns) {
     const auto take = [&](int64_t count) {
@@ -98,25 +99,26 @@ struct ColumnSpace {
     };
     const int64_t per_line = columns.space_per_line(), sets = columns.sets_in_outer();
     sums = take(columns.sums_space());
-    for (double** array :
-         {&mean, &mean_lo, &rstd, &scale, &var, &pivot, &done, &first, &second, &size, &mean_g, &mean_g_xhat}) {
+    for (double** array : {&mean, &mean_lo, &rstd, &rstd_lo, &scale, &var, &pivot, &done, &first, &second, &size,
+                           &mean_g, &mean_g_xhat}) {
       *array = take(sets);
     }
     for (double** array : {&of_column[0], &of_column[1], &of_column[2], &of_column[3], &weight, &bias, &dy, &dy_xhat,
                            &centre[0], &centre[1], &centre[2], &centre[3]}) {
       *array = columns.template line_at<double>(take(per_line));
     }
-    for (T** array : {&subtract, &factor, &offset, &a, &b, &plain}) {
+    for (T** array : {&subtract, &factor, &factor_lo, &offset, &a, &b, &plain}) {
       *array = columns.template line_at<T>(take(per_line));
     }
     careful = take(per_line / kPack + 2);
   }
 
-  Statistic statistic(int64_t set) const { return {mean[set], mean_lo[set], rstd[set], scale[set]}; }
+  Statistic statistic(int64_t set) const { return {mean[set], mean_lo[set], rstd[set], scale[set], 0, rstd_lo[set]}; }
   void keep(int64_t set, const Statistic& s) const {
     mean[set] = s.mean;
     mean_lo[set] = s.mean_lo;
     rstd[set] = s.rstd;
+    rstd_lo[set] = s.rstd_lo;
     scale[set] = s.scale;
   }
 
@@ -247,6 +249,7 @@ inline bool plain_moments(const Columns<float>& columns, int64_t outer, const Co
     space.mean[set] = mean;
     space.mean_lo[set] = 0;
     space.rstd[set] = var + eps == 0 ? 0 : 1 / std::sqrt(var + eps);
+    space.rstd_lo[set] = 0;
     space.scale[set] = 1;
     space.var[set] = var;
     space.done[set] = (m2 * kPlainMargin > squares * additions) | (squares == 0) ? 1.0 : 0.0;
@@ -321,7 +324,7 @@ inline void finish_column_set(const Columns<T>& columns, int64_t outer, const Co
   if (needs_scale<T>(moments, eps)) {
     moments = single_moments(columns.plan(), columns.args(), outer, set, s);
   } else {
-    s = statistic_of<T>(moments, eps, 1);
+    s = statistic_of<T>(moments, eps, 1, true);
   }
   space.keep(set, s);
   space.var[set] = moments.m2.value() / moments.count;
@@ -358,9 +361,10 @@ inline void finish_sets(const Columns<double>& columns, int64_t outer, const Col
   const SetSums first = add_up_exactly(sums.first, sums.first_lo, sets, width, &space.of_column[0]);
   const SetSums second = add_up_exactly(sums.second, sums.second_lo, sets, width, &space.of_column[2]);
   double *const mean = space.centre[0], *const mean_lo = space.centre[1], *const var = space.centre[2];
-  double *const rstd = space.centre[3], *const near = space.dy, *const plain = space.dy_xhat;
-  finish_lanes({space.pivot, first.sum, first.lost, second.sum, second.lost}, {mean, mean_lo, var, rstd, near, plain},
-               sets, count, args.eps, kMostSquares);
+  double *const rstd = space.centre[3], *const rstd_lo = space.weight;
+  double *const near = space.dy, *const plain = space.dy_xhat;
+  finish_lanes({space.pivot, first.sum, first.lost, second.sum, second.lost},
+               {mean, mean_lo, var, rstd, rstd_lo, near, plain}, sets, count, args.eps, kMostSquares);
   const double sure = again ? 1 : 0;
   double taken = 0;
 #pragma omp simd reduction(+ : taken)
@@ -380,6 +384,7 @@ inline void finish_sets(const Columns<double>& columns, int64_t outer, const Col
     space.mean[set] = mean[set];
     space.mean_lo[set] = std::fabs(mean_lo[set]) * rstd[set] < 0x1p-56 ? 0 : mean_lo[set];  // drop_negligible
     space.rstd[set] = rstd[set];
+    space.rstd_lo[set] = rstd_lo[set];
     space.var[set] = var[set];
     space.scale[set] = space.done[set] = 1;
   };
@@ -388,6 +393,7 @@ inline void finish_sets(const Columns<double>& columns, int64_t outer, const Col
     hand_out(columns, outer, args.mean_lo, mean_lo, begin, end);
     hand_out(columns, outer, args.var, var, begin, end);
     hand_out(columns, outer, args.rstd, rstd, begin, end);
+    hand_out(columns, outer, args.rstd_lo, rstd_lo, begin, end);
   };
   if (taken == static_cast<double>(sets)) {
 #pragma omp simd
@@ -399,7 +405,7 @@ inline void finish_sets(const Columns<double>& columns, int64_t outer, const Col
       take(set);
       hand_out_all(set, set + 1);
     } else if (space.done[set] == 0 && near[set] == 0) {
-      space.pivot[set] = mean[set];
+      space.pivot[set] = short_mean_of(mean[set], var[set]);
     } else if (space.done[set] == 0) {
       Moments moments = moments_about(space.pivot[set], count, {first.sum[set], first.lost[set]},
                                       {second.sum[set], second.lost[set]});
@@ -461,6 +467,7 @@ inline void take_statistics(const Columns<T>& columns, int64_t outer, const Colu
   take(space.mean, args.mean, 0);
   take(space.mean_lo, args.mean_lo, 0);
   take(space.rstd, args.rstd, 0);
+  take(space.rstd_lo, args.rstd_lo, 0);
   double odd = 0;
 #pragma omp simd reduction(+ : odd)
   for (int64_t set = 0; set < sets; ++set) {

@@ -49,18 +49,24 @@ inline void prepare_normalise(const Columns<T>& columns, int64_t outer, const Co
   const double* const rstd = spread_sets(space.rstd, sets, width, space.of_column[2]);
   const double* const scale = spread_sets(space.scale, sets, width, space.of_column[3]);
   const double* const var = kMayOverflow<T> ? spread_sets(space.var, sets, width, space.dy) : nullptr;
+  const double* const rstd_lo = kMayOverflow<T> ? spread_sets(space.rstd_lo, sets, width, space.dy_xhat) : nullptr;
   take_weights(columns, outer, space.weight);
   take_parameters(columns, outer, args.bias, kNoBias, space.bias);
 #pragma omp simd
   for (int64_t c = 0; c < n; ++c) {
-    const double factor = rstd[c] * space.weight[c], bias = space.bias[c];
-    const bool plain = kMayOverflow<T> ? as_one_step(rstd[c], space.weight[c], bias) : zero_or_moderate(factor);
+    const double bias = space.bias[c];
+    bool plain;
     if constexpr (kMayOverflow<T>) {
+      plain = as_one_step(rstd[c], space.weight[c], bias);
       const SplitMean split = SplitMean::of({mean[c], mean_lo[c], rstd[c], scale[c], var[c] > 0 ? 1.0 : 0.0});
+      const TwoTerm factor = split_factor(rstd[c], rstd_lo[c], space.weight[c]);
       space.subtract[c] = split.pivot;
-      space.factor[c] = factor;
-      space.offset[c] = split.offset(factor, bias);
+      space.factor[c] = factor.hi;
+      space.factor_lo[c] = factor.lo;
+      space.offset[c] = split.offset(factor.hi, factor.lo, bias);
     } else {
+      const double factor = rstd[c] * space.weight[c];
+      plain = zero_or_moderate(factor);
       const FloatFactors factors = FloatFactors::of(mean[c], mean_lo[c], factor, bias);
       space.subtract[c] = factors.pivot;
       space.factor[c] = factors.factor;
@@ -69,6 +75,7 @@ inline void prepare_normalise(const Columns<T>& columns, int64_t outer, const Co
     space.plain[c] = plain_statistic<T>(mean[c], rstd[c], scale[c]) & plain ? T(1) : T(0);
   }
   for (T* array : {space.subtract, space.factor, space.offset}) repeat(columns.lines(), array);
+  if constexpr (kMayOverflow<T>) repeat(columns.lines(), space.factor_lo);
   space.find_careful(columns.lines());
 }
 
@@ -78,7 +85,9 @@ inline T normalised(const Columns<T>& columns, int64_t outer, const Statistic& s
   const NormArgs<T>& args = columns.args();
   const int64_t param = columns.param(outer, c);
   const double scaled = static_cast<double>(x) * s.scale;
-  const double xhat = (s.mean_lo == 0 ? scaled - s.mean : less_mean(scaled, s.mean, s.mean_lo)) * s.rstd;
+  const double d = s.mean_lo == 0 ? scaled - s.mean : less_mean(scaled, s.mean, s.mean_lo);
+  double xhat = d * s.rstd;
+  if (s.rstd_lo != 0) xhat += two_product(d, s.rstd).lo + d * s.rstd_lo;
   return static_cast<T>(xhat * (args.weight ? static_cast<double>(args.weight[param]) : 1) +
                         (args.bias ? static_cast<double>(args.bias[param]) : kNoBias));
 }
@@ -112,27 +121,27 @@ FASTNORM_INLINE bool all_plain(const ColumnSpace<T>& space, int64_t place, int p
 }
 
 // A panel of results: in the type of the array where the sets' numbers allow it, value by value where they do not.
-template <bool kAhead, class T, class Out>
+// kTwoParts: with both parts of the factors; not through given statistics, where x may be infinite.
+template <bool kAhead, bool kTwoParts, class T, class Out>
 FASTNORM_INLINE void normalise_panel(const Columns<T>& columns, int64_t outer, const ColumnSpace<T>& space,
                                      int64_t column, int64_t lines, int64_t n, const Panel<T>& x, const Panel<T>& y,
                                      Out out) {
   for_pack_groups<T>(0, n, [&](auto at, auto packs) {
     constexpr int kPacks = decltype(packs)::value;
-    Pack<T> pivot[kPacks], factor[kPacks], offset[kPacks];
+    Pack<T> pivot[kPacks], factor[kPacks], factor_lo[kTwoParts ? kPacks : 1], offset[kPacks];
     FASTNORM_UNROLL
     for (int k = 0; k < kPacks; ++k) {
       const int64_t place = column + k * kPack;
       pivot[k] = in_register(at.template load<T>(space.subtract + place));
       factor[k] = in_register(at.template load<T>(space.factor + place));
       offset[k] = in_register(at.template load<T>(space.offset + place));
+      if constexpr (kTwoParts) factor_lo[k] = in_register(at.template load<T>(space.factor_lo + place));
     }
     const auto result = [&](const T* from, int k) FASTNORM_LOOPS {
       const Pack<T> d = at.template load<T>(from + k * kPack) - pivot[k];
-      if constexpr (kMayOverflow<T>) {
-        return multiply_add(d, factor[k], offset[k]);
-      } else {
-        return d * factor[k] + offset[k];
-      }
+      if constexpr (kTwoParts) return one_step(d, factor[k], factor_lo[k], offset[k]);
+      if constexpr (kMayOverflow<T>) return multiply_add(d, factor[k], offset[k]);
+      return d * factor[k] + offset[k];
     };
     // Copies, for the compiler to keep them in registers.
     const T* from = x.data;
@@ -166,7 +175,7 @@ FASTNORM_INLINE void normalise_panel(const Columns<T>& columns, int64_t outer, c
   });
 }
 
-template <class T>
+template <bool kTwoParts, class T>
 inline void normalise_outer(const Columns<T>& columns, int64_t outer, const ColumnSpace<T>& space) {
   const Plan& plan = columns.plan();
   columns.for_pieces_of(true, [&](int64_t chunk, int64_t column, int64_t width) FASTNORM_LOOPS {
@@ -178,8 +187,8 @@ inline void normalise_outer(const Columns<T>& columns, int64_t outer, const Colu
           with_panel_store(columns.args().past_cache, to, [&](auto out) {
             with_ahead(columns.lines_ahead() != 0, [&](auto asks) {
               for_bands<T, 2>(count, n, columns.lines_ahead(), [&](int64_t band, int64_t lines) {
-                normalise_panel<decltype(asks)::value>(columns, outer, space, column + shift, lines, n,
-                                                       x.moved(shift).from(band), to.from(band), out);
+                normalise_panel<decltype(asks)::value, kTwoParts>(columns, outer, space, column + shift, lines, n,
+                                                                  x.moved(shift).from(band), to.from(band), out);
               });
             });
           });
@@ -206,7 +215,7 @@ bool column_forward(const Plan& plan, const NormArgs<T>& args) {
   return for_outer_spaces(columns, [&](const ColumnSpace<T>& space, int64_t, int64_t outer) {
     measure_outer(columns, outer, space);
     prepare_normalise(columns, outer, space);
-    normalise_outer(columns, outer, space);
+    normalise_outer<kMayOverflow<T>>(columns, outer, space);
   });
 }
 
@@ -216,7 +225,7 @@ bool column_apply(const Plan& plan, const NormArgs<T>& args) {
   return for_outer_spaces(columns, [&](const ColumnSpace<T>& space, int64_t, int64_t outer) {
     take_statistics(columns, outer, space, false);
     prepare_normalise(columns, outer, space);
-    normalise_outer(columns, outer, space);
+    normalise_outer<false>(columns, outer, space);
   });
 }
 

@@ -16,15 +16,16 @@ constexpr int64_t kRowsElements = 4096, kPlanesElements = 3072;
 // Some sets, their sums, and what normalises them.
 struct DoubleBatch {
   int64_t first = 0, count = 0;
+  double two_parts = 0;      // as in Statistic
   bool plain = false;        // has no set a scale, or parameters that are not for one step?
   int64_t param[kMostSets];  // of a set's first weight and bias
   Pack<double> sum_lanes[kMostSets], squares_lanes[kMostSets];
   alignas(64) double pivot[kMostSets], sum[kMostSets], lost_sum[kMostSets], squares[kMostSets], lost_squares[kMostSets];
-  double mean[kMostSets], mean_lo[kMostSets], var[kMostSets], rstd[kMostSets], near[kMostSets], fine[kMostSets];
-  double scale[kMostSets];
+  double mean[kMostSets], mean_lo[kMostSets], var[kMostSets], rstd[kMostSets], rstd_lo[kMostSets];
+  double near[kMostSets], fine[kMostSets], scale[kMostSets];
   double from[kMostSets], rest[kMostSets], rest_lo[kMostSets];  // SplitMean
   double weight[kMostSets], bias[kMostSets];                    // of sets of one of each for all values
-  double factor[kMostSets], offset[kMostSets];
+  double factor[kMostSets], factor_lo[kMostSets], offset[kMostSets];
 
   void put(int64_t lane, const PackPair& lanes) {
     sum_lanes[lane] = lanes.first;
@@ -32,7 +33,7 @@ struct DoubleBatch {
   }
   void put(int64_t lane, const Pack<double>& squares) { squares_lanes[lane] = squares; }
   FASTNORM_INLINE Statistic statistic(int64_t lane) const {
-    return {mean[lane], mean_lo[lane], rstd[lane], scale[lane], var[lane] > 0 ? 1.0 : 0.0};
+    return {mean[lane], mean_lo[lane], rstd[lane], scale[lane], var[lane] > 0 ? 1.0 : 0.0, rstd_lo[lane], two_parts};
   }
   [[gnu::noinline]] void split_means(int64_t lanes) {
 #pragma omp simd
@@ -41,8 +42,10 @@ struct DoubleBatch {
       from[lane] = split.pivot;
       rest[lane] = split.rest;
       rest_lo[lane] = split.rest_lo;
-      factor[lane] = rstd[lane] * weight[lane];
-      offset[lane] = split.offset(factor[lane], bias[lane]);
+      const TwoTerm by = split_factor(rstd[lane], rstd_lo[lane], weight[lane]);
+      factor[lane] = by.hi;
+      factor_lo[lane] = by.lo;
+      offset[lane] = split.offset(by.hi, by.lo, bias[lane]);
     }
   }
 };
@@ -50,19 +53,29 @@ struct DoubleBatch {
 // Normalise for sets that need no scale.
 template <bool kCentred, class Weight, class Bias>
 struct DoubleFormula {
-  Pack<double> pivot, factor, offset;
+  Pack<double> pivot, factor, factor_lo, offset;
   Weight weight;
   Bias bias;
 
   DoubleFormula(const DoubleBatch& batch, int64_t lane, Weight w, Bias b)
-      : pivot(batch.from[lane]), factor(batch.factor[lane]), offset(batch.offset[lane]), weight(w), bias(b) {}
-  DoubleFormula(const SplitMean& mean, double by, double shift, Weight w, Bias b)
-      : pivot(mean.pivot), factor(by), offset(mean.offset(by, shift)), weight(w), bias(b) {}
+      : pivot(batch.from[lane]),
+        factor(batch.factor[lane]),
+        factor_lo(batch.factor_lo[lane]),
+        offset(batch.offset[lane]),
+        weight(w),
+        bias(b) {}
+  DoubleFormula(const SplitMean& mean, const TwoTerm& by, double shift, Weight w, Bias b)
+      : pivot(mean.pivot),
+        factor(by.hi),
+        factor_lo(by.lo),
+        offset(mean.offset(by.hi, by.lo, shift)),
+        weight(w),
+        bias(b) {}
 
   template <class At>
   FASTNORM_INLINE Pack<double> operator()(At at, const double* x) const {
     const Pack<double> v = at.template load<double>(x);
-    return plus(at, times(at, kCentred ? multiply_add(v - pivot, factor, offset) : v * factor, weight), bias);
+    return plus(at, times(at, kCentred ? one_step(v - pivot, factor, factor_lo, offset) : v * factor, weight), bias);
   }
 };
 
@@ -147,8 +160,8 @@ class DoubleBatches {
       const Statistic s = finish_row(set, fold_exactly(squares));
       Coming<false> coming(coming_x, coming_x ? run_ : 0, distance_);
       if (s.scale == 1) {
-        const DoubleFormula<false, std::decay_t<decltype(weight)>, None> formula(SplitMean{}, s.rstd, kNoBias, weight,
-                                                                                 None{});
+        const DoubleFormula<false, std::decay_t<decltype(weight)>, None> formula(SplitMean{}, TwoTerm{s.rstd, 0},
+                                                                                 kNoBias, weight, None{});
         write_run_between<false>(
             y, run_, [&](auto at) { return formula(at, x); }, whole_lines_, [&] { coming.add_leaf(); });
       } else {
@@ -209,10 +222,12 @@ class DoubleBatches {
       for (int64_t lane = 0; lane < lanes; lane += kStatisticLanes) measure_about_means(batch, lane);
     }
     batch.plain = true;
+    batch.two_parts = args_.centred ? 1 : 0;
     store_numbers(plan_, batch, batch.mean, args_.mean);
     store_numbers(plan_, batch, batch.mean_lo, args_.mean_lo);
     store_numbers(plan_, batch, batch.var, args_.var);
     store_numbers(plan_, batch, batch.rstd, args_.rstd);
+    store_numbers(plan_, batch, batch.rstd_lo, args_.rstd_lo);
     find_parameters(plan_, batch);
     if (!all_ones(batch.near, batch.count) || !all_ones(batch.fine, batch.count)) {
       for (int64_t lane = 0; lane < batch.count; ++lane) {
@@ -228,7 +243,7 @@ class DoubleBatches {
     fastnorm::finish_lanes({batch.pivot + first, batch.sum + first, batch.lost_sum + first, batch.squares + first,
                             batch.lost_squares + first},
                            {batch.mean + first, batch.mean_lo + first, batch.var + first, batch.rstd + first,
-                            batch.near + first, batch.fine + first},
+                            batch.rstd_lo + first, batch.near + first, batch.fine + first},
                            lanes, count, args_.eps, kMostSquaresOfSet);
   }
 
@@ -245,7 +260,7 @@ class DoubleBatches {
     for (int64_t lane = first; lane < first + kStatisticLanes && lane < batch.count; ++lane) {
       if (batch.near[lane] != 0) continue;
       Sum sum, squares;
-      batch.pivot[lane] = batch.mean[lane];
+      batch.pivot[lane] = short_mean_of(batch.mean[lane], batch.var[lane]);
       chunk_deviations<true>(plan_, batch.first + lane, 0, About(batch.pivot[lane]), sum, squares);
       batch.sum[lane] = sum.hi, batch.lost_sum[lane] = sum.lo;
       batch.squares[lane] = squares.hi, batch.lost_squares[lane] = squares.lo;
@@ -260,7 +275,8 @@ class DoubleBatches {
     Moments moments = measure_chunk(plan_, set, 0, args_.centred);
     const Statistic s = finish_set(plan_, args_, set, moments);
     batch.mean[lane] = s.mean, batch.mean_lo[lane] = s.mean_lo;
-    batch.rstd[lane] = s.rstd, batch.scale[lane] = s.scale;
+    batch.rstd[lane] = s.rstd, batch.rstd_lo[lane] = s.rstd_lo;
+    batch.scale[lane] = s.scale;
     batch.var[lane] = moments.m2.value() / moments.count;
     batch.plain = batch.plain && s.scale == 1;
   }
@@ -374,7 +390,7 @@ class DoubleBatches {
       const int64_t param = now.param[lane] + segment;
       const auto w = weight_of(param);
       const auto b = bias_of(param);
-      const double factor = by_segment ? now.rstd[lane] * weight(param) : now.rstd[lane];
+      const TwoTerm factor = split_factor(now.rstd[lane], now.rstd_lo[lane], by_segment ? weight(param) : 1);
       const DoubleFormula<true, decltype(w), decltype(b)> formula(mean, factor, by_segment ? bias(param) : kNoBias, w,
                                                                   b);
       const char* x_line = x_segment;

@@ -3,7 +3,7 @@
 // a row terms are added in chains of at most four packs, and those with what rounding takes; along a column over four
 // rows, then into the sums of their group. Nor has the mean that the forward found: its error is small beside a
 // standard deviation, but where one outlier makes that, not beside what the others are off the mean (dx of layer norm
-// was off by 25 u). So x - mean is added up as well: what is left of the mean.
+// was off by 25 u). So x - mean is added up as well, about a number from which the differences are exact (short_mean).
 //
 // xhat is made first, so that no product is farther from the ordinary than in the formulas. Only for rows that `fit`;
 // the others take part as rows of zeros.
@@ -22,17 +22,18 @@ struct DoubleRows {
 
   const double *x[kMost], *dy[kMost];
   double* dx[kMost];
-  alignas(64) double mean[kMost], mean_lo[kMost], rstd[kMost];
-  // Sums of g, of g * xhat with what they have lost, and of x - mean, in lanes and folded.
+  alignas(64) double mean[kMost], mean_lo[kMost], rstd[kMost], rstd_lo[kMost];
+  alignas(64) double pivot[kMost], shift[kMost];  // xhat = (x - pivot) * rstd - shift
+  // Sums of g, of g * (x - pivot) * rstd with what they have lost, and of x - pivot, in lanes and folded.
   HalfPack g_lanes[kMost], product_lanes[kMost], product_lost_lanes[kMost], rest_lanes[kMost];
   alignas(64) double g[kMost], product[kMost], product_lost[kMost], rest[kMost];
-  alignas(64) double a[kMost], b[kMost];  // dx = rstd * ((g - a) - (x - mean) * b); RMS norm: rstd * g - x * b
+  alignas(64) double a[kMost], b[kMost];  // dx = rstd * ((g - a) - (x - pivot) * b); RMS norm: rstd * g - x * b
   alignas(64) double size[kMost];         // of b; infinite where it is beyond the ordinary
 
   // A row that does not fit takes part in sums as one whose xhat is 0.
   void blank(int r, const double* zeros) {
     x[r] = zeros;
-    mean[r] = mean_lo[r] = rstd[r] = 0;
+    pivot[r] = shift[r] = rstd[r] = rstd_lo[r] = 0;
   }
 
   // Do neither x - mean nor its product with rstd overflow or underflow?
@@ -40,11 +41,15 @@ struct DoubleRows {
   bool holds(int64_t r) const { return size[r] < 0x1p900; }
 
   // When `count` rows are set. Do all of them fit?
-  bool start(int count) {
-    for (int r = count; r < kMost; ++r) mean[r] = mean_lo[r] = 0, rstd[r] = 1;
+  bool start(int count, double eps) {
+    for (int r = count; r < kMost; ++r) mean[r] = mean_lo[r] = rstd_lo[r] = 0, rstd[r] = 1;
     int64_t beyond = 0;
 #pragma omp simd reduction(| : beyond)
-    for (int64_t r = 0; r < kMost; ++r) beyond |= fit(r) ? 0 : 1;
+    for (int64_t r = 0; r < kMost; ++r) {
+      pivot[r] = short_mean(mean[r], rstd[r], varies(rstd[r], eps));
+      shift[r] = ((mean[r] - pivot[r]) + mean_lo[r]) * rstd[r];
+      beyond |= fit(r) ? 0 : 1;
+    }
     return beyond == 0;
   }
 
@@ -58,17 +63,18 @@ struct DoubleRows {
       fold_eight_exactly(product_lanes + r, product + r, product_lost + r, product_lost_lanes + r);
 #pragma omp simd
       for (int k = r; k < r + kFolded; ++k) {
-        const double off = kCentred ? rest[k] * share : 0;  // what is left of the mean
+        const double off = kCentred ? rest[k] * share : 0;  // of the mean, from the pivot
         const TwoTerm sum = two_sum(product[k], product_lost[k] - (kCentred ? off * rstd[k] * g[k] : 0));
         const double mean = sum.hi / n;
         const TwoTerm back = two_product(mean, n), once = two_product(mean, rstd[k]);
-        const double once_lo = once.lo + (((sum.hi - back.hi) - back.lo) + sum.lo) * share * rstd[k];
+        const double twice_lost = 2 * mean * rstd_lo[k];  // by xhat as well
+        const double once_lo = once.lo + ((((sum.hi - back.hi) - back.lo) + sum.lo) * share * rstd[k] + twice_lost);
         double factor = once.hi + once_lo;
         if (!kCentred) {
           const TwoTerm twice = two_product(once.hi, rstd[k]);
-          factor = twice.hi + (twice.lo + once_lo * rstd[k]);
+          factor = twice.hi + (twice.lo + (once_lo * rstd[k] + once.hi * rstd_lo[k]));
         }
-        a[k] = kCentred ? g[k] / n - (mean_lo[k] + off) * factor : 0;
+        a[k] = kCentred ? g[k] / n - off * factor : 0;
         b[k] = factor;
         const bool fine = ((sum.hi == 0) | (std::fabs(factor) > 0x1p-900)) & (std::fabs(mean) < 0x1p900);
         size[k] = fine ? std::fabs(factor) : HUGE_VAL;
@@ -121,7 +127,7 @@ class DoubleRowTiles {
   template <int kRows>
   struct Group {
     const double *x[kRows], *dy[kRows], *weight;
-    Pack<double> mean[kRows], mean_lo[kRows], rstd[kRows];
+    Pack<double> pivot[kRows], shift[kRows], rstd[kRows];
     double *dweight, *dbias;
   };
 
@@ -144,12 +150,12 @@ class DoubleRowTiles {
     const double* const weight = weight_;
     for (int r = first; r < end; ++r) {
       const double *const x = rows.x[r], *const dy = rows.dy[r];
-      const Pack<double> mean(rows.mean[r]), rstd(rows.rstd[r]), a(rows.a[r]), b(rows.b[r]);
+      const Pack<double> pivot(rows.pivot[r]), rstd(rows.rstd[r]), a(rows.a[r]), b(rows.b[r]);
       write_asking<kFromMemory>(rows.dx[r], n, x, dy, ahead, past_cache, true, [&](auto at) {
         Pack<double> g = at.template load<double>(dy), centred = at.template load<double>(x);
         if constexpr (kParams) g *= at.template load<double>(weight);
         if constexpr (!kCentred) return rstd * g - centred * b;
-        return rstd * ((g - a) - (centred - mean) * b);
+        return rstd * ((g - a) - (centred - pivot) * b);
       });
     }
   }
@@ -162,7 +168,7 @@ class DoubleRowTiles {
     for_constants<kRows>([&](auto r) {
       const int row = first + r;
       group.x[r] = rows.x[row], group.dy[r] = rows.dy[row];
-      group.mean[r] = Pack<double>(rows.mean[row]), group.mean_lo[r] = Pack<double>(rows.mean_lo[row]);
+      group.pivot[r] = Pack<double>(rows.pivot[row]), group.shift[r] = Pack<double>(rows.shift[row]);
       group.rstd[r] = Pack<double>(rows.rstd[row]);
     });
     group.weight = weight_, group.dweight = params_.dweight, group.dbias = params_.dbias;
@@ -208,13 +214,13 @@ class DoubleRowTiles {
     for_constants<kRows>([&](auto r) {
       Pack<double> xhat = at.template load<double>(group.x[r]);
       if constexpr (kCentred) {
-        xhat = (xhat - group.mean[r]) - group.mean_lo[r];
+        xhat -= group.pivot[r];
         chains.rest[r] += within(at, xhat);
       }
-      xhat *= group.rstd[r];
+      xhat *= group.rstd[r];  // and shift
       Pack<double> g = in_register(at.template load<double>(group.dy[r]));
       if constexpr (kParams) {
-        const Pack<double> term = g * xhat;
+        const Pack<double> term = g * (kCentred ? xhat - group.shift[r] : xhat);
         dweight = r == 0 ? term : dweight + term;
         if constexpr (kCentred) dbias = r == 0 ? g : dbias + g;
         g *= weight;

@@ -12,7 +12,7 @@ struct LaneSums {  // of d and d * d, d = x - pivot, each as a sum and what roun
   const double *pivot, *sum, *lost_sum, *squares, *lost_squares;
 };
 struct LaneStatistics {
-  double *mean, *mean_lo, *var, *rstd;
+  double *mean, *mean_lo, *var, *rstd, *rstd_lo;
   // near: 1 where squares are at most `most` times m2 (near_mean). plain: 1 where no number needed a scale, or can have
   // lost digits for want of one; only there, and where near, is the rest of use.
   double *near, *plain;
@@ -22,8 +22,8 @@ struct LaneStatistics {
                                            double eps, double most) {
   const double *const pivot = sums.pivot, *const sum_of = sums.sum, *const lost_sum = sums.lost_sum;
   const double *const squares = sums.squares, *const lost_squares = sums.lost_squares;
-  double *const mean_to = to.mean, *const mean_lo = to.mean_lo, *const variance = to.var, *const rstd_to = to.rstd;
-  double *const near = to.near, *const plain = to.plain;
+  double *const mean_to = to.mean, *const mean_lo = to.mean_lo, *const variance = to.var;
+  double *const rstd_to = to.rstd, *const rstd_lo = to.rstd_lo, *const near = to.near, *const plain = to.plain;
   const double share = 1 / count, large_eps = eps >= 0x1p-900 ? 1 : 0;
 #pragma omp simd
   for (int64_t i = 0; i < lanes; ++i) {
@@ -47,7 +47,9 @@ struct LaneStatistics {
     mean_to[i] = mean.hi;
     mean_lo[i] = mean.lo + correction_lo;
     variance[i] = quotient;
-    rstd_to[i] = rstd + 0.5 * rstd * residual;
+    const TwoTerm better = two_sum(rstd, 0.5 * rstd * residual);
+    rstd_to[i] = better.hi;
+    rstd_lo[i] = better.lo;
     // Products of ones and zeros: compilers do not vectorise what is made of truth values.
     const double told = squares[i] >= kLeastSquares ? 1.0 : sum.hi == 0 ? 1.0 : 0.0;
     near[i] = (total * most >= squares[i] ? 1.0 : 0.0) * told;

@@ -209,23 +209,28 @@ struct Statistic {
   double scale = 1;  // a power of two other than 1 only where x - mean could overflow
   // 1 if x gave these numbers and is not constant; 0 if the caller gave them: then x may be anything.
   double of_x = 0;
+  double rstd_lo = 0;  // rstd + rstd_lo: to twice the precision, where float64 data gave it
+  // 1 if rstd_lo counts: not in RMS norm, whose results have fewer roundings, nor through given statistics, where x may
+  // be infinite and make NaN of it.
+  double two_parts = 0;
 
   double true_rstd() const { return rstd * scale; }  // may overflow where rstd * (something small) * scale does not
 };
 
-// 1 / sqrt(m2 / count + eps), to less than one unit in the last place: float64 results leave no room for more. A set
-// that is constant under eps = 0 gets 0, so that its xhat is 0 like that of any constant set.
+// 1 / sqrt(m2 / count + eps), for float64 data to twice the precision: what a result would lose by the rounding of rstd
+// alone is a quarter of what it may. A set that is constant under eps = 0 gets 0, so that its xhat is 0 like that of
+// any constant set.
 template <class T>
-inline double reciprocal_std(const Sum& m2, double count, double eps) {
+inline TwoTerm reciprocal_std(const Sum& m2, double count, double eps) {
   const double total = m2.value();
   if (!kMayOverflow<T>) {
     const double var = total * (1 / count) + eps;
-    return var == 0 ? 0 : 1 / std::sqrt(var);
+    return {var == 0 ? 0 : 1 / std::sqrt(var), 0};
   }
   const double quotient = total / count;
   const TwoTerm var = two_sum(quotient, eps);
-  if (var.hi == 0) return 0;
-  double rstd = 1 / std::sqrt(var.hi);
+  if (var.hi == 0) return {0, 0};
+  const double rstd = 1 / std::sqrt(var.hi);
   if (var.hi > 0x1p-900 && var.hi < 0x1p900) {
     const TwoTerm product = two_product(quotient, count);
     const double total_lo = (m2.hi - total) + m2.lo;
@@ -233,9 +238,9 @@ inline double reciprocal_std(const Sum& m2, double count, double eps) {
     const TwoTerm square = two_product(rstd, rstd);
     const TwoTerm one = two_product(var.hi, square.hi);
     const double residual = ((1 - one.hi) - one.lo) - (var.hi * square.lo + var_lo * square.hi);
-    rstd += 0.5 * rstd * residual;
+    return two_sum(rstd, 0.5 * rstd * residual);
   }
-  return rstd;
+  return {rstd, 0};
 }
 
 template <class T>
@@ -251,13 +256,33 @@ inline void drop_negligible(Statistic& s) {
   if (std::fabs(s.mean_lo) * s.rstd < kNegligible) s.mean_lo = 0;
 }
 
+// A float64 number next to the mean that has few bits, down to 2^-26 of a standard deviation. What rounding takes from
+// x - mean is the same for all x of a binade, and adds up; x - short_mean is exact but where x is nearer to 0 than to
+// that, and what is left of the mean so small that nothing is lost with it. (Far from zero x - mean is exact, and this
+// the mean.) Of a set that may be constant, `of_x` 0, it is the mean: x - mean is exactly 0 there.
+FASTNORM_INLINE double short_mean(double mean, double rstd, double of_x) {
+  const double far = 0x1.8p26 / rstd, rounded = (mean + far) - far;
+  return far < 0x1p900 * of_x ? rounded : mean;
+}
+
+// The same for sums about it. (Farther from zero than this x - mean is exact, of a constant set 0.)
+inline double short_mean_of(double mean, double var) {
+  return short_mean(mean, 1 / std::sqrt(var), var > 0x1p-40 * mean * mean ? 1.0 : 0.0);
+}
+
+// Statistic::of_x as far as rstd tells: 0 where eps is all that the variance is seen beside.
+FASTNORM_INLINE double varies(double rstd, double eps) { return rstd * rstd * eps < 1 - 0x1p-40 ? 1.0 : 0.0; }
+
 // Statistics of a set from its moments, which were taken of x * scale.
 template <class T>
-inline Statistic statistic_of(const Moments& moments, double eps, double scale) {
+inline Statistic statistic_of(const Moments& moments, double eps, double scale, bool centred) {
   Statistic s;
   s.mean = moments.mean;
   s.mean_lo = moments.mean_lo;
-  s.rstd = reciprocal_std<T>(moments.m2, moments.count, eps * scale * scale);
+  const TwoTerm rstd = reciprocal_std<T>(moments.m2, moments.count, eps * scale * scale);
+  s.rstd = rstd.hi;
+  s.rstd_lo = rstd.lo;
+  s.two_parts = kMayOverflow<T> && centred ? 1 : 0;
   s.scale = scale;
   s.of_x = moments.m2.value() / moments.count > 0 ? 1 : 0;
   drop_negligible(s);
@@ -272,13 +297,15 @@ inline bool lost(double rstd) {
 
 // Statistics of a set from what the caller keeps (a cache, running statistics).
 template <class T>
-inline Statistic statistic_from(double mean, double mean_lo, double rstd) {
+inline Statistic statistic_from(double mean, double mean_lo, double rstd, double rstd_lo) {
   Statistic s{mean, mean_lo, rstd};
+  s.rstd_lo = rstd_lo;
   if (kMayOverflow<T> && (std::fabs(mean) > 0x1p1000 || (rstd > 0 && rstd < 0x1p-1000))) {
     s.scale = 0x1p-64;
     s.mean *= s.scale;
     s.mean_lo *= s.scale;
     s.rstd /= s.scale;
+    s.rstd_lo /= s.scale;
   }
   drop_negligible(s);
   return s;
@@ -290,6 +317,7 @@ inline void store_statistic(const NormArgs<T>& args, int64_t index, const Moment
   if (args.mean_lo) args.mean_lo[index] = moments.mean_lo / s.scale;
   if (args.var) args.var[index] = moments.m2.value() / moments.count / s.scale / s.scale;
   if (args.rstd) args.rstd[index] = s.true_rstd();
+  if (args.rstd_lo) args.rstd_lo[index] = s.rstd_lo * s.scale;
 }
 
 }  // namespace

@@ -229,7 +229,7 @@ class RowBackward {
       Rows rows;
       const int count = static_cast<int>(end - set < batch ? end - set : batch);
       give_rows(rows, set, count, copies);
-      const bool fit = rows.start(count);
+      const bool fit = rows.start(count, args_.eps);
       for (int r = 0; r < count; r += together_) {
         const int size = count - r < together_ ? count - r : together_;
         write_rows(tiles, rows, set, r, size, fit, params, copies);
@@ -322,11 +322,13 @@ class RowBackward {
       load_statistics(args_.mean, set, rows.mean);
       load_statistics(args_.mean_lo, set, rows.mean_lo);
       load_statistics(args_.rstd, set, rows.rstd);
+      if constexpr (kMayOverflow<T>) load_statistics(args_.rstd_lo, set, rows.rstd_lo);
       return;
     }
     load_numbers(plan_.set_stat, set, count, args_.mean, rows.mean);
     load_numbers(plan_.set_stat, set, count, args_.mean_lo, rows.mean_lo);
     load_numbers(plan_.set_stat, set, count, args_.rstd, rows.rstd);
+    if constexpr (kMayOverflow<T>) load_numbers(plan_.set_stat, set, count, args_.rstd_lo, rows.rstd_lo);
   }
 
   // A row of an operand that may lie in pieces.

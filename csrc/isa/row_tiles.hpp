@@ -97,7 +97,7 @@ struct TiledRows {
   }
 
   // When `count` rows are set. Do all of them fit?
-  bool start(int count) {
+  bool start(int count, double) {
     for (int r = count; r < kMost; ++r) mean[r] = mean_lo[r] = 0, rstd[r] = 1;
     any_careful = false;
     const Pack<double> means = kAll.load<double>(mean);

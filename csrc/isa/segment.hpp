@@ -166,25 +166,33 @@ struct FloatFactors {
   }
 };
 
-// For float64 the second step rounds once. The pivot is the mean, and the offset its low part; or the pivot is 0, from
-// which nothing is lost, and the offset all of the mean, where that lies within a standard deviation of 0, so that the
-// offset is no larger than what it is added to.
+// For float64 the second step rounds once. The pivot is next to the mean (short_mean), or 0, from which nothing is
+// lost, where the mean lies within a standard deviation of it, so that the offset is no larger than what it is added
+// to.
 struct SplitMean {
   double pivot, rest, rest_lo;
 
   // No branches: it is computed for several sets side by side.
   FASTNORM_INLINE static SplitMean of(const Statistic& s) {
+    const double lo = std::fabs(s.mean_lo) * s.rstd < kNegligible ? 0 : s.mean_lo;
     const double distance = std::fabs(s.mean) * s.rstd;
     const double bounded = s.scale == 1 ? s.of_x : 0.0;  // nothing of x may overflow in a product
-    const double near = (distance <= 1 ? bounded : 0.0) * (distance >= kNegligible ? 1.0 : 0.0);
-    const double lo = std::fabs(s.mean_lo) * s.rstd < kNegligible ? 0 : s.mean_lo;
-    return {near != 0 ? 0 : s.mean, near != 0 ? s.mean : 0, lo};
+    const double near = distance <= 1 ? bounded : 0.0, next = short_mean(s.mean, s.rstd, s.of_x);
+    const double pivot = near != 0 ? 0.0 : next;
+    return {pivot, s.mean - pivot, lo};
   }
-  FASTNORM_INLINE double offset(double factor, double shift) const {
+  // (Two numbers: a TwoTerm that is handed on keeps loops over sets from being vectorised.)
+  FASTNORM_INLINE double offset(double factor, double factor_lo, double shift) const {
     const TwoTerm product = two_product(rest, factor);
-    return shift - (product.hi + (product.lo + rest_lo * factor));
+    return shift - (product.hi + (product.lo + (rest_lo * factor + rest * factor_lo)));
   }
 };
+
+// (rstd + rstd_lo) * weight.
+FASTNORM_INLINE TwoTerm split_factor(double rstd, double rstd_lo, double weight) {
+  const TwoTerm factor = two_product(rstd, weight);
+  return {factor.hi, factor.lo + rstd_lo * weight};
+}
 
 // rstd * weight as one factor and the bias as a part of the offset save a rounding each, where they leave both in
 // range.
@@ -195,8 +203,8 @@ FASTNORM_INLINE bool as_one_step(double rstd, double weight, double bias) {
   return ((weight == 0) | factor_fits) & ((bias == 0) | shift_fits);
 }
 
-// y = ((x - mean) * factor + shift) * weight + bias: `factor` is rstd, or its product with a weight for all values, and
-// `shift` a bias for all of them, or kNoBias. Float32 data, in double.
+// y = ((x - mean) * rstd * common + shift) * weight + bias: `common` is a weight for all values, or 1, and `shift` a
+// bias for all of them, or kNoBias. Float32 data, in double.
 template <class T, class C, class Weight, class Bias>
 struct Normalise;
 
@@ -207,8 +215,8 @@ struct Normalise<float, double, Weight, Bias> {
   Weight weight;
   Bias bias;
 
-  Normalise(const Statistic& s, double by, double more, Weight w, Bias b)
-      : centre(s), factor(by), shift(more), weight(w), bias(b) {}
+  Normalise(const Statistic& s, double common, double more, Weight w, Bias b)
+      : centre(s), factor(s.rstd * common), shift(more), weight(w), bias(b) {}
 
   template <class At>
   FASTNORM_INLINE Pack<double> operator()(At at, const float* x) const {
@@ -235,26 +243,42 @@ struct FloatFormula {
 
 template <class Weight, class Bias>
 struct Normalise<float, float, Weight, Bias> : FloatFormula<true, Weight, Bias> {
-  Normalise(const Statistic& s, double factor, double shift, Weight w, Bias b)
-      : FloatFormula<true, Weight, Bias>(FloatFactors::of(s.mean, s.mean_lo, factor, shift), w, b) {}
+  Normalise(const Statistic& s, double common, double shift, Weight w, Bias b)
+      : FloatFormula<true, Weight, Bias>(FloatFactors::of(s.mean, s.mean_lo, s.rstd * common, shift), w, b) {}
 };
+
+// d * (factor + factor_lo) + offset of float64 numbers, rounded once but for the offset: what d * factor_lo is rounded
+// by is nothing.
+FASTNORM_INLINE Pack<double> one_step(const Pack<double>& d, const Pack<double>& factor, const Pack<double>& factor_lo,
+                                      const Pack<double>& offset) {
+  return multiply_add(d, factor, d * factor_lo + offset);
+}
 
 // Float64 data, with a scale.
 template <class Weight, class Bias>
 struct Normalise<double, double, Weight, Bias> {
-  Pack<double> scale, pivot, factor, offset;
+  Pack<double> scale, pivot, factor, factor_lo, offset;
+  bool two_parts;
   Weight weight;
   Bias bias;
 
-  Normalise(const Statistic& s, double factor, double shift, Weight w, Bias b)
-      : Normalise(s, SplitMean::of(s), factor, shift, w, b) {}
-  Normalise(const Statistic& s, const SplitMean& mean, double factor, double shift, Weight w, Bias b)
-      : scale(s.scale), pivot(mean.pivot), factor(factor), offset(mean.offset(factor, shift)), weight(w), bias(b) {}
+  Normalise(const Statistic& s, double common, double shift, Weight w, Bias b)
+      : Normalise(s, SplitMean::of(s), split_factor(s.rstd, s.rstd_lo, common), shift, w, b) {}
+  Normalise(const Statistic& s, const SplitMean& mean, const TwoTerm& by, double shift, Weight w, Bias b)
+      : scale(s.scale),
+        pivot(mean.pivot),
+        factor(by.hi),
+        factor_lo(by.lo),
+        offset(mean.offset(by.hi, by.lo, shift)),
+        two_parts(s.two_parts != 0),
+        weight(w),
+        bias(b) {}
 
   template <class At>
   FASTNORM_INLINE Pack<double> operator()(At at, const double* x) const {
     const Pack<double> d = at.template load<double>(x) * scale - pivot;
-    return plus(at, times(at, multiply_add(d, factor, offset), weight), bias);
+    const Pack<double> xhat = two_parts ? one_step(d, factor, factor_lo, offset) : multiply_add(d, factor, offset);
+    return plus(at, times(at, xhat, weight), bias);
   }
 };
 
@@ -264,6 +288,12 @@ FASTNORM_INLINE PackPair gradient_terms(At at, const T* x, const T* dy, const Ce
                                         const Pack<double>& rstd, Weight weight) {
   const Pack<double> g = times(at, at.template load<double>(dy), weight);
   return {g, g * (centre(at, x) * rstd)};
+}
+
+// What the mean of g * xhat is to be taken for where rstd counts twice, in it and in an xhat it is multiplied with, and
+// was rounded both times.
+inline double both_parts(double mean_g_xhat, const Statistic& s) {
+  return s.rstd_lo == 0 ? mean_g_xhat : mean_g_xhat + mean_g_xhat * (2 * s.rstd_lo / s.rstd);
 }
 
 // dx from x, dy and the two means.
@@ -277,7 +307,7 @@ struct InputGradient {
       : centre(s),
         rstd(static_cast<C>(s.rstd)),
         a(static_cast<C>(mean_g)),
-        b(static_cast<C>(mean_g_xhat)),
+        b(static_cast<C>(both_parts(mean_g_xhat, s))),
         scale(static_cast<C>(s.scale)),
         weight(w) {}
 
@@ -289,15 +319,18 @@ struct InputGradient {
   }
 };
 
-// x - mean in two parts, (x - value) + off. No value is nearer to the mean than the T next to it, so that neither part
-// is larger than twice what they stand for.
+// x - mean in two parts, (x - value) + off. No float32 is nearer to the mean than the one next to it, so that neither
+// part is larger than twice what they stand for.
 template <class T>
 struct Pivot {
   T value;
   double off;
 
+  FASTNORM_INLINE static T next_to(double mean, double rstd, double of_x) {
+    return kMayOverflow<T> ? static_cast<T>(short_mean(mean, rstd, of_x)) : static_cast<T>(mean);
+  }
   static Pivot of(const Statistic& s) {
-    const T value = static_cast<T>(s.mean);
+    const T value = next_to(s.mean, s.rstd, s.of_x);
     return {value, (static_cast<double>(value) - s.mean) - s.mean_lo};
   }
 };

@@ -114,7 +114,7 @@ FASTNORM_LOOPS inline void chunk_deviations(const Plan& plan, int64_t set, int64
   }
 }
 
-// Moments of a chunk, about zero, or about the mean, or by blocks.
+// Moments of a chunk, about zero, or next to the mean, or by blocks.
 [[gnu::noinline]] inline Moments measure_chunk(const Plan& plan, int64_t set, int64_t chunk, bool centred) {
   const Range range = chunk_elements(plan, chunk);
   const double count = static_cast<double>(range.end - range.begin);
@@ -129,7 +129,7 @@ FASTNORM_LOOPS inline void chunk_deviations(const Plan& plan, int64_t set, int64
   chunk_deviations<true>(plan, set, chunk, AboutZero{}, sum, squares);
   Moments moments = moments_about(0, count, sum, squares);
   if (near_mean(moments, sum, squares)) return moments;
-  const double pivot = moments.mean;
+  const double pivot = short_mean_of(moments.mean, moments.m2.value() / count);
   chunk_deviations<true>(plan, set, chunk, About(pivot), sum, squares);
   moments = moments_about(pivot, count, sum, squares);
   return near_mean(moments, sum, squares) ? moments : chunk_moments<double>(plan, set, chunk, true, 1);

@@ -87,19 +87,24 @@ inline Statistic set_statistic(const Plan& plan, int64_t set, const NormArgs<T>&
       scale = 1;
     }
   }
-  return statistic_of<T>(moments, args.eps, scale);
+  return statistic_of<T>(moments, args.eps, scale, args.centred);
 }
 
 template <class T>
 inline Statistic given_statistic(const NormArgs<T>& args, int64_t stat) {
-  return statistic_from<T>(args.mean ? args.mean[stat] : 0, args.mean_lo ? args.mean_lo[stat] : 0, args.rstd[stat]);
+  return statistic_from<T>(args.mean ? args.mean[stat] : 0, args.mean_lo ? args.mean_lo[stat] : 0, args.rstd[stat],
+                           args.rstd_lo ? args.rstd_lo[stat] : 0);
 }
 
 // The statistic a forward left for its backward; measured again where float64 could not hold it.
 template <class T>
 inline Statistic kept_statistic(const Plan& plan, const NormArgs<T>& args, int64_t set) {
   const int64_t stat = plan.set_stat.offset(set);
-  if (args.constant_stats || !lost<T>(args.rstd[stat])) return given_statistic(args, stat);
+  if (args.constant_stats || !lost<T>(args.rstd[stat])) {
+    Statistic s = given_statistic(args, stat);
+    s.of_x = varies(args.rstd[stat], args.eps);
+    return s;
+  }
   Moments moments = set_moments<T>(plan, set, args.centred, 1);
   return set_statistic(plan, set, args, moments);
 }

@@ -18,24 +18,24 @@ inline void with_normalise(const Plan& plan, const NormArgs<T>& args, const Stat
                            const Call& call) {
   const T* weight = args.weight ? args.weight + param : nullptr;
   const T* bias = args.bias ? args.bias + param : nullptr;
-  const auto make = [&](double factor, double shift, auto w, auto b) {
-    call(Normalise<T, C, decltype(w), decltype(b)>(s, factor, shift, w, b));
+  const auto make = [&](double common, double shift, auto w, auto b) {
+    call(Normalise<T, C, decltype(w), decltype(b)>(s, common, shift, w, b));
   };
   if (plan.family == Family::channel) {
     const double w = weight ? static_cast<double>(*weight) : 1, b = bias ? static_cast<double>(*bias) : kNoBias;
     if (kMayOverflow<T> && !as_one_step(s.rstd, w, b)) {
-      make(s.rstd, kNoBias, Same<C>(w), Same<C>(b));
+      make(1, kNoBias, Same<C>(w), Same<C>(b));
     } else {
-      make(s.rstd * w, b, None{}, None{});
+      make(w, b, None{}, None{});
     }
   } else if (weight && bias) {
-    make(s.rstd, kNoBias, Each<T>{weight + first}, Each<T>{bias + first});
+    make(1, kNoBias, Each<T>{weight + first}, Each<T>{bias + first});
   } else if (weight) {
-    make(s.rstd, kNoBias, Each<T>{weight + first}, None{});
+    make(1, kNoBias, Each<T>{weight + first}, None{});
   } else if (bias) {
-    make(s.rstd, kNoBias, None{}, Each<T>{bias + first});
+    make(1, kNoBias, None{}, Each<T>{bias + first});
   } else {
-    make(s.rstd, kNoBias, None{}, None{});
+    make(1, kNoBias, None{}, None{});
   }
 }
 

@@ -549,6 +549,14 @@ FASTNORM_INLINE TwoTerm fold_exactly(const Pack<double>& pack) {
   fold_parts_exactly<kParts>(sum, lost);
   return fold_exactly<kVectorBytes>(sum[0], lost[0]);
 }
+FASTNORM_INLINE TwoTerm fold_exactly(const HalfPack& sums, const HalfPack& lost_before) {
+  constexpr int kParts = HalfPack::kParts;
+  Pack<double>::Part sum[kParts], lost[kParts];
+  FASTNORM_UNROLL
+  for (int k = 0; k < kParts; ++k) sum[k] = sums.part[k], lost[k] = lost_before.part[k];
+  fold_parts_exactly<kParts>(sum, lost);
+  return fold_exactly<kVectorBytes>(sum[0], lost[0]);
+}
 // Of packs, or of halves that have lost something already (which is `lost_before`).
 template <class P>
 FASTNORM_INLINE void fold_eight_exactly(const P* packs, double* sums, double* lost,
