@@ -38,7 +38,7 @@ struct NormKernels {
   bool (*moments)(const Plan& plan, const NormArgs<T>& args);
   // y = (x - mean) * rstd * weight + bias; fills mean, mean_lo, var, rstd, rstd_lo
   bool (*forward)(const Plan& plan, const NormArgs<T>& args);
-  // the same from given mean, mean_lo and rstd
+  // the same from given mean, mean_lo and rstd (and no rstd_lo)
   bool (*apply)(const Plan& plan, const NormArgs<T>& args);
   // dx, dweight, dbias from dy, x, mean, mean_lo, rstd, rstd_lo
   bool (*backward)(const Plan& plan, const NormArgs<T>& args);

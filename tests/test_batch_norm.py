@@ -93,3 +93,23 @@ def test_given_variances_of_any_size(var: float) -> None:
     y = fn.batch_norm(x, np.zeros(1), np.array([var]), eps=0.0)
     assert abs(y[0, 0] - 1) < 4 * 2.0**-53
     assert fn.batch_norm(np.ones((1, 1), np.float32), np.ones(1), np.array([var]), eps=0.0) == 0
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("shape", [(3, 4), (3, 4, 5), (33, 4), (3, 4, 65)])
+def test_what_is_infinite_of_given_statistics_and_of_x(shape: tuple[int, ...], dtype: Any) -> None:
+    """A difference with infinity is infinite; NaN is what is left of two infinities alone."""
+    x = np.random.default_rng(5).standard_normal(shape).astype(dtype)
+    x[1, 3], x[2, 2] = np.inf, -np.inf
+    weight, bias = np.array([[2, -3, 1.1, -0.7], [0.5, 1, 0, 2]], dtype)
+    mean, var = np.array([[np.inf, -np.inf, 1, 2], [1, 2, 3, 0.3]])
+    for given in ({}, {"weight": weight}, {"weight": weight, "bias": bias}):
+        by_hand = (x - mean.reshape(4, *[1] * (x.ndim - 2))) / np.sqrt(var + 1e-5).reshape(4, *[1] * (x.ndim - 2))
+        for name, use in (("weight", np.multiply), ("bias", np.add)):
+            if name in given:
+                by_hand = use(by_hand, given[name].reshape(4, *[1] * (x.ndim - 2)))
+        for order in ("C", "F"):
+            y = fn.batch_norm(np.asarray(x, order=order), mean.astype(dtype), var.astype(dtype), eps=1e-5, **given)
+            infinite = ~np.isfinite(by_hand)
+            np.testing.assert_array_equal(y[infinite], by_hand[infinite].astype(dtype))
+            assert np.all(np.isfinite(y[~infinite]))

@@ -6,7 +6,8 @@ terms' magnitudes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -136,9 +137,17 @@ def _exact(x: Any, dy: Any, centred: bool) -> tuple[Any, Any]:
     return rstd * (dy - a - xhat * b), rstd * size
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("norm", NORMS)
-def test_dx(norm: str, kind: str) -> None:
+def _cases() -> Iterator[Any]:
+    for norm, kind in product(NORMS, KINDS):
+        # What the sum of squares loses counts three times in dx of RMS norm, which is nothing else beside that outlier.
+        if (norm, kind) == ("rms_norm", "an outlier with dy"):
+            yield pytest.param(norm, kind, 10, marks=pytest.mark.unverified("beyond the contract: docs/accuracy.md"))
+        else:
+            yield norm, kind, 8
+
+
+@pytest.mark.parametrize(("norm", "kind", "limit"), list(_cases()))
+def test_dx(norm: str, kind: str, limit: float) -> None:
     """Other seeds go a little further: docs/accuracy.md."""
     rng = np.random.default_rng(19)
     worst = {}
@@ -149,5 +158,4 @@ def test_dx(norm: str, kind: str) -> None:
             error = float(np.max(np.abs(NORMS[norm](x, dy) - exact) / terms)) / UNIT
             worst[size] = max(worst.get(size, 0), error)
     print(f"{norm}, {kind}: {max(worst.values()):.2f} u at {max(worst, key=worst.__getitem__)} values")
-    # rstd counts three times in RMS norm's dx, where nothing else is left beside an outlier that has dy
-    assert max(worst.values()) <= (10 if norm == "rms_norm" and kind == "an outlier with dy" else 8), worst
+    assert max(worst.values()) <= limit, worst

@@ -467,7 +467,7 @@ inline void take_statistics(const Columns<T>& columns, int64_t outer, const Colu
   take(space.mean, args.mean, 0);
   take(space.mean_lo, args.mean_lo, 0);
   take(space.rstd, args.rstd, 0);
-  take(space.rstd_lo, args.rstd_lo, 0);
+  take(space.rstd_lo, kept ? args.rstd_lo : nullptr, 0);
   double odd = 0;
 #pragma omp simd reduction(+ : odd)
   for (int64_t set = 0; set < sets; ++set) {

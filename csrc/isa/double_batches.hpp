@@ -367,17 +367,17 @@ class DoubleBatches {
     for (int64_t lane = 0; lane < now.count; ++lane) {
       if (one_run_ && args_.past_cache && lane < next.count) {
         Coming<kCentred> coming(run_of(next.first + lane), plan_.set_size(), distance_);
-        normalise_set(now, lane, weight_of, bias_of, [&] { coming.add_leaf(); });
+        normalise_set<kCentred>(now, lane, weight_of, bias_of, [&] { coming.add_leaf(); });
         next.put(lane, coming.total());
       } else {
-        normalise_set(now, lane, weight_of, bias_of, [] {});
+        normalise_set<kCentred>(now, lane, weight_of, bias_of, [] {});
       }
     }
     if (!(one_run_ && args_.past_cache)) measure<kCentred>(next);
   }
 
   // Past the cache, between() comes before every kLeaf values.
-  template <class WeightOf, class BiasOf, class Between>
+  template <bool kCentred, class WeightOf, class BiasOf, class Between>
   FASTNORM_INLINE void normalise_set(const DoubleBatch& now, int64_t lane, const WeightOf& weight_of,
                                      const BiasOf& bias_of, const Between& between) const {
     const SplitMean mean{now.from[lane], now.rest[lane], now.rest_lo[lane]};
@@ -391,8 +391,8 @@ class DoubleBatches {
       const auto w = weight_of(param);
       const auto b = bias_of(param);
       const TwoTerm factor = split_factor(now.rstd[lane], now.rstd_lo[lane], by_segment ? weight(param) : 1);
-      const DoubleFormula<true, decltype(w), decltype(b)> formula(mean, factor, by_segment ? bias(param) : kNoBias, w,
-                                                                  b);
+      const DoubleFormula<kCentred, decltype(w), decltype(b)> formula(mean, factor, by_segment ? bias(param) : kNoBias,
+                                                                      w, b);
       const char* x_line = x_segment;
       char* y_line = y_segment;
       for (int64_t line = 0; line < lines_; ++line) {

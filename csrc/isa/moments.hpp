@@ -259,7 +259,8 @@ inline void drop_negligible(Statistic& s) {
 // A float64 number next to the mean that has few bits, down to 2^-26 of a standard deviation. What rounding takes from
 // x - mean is the same for all x of a binade, and adds up; x - short_mean is exact but where x is nearer to 0 than to
 // that, and what is left of the mean so small that nothing is lost with it. (Far from zero x - mean is exact, and this
-// the mean.) Of a set that may be constant, `of_x` 0, it is the mean: x - mean is exactly 0 there.
+// the mean or the number next to it.) Of a set that may be constant, `of_x` 0, it is the mean: x - mean is exactly 0
+// there.
 FASTNORM_INLINE double short_mean(double mean, double rstd, double of_x) {
   const double far = 0x1.8p26 / rstd, rounded = (mean + far) - far;
   return far < 0x1p900 * of_x ? rounded : mean;
@@ -270,7 +271,7 @@ inline double short_mean_of(double mean, double var) {
   return short_mean(mean, 1 / std::sqrt(var), var > 0x1p-40 * mean * mean ? 1.0 : 0.0);
 }
 
-// Statistic::of_x as far as rstd tells: 0 where eps is all that the variance is seen beside.
+// Statistic::of_x as far as rstd tells: 0 where eps hides the variance (or rstd * rstd overflows, where the mean does).
 FASTNORM_INLINE double varies(double rstd, double eps) { return rstd * rstd * eps < 1 - 0x1p-40 ? 1.0 : 0.0; }
 
 // Statistics of a set from its moments, which were taken of x * scale.

@@ -179,7 +179,7 @@ struct SplitMean {
     const double bounded = s.scale == 1 ? s.of_x : 0.0;  // nothing of x may overflow in a product
     const double near = distance <= 1 ? bounded : 0.0, next = short_mean(s.mean, s.rstd, s.of_x);
     const double pivot = near != 0 ? 0.0 : next;
-    return {pivot, s.mean - pivot, lo};
+    return {pivot, pivot == s.mean ? 0.0 : s.mean - pivot, lo};  // of a given mean that is infinite nothing is left
   }
   // (Two numbers: a TwoTerm that is handed on keeps loops over sets from being vectorised.)
   FASTNORM_INLINE double offset(double factor, double factor_lo, double shift) const {
