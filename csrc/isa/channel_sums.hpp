@@ -199,16 +199,6 @@ FASTNORM_LOOPS inline bool tree_unit_sums(const Plan& plan, int64_t run, int64_t
 // The terms of the sums of float64 data, and x - pivot.
 using DoubleTerms = LanePair<PackPair, Pack<double>>;
 
-// A sum in double that keeps what rounding takes between its terms.
-struct ExactSum {
-  HalfPack sum = Pack<double>(0.0), lost = Pack<double>(0.0);
-  FASTNORM_INLINE void add(const Pack<double>& terms) { sum.add(terms, lost); }
-  Sum total() const {
-    const TwoTerm all = fold_exactly(sum, lost);
-    return {all.hi, all.lo};
-  }
-};
-
 // The sums of one unit, weighted or not. Float32 data is added in plain lanes of double; float64 data has no digits to
 // spare: leaves are trees, and added with what rounding takes.
 template <class T, class WeightAt>
@@ -238,10 +228,10 @@ FASTNORM_LOOPS inline SegmentSums unit_sums(const Plan& plan, int64_t run, int64
       }
       count += n;
     });
-    total.dy = of_g.total();
-    total.dy_xhat = of_product.total();
+    total.dy = sum_of(of_g.total());
+    total.dy_xhat = sum_of(of_product.total());
     if (pivot.off != 0) total.dy_xhat.add(pivot.off * s.rstd * total.dy.value());
-    total.rest.hi = of_x.total().value() + pivot.off * static_cast<double>(count);
+    total.rest.hi = sum_of(of_x.total()).value() + pivot.off * static_cast<double>(count);
   } else {
     const Centre<T> centre(s);
     const int64_t x_ahead = reading_ahead<T>(plan, plan.x, run), dy_ahead = reading_ahead<T>(plan, plan.dy, run);

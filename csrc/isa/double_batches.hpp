@@ -19,7 +19,8 @@ struct DoubleBatch {
   double two_parts = 0;      // as in Statistic
   bool plain = false;        // has no set a scale, or parameters that are not for one step?
   int64_t param[kMostSets];  // of a set's first weight and bias
-  Pack<double> sum_lanes[kMostSets], squares_lanes[kMostSets];
+  HalfPack sum_lanes[kMostSets], squares_lanes[kMostSets];
+  HalfPack lost_sum_lanes[kMostSets], lost_squares_lanes[kMostSets];  // of sets that are more than a leaf
   alignas(64) double pivot[kMostSets], sum[kMostSets], lost_sum[kMostSets], squares[kMostSets], lost_squares[kMostSets];
   double mean[kMostSets], mean_lo[kMostSets], var[kMostSets], rstd[kMostSets], rstd_lo[kMostSets];
   double near[kMostSets], fine[kMostSets], scale[kMostSets];
@@ -27,11 +28,14 @@ struct DoubleBatch {
   double weight[kMostSets], bias[kMostSets];                    // of sets of one of each for all values
   double factor[kMostSets], factor_lo[kMostSets], offset[kMostSets];
 
-  void put(int64_t lane, const PackPair& lanes) {
-    sum_lanes[lane] = lanes.first;
-    squares_lanes[lane] = lanes.second;
+  template <bool kCentred>
+  FASTNORM_INLINE void put(int64_t lane, const Deviations<kCentred, AboutZero>& of, bool one_leaf) {
+    if (kCentred) sum_lanes[lane] = of.sum.sum;
+    squares_lanes[lane] = of.squares.sum;
+    if (one_leaf) return;
+    if (kCentred) lost_sum_lanes[lane] = of.sum.lost;
+    lost_squares_lanes[lane] = of.squares.lost;
   }
-  void put(int64_t lane, const Pack<double>& squares) { squares_lanes[lane] = squares; }
   FASTNORM_INLINE Statistic statistic(int64_t lane) const {
     return {mean[lane], mean_lo[lane], rstd[lane], scale[lane], var[lane] > 0 ? 1.0 : 0.0, rstd_lo[lane], two_parts};
   }
@@ -88,7 +92,11 @@ class DoubleBatches {
         lines_(plan.elements / run),
         distance_(reading_ahead<double>(plan, plan.x, plan.whole.inner_size())),
         whole_lines_(in_whole_lines(plan, args.weight || args.bias)),
-        one_run_(plan.whole.rank == 0 || (plan.whole.rank == 1 && plan.whole.stride[0] == sizeof(double))) {}
+        one_run_(plan.whole.rank == 0 || (plan.whole.rank == 1 && plan.whole.stride[0] == sizeof(double))),
+        x_run_(length_of_runs(plan)),
+        one_leaf_(plan.set_size() <= kLeaf && x_run_ == plan.set_size()),
+        short_runs_(has_short_runs(plan, args, run)),
+        ordinary_parameters_(has_ordinary_parameters(plan, args)) {}
 
   // Can the sets be read in place? A weight per value wants all values in one run.
   static bool suit(const Plan& plan, int64_t run) {
@@ -110,19 +118,19 @@ class DoubleBatches {
     FASTNORM_INLINE void add_leaf() {
       if (left_ == 0) return;
       const int64_t n = left_ < kLeaf ? left_ : kLeaf;
-      tree_.add_leaf(x_, n, distance_);
+      all_.add_leaf_asking(x_, n, distance_);
       x_ += n;
       left_ -= n;
     }
-    FASTNORM_INLINE auto total() {
+    FASTNORM_INLINE const Deviations<kCentred, AboutZero>& all() {
       while (left_ > 0) add_leaf();
-      return tree_.total();
+      return all_;
     }
 
    private:
     const double* x_;
     int64_t left_, distance_;
-    DeviationTree<kCentred, AboutZero> tree_;
+    Deviations<kCentred, AboutZero> all_;
   };
 
   template <bool kCentred>
@@ -152,12 +160,12 @@ class DoubleBatches {
     Offsets xs(plan_.x.set, begin), ys(plan_.y.set, begin), params(plan_.set_param, begin);
     const auto next_x = [&] { return reinterpret_cast<const double*>(plan_.x.data + xs.next()); };
     const double* x = next_x();
-    Pack<double> squares = Coming<false>(x, run_, distance_).total();
+    TwoTerm squares = Coming<false>(x, run_, distance_).all().squares.total();
     for (int64_t set = begin; set < end; ++set) {
       const double* const coming_x = set + 1 < end ? next_x() : nullptr;
       double* const y = reinterpret_cast<double*>(plan_.y.data + ys.next());
       const auto weight = weight_of(params.next());
-      const Statistic s = finish_row(set, fold_exactly(squares));
+      const Statistic s = finish_row(set, squares);
       Coming<false> coming(coming_x, coming_x ? run_ : 0, distance_);
       if (s.scale == 1) {
         const DoubleFormula<false, std::decay_t<decltype(weight)>, None> formula(SplitMean{}, TwoTerm{s.rstd, 0},
@@ -167,7 +175,7 @@ class DoubleBatches {
       } else {
         normalise_units(set, s);
       }
-      squares = coming.total();
+      squares = coming.all().squares.total();
       x = coming_x;
     }
   }
@@ -179,6 +187,11 @@ class DoubleBatches {
     return finish_set(plan_, args_, set, moments);
   }
 
+  static int64_t length_of_runs(const Plan& plan) {
+    const Walk& whole = plan.whole;
+    if (!runs_in_place(plan)) return 0;
+    return whole.rank == 0 ? 1 : whole.inner_size();
+  }
   const double* run_of(int64_t set) const {
     return reinterpret_cast<const double*>(plan_.x.data + plan_.x.set.offset(set));
   }
@@ -186,31 +199,64 @@ class DoubleBatches {
   // ---- statistics
 
   template <bool kCentred>
-  FASTNORM_LOOPS void measure(DoubleBatch& batch) const {
-    for (int64_t lane = 0; lane < batch.count; ++lane) measure<kCentred>(batch, lane);
+  void measure(DoubleBatch& batch) const {
+    if (x_run_ == 0) {
+      for (int64_t lane = 0; lane < batch.count; ++lane) measure_pieces<kCentred>(batch, lane);
+      return;
+    }
+    with_leaf_shape((x_run_ - 1) % kLeaf + 1, [&](auto packs, auto has_rest) {
+      one_leaf_ ? measure_leaves<kCentred>(batch, packs, has_rest) : measure_runs<kCentred>(batch, packs, has_rest);
+    });
   }
   template <bool kCentred>
-  FASTNORM_LOOPS void measure(DoubleBatch& batch, int64_t lane) const {
-    const int64_t set = batch.first + lane;
-    DeviationTree<kCentred, AboutZero> tree;
-    if (one_run_) {
-      tree.add_run(run_of(set), plan_.set_size(), distance_);
-    } else {
-      for_set_runs(plan_, set, 0, [&](const double* x, int64_t n) { tree.add_run(x, n, distance_); });
+  [[gnu::noinline]] FASTNORM_LOOPS void measure_pieces(DoubleBatch& batch, int64_t lane) const {
+    Deviations<kCentred, AboutZero> all;
+    for_set_runs(plan_, batch.first + lane, 0, [&](const double* x, int64_t n) { all.add_run(x, n, distance_); });
+    batch.put(lane, all, false);
+  }
+  // Sets that are a leaf each.
+  template <bool kCentred, class Packs, class HasRest>
+  [[gnu::noinline]] FASTNORM_LOOPS void measure_leaves(DoubleBatch& batch, Packs packs, HasRest has_rest) const {
+    const int64_t rest = x_run_ % kPack;
+    Offsets offsets(plan_.x.set, batch.first);
+    for (int64_t lane = 0; lane < batch.count; ++lane) {
+      Deviations<kCentred, AboutZero> all;
+      all.add_leaf(reinterpret_cast<const double*>(plan_.x.data + offsets.next()), packs, has_rest, rest);
+      batch.put(lane, all, true);
     }
-    batch.put(lane, tree.total());
+  }
+  template <bool kCentred, class Packs, class HasRest>
+  [[gnu::noinline]] FASTNORM_LOOPS void measure_runs(DoubleBatch& batch, Packs packs, HasRest has_rest) const {
+    Offsets offsets(plan_.x.set, batch.first);
+    for (int64_t lane = 0; lane < batch.count; ++lane) {
+      Deviations<kCentred, AboutZero> all;
+      add_runs(all, offsets.next(), packs, has_rest);
+      batch.put(lane, all, false);
+    }
+  }
+  // Those of a set that is runs of one length, each of whose last leaves is of a known shape.
+  template <class All, class Packs, class HasRest>
+  FASTNORM_INLINE void add_runs(All& all, int64_t set_offset, Packs packs, HasRest has_rest) const {
+    const int64_t before_last = (x_run_ - 1) / kLeaf * kLeaf, rest = x_run_ % kPack, distance = distance_;
+    const int64_t runs = plan_.set_size() / x_run_, step = runs > 1 ? plan_.whole.stride[0] : 0;
+    const char* run = plan_.x.data + set_offset;
+    for (int64_t i = 0; i < runs; ++i, run += step) {
+      const double* x = reinterpret_cast<const double*>(run);
+      for (const double* const last = x + before_last; x < last; x += kLeaf) all.add_leaf_asking(x, kLeaf, distance);
+      if (distance != 0) ask_for(x, x_run_ - before_last, distance);
+      all.add_leaf(x, packs, has_rest, rest);
+    }
   }
 
   // What measure_chunk and finish_set do, for all sets of a batch.
   void finish(DoubleBatch& batch) const {
     const int64_t lanes = (batch.count + kStatisticLanes - 1) / kStatisticLanes * kStatisticLanes;
-    for (int64_t lane = batch.count; lane < lanes; ++lane) batch.put(lane, PackPair{1.0, 1.0});
-    for (int64_t lane = 0; lane < lanes; lane += kStatisticLanes) {
-      if (args_.centred) {
-        fold_eight_exactly(batch.sum_lanes + lane, batch.sum + lane, batch.lost_sum + lane);
-      }
-      fold_eight_exactly(batch.squares_lanes + lane, batch.squares + lane, batch.lost_squares + lane);
+    // Lanes without a set get the sums of the first one.
+    for (int64_t lane = batch.count; lane < lanes; ++lane) {
+      batch.sum_lanes[lane] = batch.sum_lanes[0], batch.lost_sum_lanes[lane] = batch.lost_sum_lanes[0];
+      batch.squares_lanes[lane] = batch.squares_lanes[0], batch.lost_squares_lanes[lane] = batch.lost_squares_lanes[0];
     }
+    one_leaf_ ? fold<false>(batch, lanes) : fold<true>(batch, lanes);
     for (int64_t lane = 0; lane < lanes; ++lane) {
       batch.pivot[lane] = 0;
       batch.scale[lane] = batch.weight[lane] = 1;
@@ -218,9 +264,7 @@ class DoubleBatches {
       if (!args_.centred) batch.sum[lane] = batch.lost_sum[lane] = 0;
     }
     finish_lanes(batch, 0, lanes);
-    if (args_.centred && !all_ones(batch.near, batch.count)) {
-      for (int64_t lane = 0; lane < lanes; lane += kStatisticLanes) measure_about_means(batch, lane);
-    }
+    if (args_.centred && !all_ones(batch.near, batch.count)) measure_about_means(batch);
     batch.plain = true;
     batch.two_parts = args_.centred ? 1 : 0;
     store_numbers(plan_, batch, batch.mean, args_.mean);
@@ -236,6 +280,18 @@ class DoubleBatches {
     }
     if (plan_.family == Family::channel) take_parameters(batch);
     if (batch.plain) batch.split_means(lanes);
+  }
+
+  template <bool kLost>
+  void fold(DoubleBatch& batch, int64_t lanes) const {
+    for (int64_t lane = 0; lane < lanes; lane += kStatisticLanes) {
+      if (args_.centred) {
+        fold_eight_exactly<kLost>(batch.sum_lanes + lane, batch.lost_sum_lanes + lane, batch.sum + lane,
+                                  batch.lost_sum + lane);
+      }
+      fold_eight_exactly<kLost>(batch.squares_lanes + lane, batch.lost_squares_lanes + lane, batch.squares + lane,
+                                batch.lost_squares + lane);
+    }
   }
 
   void finish_lanes(DoubleBatch& batch, int64_t first, int64_t lanes) const {
@@ -254,19 +310,37 @@ class DoubleBatches {
     return sum == static_cast<double>(count);
   }
 
-  // The second reading of those of eight sets that want one.
-  void measure_about_means(DoubleBatch& batch, int64_t first) const {
-    bool any = false;
-    for (int64_t lane = first; lane < first + kStatisticLanes && lane < batch.count; ++lane) {
-      if (batch.near[lane] != 0) continue;
-      Sum sum, squares;
-      batch.pivot[lane] = short_mean_of(batch.mean[lane], batch.var[lane]);
-      chunk_deviations<true>(plan_, batch.first + lane, 0, About(batch.pivot[lane]), sum, squares);
-      batch.sum[lane] = sum.hi, batch.lost_sum[lane] = sum.lo;
-      batch.squares[lane] = squares.hi, batch.lost_squares[lane] = squares.lo;
-      any = true;
+  // The second reading of sets that want one.
+  void measure_about_means(DoubleBatch& batch) const {
+    if (x_run_ == 0) {
+      return about_means(batch, [&](int64_t lane, Sum& sum, Sum& squares) {
+        chunk_deviations<true>(plan_, batch.first + lane, 0, About(batch.pivot[lane]), sum, squares);
+      });
     }
-    if (any) finish_lanes(batch, first, kStatisticLanes);
+    with_leaf_shape((x_run_ - 1) % kLeaf + 1, [&](auto packs, auto has_rest) {
+      about_means(batch, [&](int64_t lane, Sum& sum, Sum& squares) FASTNORM_LOOPS {
+        Deviations<true, About> all(About(batch.pivot[lane]));
+        add_runs(all, plan_.x.set.offset(batch.first + lane), packs, has_rest);
+        sum = sum_of(all.sum.total());
+        squares = sum_of(all.squares.total());
+      });
+    });
+  }
+  template <class Measure>
+  [[gnu::noinline]] void about_means(DoubleBatch& batch, const Measure& measure) const {
+    for (int64_t first = 0; first < batch.count; first += kStatisticLanes) {
+      bool any = false;
+      for (int64_t lane = first; lane < first + kStatisticLanes && lane < batch.count; ++lane) {
+        if (batch.near[lane] != 0) continue;
+        Sum sum, squares;
+        batch.pivot[lane] = short_mean_of(batch.mean[lane], batch.var[lane]);
+        measure(lane, sum, squares);
+        batch.sum[lane] = sum.hi, batch.lost_sum[lane] = sum.lo;
+        batch.squares[lane] = squares.hi, batch.lost_squares[lane] = squares.lo;
+        any = true;
+      }
+      if (any) finish_lanes(batch, first, kStatisticLanes);
+    }
   }
 
   // By blocks, or with a scale.
@@ -284,17 +358,35 @@ class DoubleBatches {
   // Sets whose parameters do not go into the one step are normalised one by one.
   void take_parameters(DoubleBatch& batch) const {
     if (!(args_.weight || args_.bias)) return;
-    for (int64_t lane = 0; lane < batch.count; ++lane) {
-      const int64_t param = batch.param[lane];
-      if (plan_.segments == 1) {
-        batch.weight[lane] = weight(param);
-        batch.bias[lane] = bias(param);
+    if (plan_.segments == 1) {
+      for (int64_t lane = 0; lane < batch.count; ++lane) {
+        batch.weight[lane] = weight(batch.param[lane]);
+        batch.bias[lane] = bias(batch.param[lane]);
       }
-      for (int64_t segment = 0; segment < plan_.segments; ++segment) {
-        const bool plain = as_one_step(batch.rstd[lane], weight(param + segment), bias(param + segment));
+    }
+    if (ordinary_parameters_ && all_ordinary(batch.rstd, batch.count, 0)) return;
+    for (int64_t lane = 0; lane < batch.count; ++lane) {
+      for (int64_t param = batch.param[lane]; param < batch.param[lane] + plan_.segments; ++param) {
+        const bool plain = as_one_step(batch.rstd[lane], weight(param), bias(param));
         batch.plain = batch.plain && plain;
       }
     }
+  }
+  // Parameters that as_one_step asks nothing more of, whatever set they belong to, if its rstd is ordinary.
+  static constexpr int64_t kMostParameters = 1024;
+  static bool has_ordinary_parameters(const Plan& plan, const NormArgs<double>& args) {
+    if (plan.family != Family::channel || plan.params > kMostParameters) return false;
+    return (!args.weight || all_ordinary(args.weight, plan.params, 1)) &&
+           (!args.bias || all_ordinary(args.bias, plan.params, 1));
+  }
+  static bool all_ordinary(const double* numbers, int64_t count, double zero) {  // zero: 1 if zeros are, else 0
+    double sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < count; ++i) {
+      const double size = std::fabs(numbers[i]);
+      sum += size == 0 ? zero : (size > 0x1p-300 ? 1.0 : 0.0) * (size < 0x1p300 ? 1.0 : 0.0);
+    }
+    return sum == static_cast<double>(count);
   }
   double weight(int64_t param) const { return args_.weight ? args_.weight[param] : 1; }
   double bias(int64_t param) const { return args_.bias ? args_.bias[param] : kNoBias; }
@@ -326,9 +418,57 @@ class DoubleBatches {
   template <bool kCentred, class WeightOf, class BiasOf>
   void normalise(const DoubleBatch& now, DoubleBatch& next, const WeightOf& weight_of, const BiasOf& bias_of) const {
     if (one_run_ && plan_.segments == 1 && lines_ == 1) {
-      normalise_runs<kCentred>(now, next, weight_of, bias_of);
+      if (short_runs_) {
+        with_constant<kShortRun / kPack>((run_ - 1) / kPack, [&](auto packs) {
+          normalise_short_runs<kCentred, packs>(now, weight_of(0), bias_of(0));
+        });
+        measure<kCentred>(next);
+      } else {
+        normalise_runs<kCentred>(now, next, weight_of, bias_of);
+      }
     } else {
-      normalise_segments<kCentred>(now, next, weight_of, bias_of);
+      if (short_runs_) {
+        with_constant<kShortRun / kPack>((run_ - 1) / kPack, [&](auto packs) {
+          normalise_segments<kCentred, packs>(now, next, weight_of, bias_of);
+        });
+      } else {
+        normalise_segments<kCentred, kAnyRun>(now, next, weight_of, bias_of);
+      }
+    }
+  }
+
+  // Runs of a few packs, the last of which ends with the run. Their parameters are the same, and stay in registers.
+  static constexpr int64_t kShortRun = 4 * kPack;
+  static constexpr int kAnyRun = -1;
+  static bool has_short_runs(const Plan& plan, const NormArgs<double>& args, int64_t run) {
+    const bool one_for_all = plan.family == Family::channel || plan.params == plan.params_per_set;
+    return run >= kPack && run <= kShortRun && one_for_all && !args.past_cache;
+  }
+  // result(i, place) of pack i for kPacks packs and the last one, which is computed before anything is written.
+  template <int kPacks, class Result>
+  FASTNORM_INLINE void write_short_run(double* y, const Result& result) const {
+    const Whole last{run_ - kPack};
+    const auto tail = result(std::integral_constant<int, kPacks>{}, last);
+    for_constants<kPacks>([&](auto i) {
+      const Whole at{i * kPack};
+      at.store(y, result(i, at));
+    });
+    last.store(y, tail);
+  }
+  template <bool kCentred, int kPacks, class Weight, class Bias>
+  [[gnu::noinline]] FASTNORM_LOOPS void normalise_short_runs(const DoubleBatch& now, Weight w, Bias b) const {
+    decltype(held(Whole{}, w)) weight[kPacks + 1];
+    decltype(held(Whole{}, b)) bias[kPacks + 1];
+    for_constants<kPacks + 1>([&](auto i) {
+      const Whole at{i < kPacks ? i * kPack : run_ - kPack};
+      weight[i] = held(at, w), bias[i] = held(at, b);
+    });
+    Offsets x_offsets(plan_.x.set, now.first), y_offsets(plan_.y.set, now.first);
+    for (int64_t lane = 0; lane < now.count; ++lane) {
+      const double* const x = reinterpret_cast<const double*>(plan_.x.data + x_offsets.next());
+      const DoubleFormula<kCentred, None, None> xhat(now, lane, None{}, None{});
+      write_short_run<kPacks>(reinterpret_cast<double*>(plan_.y.data + y_offsets.next()),
+                              [&](auto i, Whole at) { return plus(at, times(at, xhat(at, x), weight[i]), bias[i]); });
     }
   }
 
@@ -336,7 +476,7 @@ class DoubleBatches {
   [[gnu::noinline]] FASTNORM_LOOPS void normalise_runs(const DoubleBatch& now, DoubleBatch& next,
                                                        const WeightOf& weight_of, const BiasOf& bias_of) const {
     const int64_t n = run_;
-    const bool past_cache = args_.past_cache, in_turn = n > kLeaf && !past_cache;
+    const bool past_cache = args_.past_cache;
     Offsets x_offsets(plan_.x.set, now.first), y_offsets(plan_.y.set, now.first);
     Offsets coming_offsets(plan_.x.set, next.first);
     for (int64_t lane = 0; lane < now.count; ++lane) {
@@ -350,34 +490,32 @@ class DoubleBatches {
       if (past_cache && lane < next.count) {
         Coming<kCentred> coming(coming_x, n, distance_);
         write_line(x, y, formula, [&] { coming.add_leaf(); });
-        next.put(lane, coming.total());
+        next.put(lane, coming.all(), one_leaf_);
       } else {
-        if (!past_cache && !in_turn && lane < next.count) {
-          next.put(lane, DeviationTree<kCentred, AboutZero>().leaf(coming_x, n));
-        }
         write_line(x, y, formula, [] {});
       }
     }
-    if (in_turn) measure<kCentred>(next);
+    if (!past_cache) measure<kCentred>(next);
   }
 
-  template <bool kCentred, class WeightOf, class BiasOf>
+  // kPacks: of short runs, or kAnyRun.
+  template <bool kCentred, int kPacks, class WeightOf, class BiasOf>
   [[gnu::noinline]] FASTNORM_LOOPS void normalise_segments(const DoubleBatch& now, DoubleBatch& next,
                                                            const WeightOf& weight_of, const BiasOf& bias_of) const {
     for (int64_t lane = 0; lane < now.count; ++lane) {
       if (one_run_ && args_.past_cache && lane < next.count) {
         Coming<kCentred> coming(run_of(next.first + lane), plan_.set_size(), distance_);
-        normalise_set<kCentred>(now, lane, weight_of, bias_of, [&] { coming.add_leaf(); });
-        next.put(lane, coming.total());
+        normalise_set<kCentred, kPacks>(now, lane, weight_of, bias_of, [&] { coming.add_leaf(); });
+        next.put(lane, coming.all(), one_leaf_);
       } else {
-        normalise_set<kCentred>(now, lane, weight_of, bias_of, [] {});
+        normalise_set<kCentred, kPacks>(now, lane, weight_of, bias_of, [] {});
       }
     }
     if (!(one_run_ && args_.past_cache)) measure<kCentred>(next);
   }
 
   // Past the cache, between() comes before every kLeaf values.
-  template <bool kCentred, class WeightOf, class BiasOf, class Between>
+  template <bool kCentred, int kPacks, class WeightOf, class BiasOf, class Between>
   FASTNORM_INLINE void normalise_set(const DoubleBatch& now, int64_t lane, const WeightOf& weight_of,
                                      const BiasOf& bias_of, const Between& between) const {
     const SplitMean mean{now.from[lane], now.rest[lane], now.rest_lo[lane]};
@@ -396,7 +534,8 @@ class DoubleBatches {
       const char* x_line = x_segment;
       char* y_line = y_segment;
       for (int64_t line = 0; line < lines_; ++line) {
-        write_line(reinterpret_cast<const double*>(x_line), reinterpret_cast<double*>(y_line), formula, between);
+        write_line<kPacks>(reinterpret_cast<const double*>(x_line), reinterpret_cast<double*>(y_line), formula,
+                           between);
         x_line += from.line_step;
         y_line += to.line_step;
       }
@@ -405,9 +544,10 @@ class DoubleBatches {
     }
   }
 
-  template <class Formula, class Between>
+  template <int kPacks = kAnyRun, class Formula, class Between>
   FASTNORM_INLINE void write_line(const double* x, double* y, const Formula& formula, const Between& between) const {
     const auto result = [&](auto at) { return formula(at, x); };
+    if constexpr (kPacks != kAnyRun) return write_short_run<kPacks>(y, [&](int, Whole at) { return result(at); });
     if (!args_.past_cache) return write_run<false>(y, run_, result, whole_lines_);
     write_run_between<true>(y, run_, result, true, between);
   }
@@ -418,6 +558,8 @@ class DoubleBatches {
   const int64_t distance_;
   const bool whole_lines_;  // of the cache are written
   const bool one_run_;
+  const int64_t x_run_;  // values in each of the runs that a set of x is, all read where they are; 0: other sets
+  const bool one_leaf_, short_runs_, ordinary_parameters_;
 };
 
 }  // namespace

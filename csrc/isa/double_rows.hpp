@@ -60,7 +60,7 @@ struct DoubleRows {
     const double share = 1 / n;
     for (int r = first - first % kFolded; r < first + count; r += kFolded) {
       if (kCentred) fold_eight(g_lanes + r, g + r), fold_eight(rest_lanes + r, rest + r);
-      fold_eight_exactly(product_lanes + r, product + r, product_lost + r, product_lost_lanes + r);
+      fold_eight_exactly<true>(product_lanes + r, product_lost_lanes + r, product + r, product_lost + r);
 #pragma omp simd
       for (int k = r; k < r + kFolded; ++k) {
         const double off = kCentred ? rest[k] * share : 0;  // of the mean, from the pivot

@@ -8,6 +8,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "isa/places.hpp"
 #include "plan.hpp"
@@ -45,24 +46,25 @@ FASTNORM_INLINE LanePair<A, B> first_lanes_of(const LanePair<A, B>& pair, int64_
 constexpr int64_t kLeaf = kSumLeaf;  // terms summed without recursion
 static_assert(kLeaf == 8 * kPack, "a leaf is eight packs");
 
-// The terms of [first, first + n), n <= kLeaf, lane by lane. kZeroBeyond: what is missing in a part of a pack is loaded
+// The terms of `packs` packs from `first` on, and of a part of `rest` values if has_rest, lane by lane; packs and
+// has_rest may be constants, of which nothing is left then. kZeroBeyond: what is missing in a part of a pack is loaded
 // as 0, and the terms of that are 0 too.
-template <bool kZeroBeyond = false, class Term>
-FASTNORM_LOOPS inline auto leaf_sums(int64_t first, int64_t n, const Term& term) {
-  const auto whole = [&](int64_t i) { return term(Whole{first + i * kPack}); };
-  if (n == kLeaf)
+template <bool kZeroBeyond, class Packs, class HasRest, class Term>
+FASTNORM_INLINE auto leaf_sums(int64_t first, Packs packs, HasRest has_rest, int64_t rest, const Term& term) {
+  const auto whole = [&](int64_t i) FASTNORM_LOOPS { return term(Whole{first + i * kPack}); };
+  if (packs == 8)
     return ((whole(0) + whole(1)) + (whole(2) + whole(3))) + ((whole(4) + whole(5)) + (whole(6) + whole(7)));
   // In the order of memory: pairs, and what is left of them, a pack, a part of one, or both.
-  const int64_t pairs = n / (2 * kPack), odd = n / kPack % 2, rest = n % kPack;
+  const int64_t pairs = packs / 2, odd = packs % 2;
   const auto add_rest = [&](auto& lanes) FASTNORM_LOOPS {
-    const auto terms = term(Partial{first + n - rest, rest});
+    const auto terms = term(Partial{first + packs * kPack, rest});
     if constexpr (kZeroBeyond) {
       lanes += terms;
     } else {
       lanes += first_lanes_of(terms, rest);
     }
   };
-  if (pairs + odd == 0) {
+  if (packs == 0) {
     decltype(whole(0)) lanes{};
     add_rest(lanes);
     return lanes;
@@ -79,20 +81,37 @@ FASTNORM_LOOPS inline auto leaf_sums(int64_t first, int64_t n, const Term& term)
     last += whole(5);
     if (odd != 0) {
       auto over = whole(6);
-      if (rest > 0) add_rest(over);
+      if (has_rest) add_rest(over);
       last += over;
-    } else if (rest > 0) {
+    } else if (has_rest) {
       add_rest(last);
     }
     lanes += last;
   } else if (odd != 0 && pairs > 0) {
     auto over = whole(2 * pairs);
-    if (rest > 0) add_rest(over);
+    if (has_rest) add_rest(over);
     lanes += over;
-  } else if (rest > 0) {
+  } else if (has_rest) {
     add_rest(lanes);
   }
   return lanes;
+}
+// The terms of [first, first + n), n <= kLeaf.
+template <bool kZeroBeyond = false, class Term>
+FASTNORM_LOOPS inline auto leaf_sums(int64_t first, int64_t n, const Term& term) {
+  const int64_t rest = n % kPack;
+  return leaf_sums<kZeroBeyond>(first, n / kPack, rest > 0, rest, term);
+}
+
+// call(packs, has_rest), constants, for a leaf of n values, 1 <= n <= kLeaf.
+template <class Call>
+inline void with_leaf_shape(int64_t n, const Call& call) {
+  with_constant<kLeaf / kPack + 1>(n / kPack, [&](auto packs) {
+    if constexpr (packs < kLeaf / kPack) {
+      if (n % kPack != 0) return call(packs, std::true_type{});
+    }
+    if constexpr (packs > 0) call(packs, std::false_type{});
+  });
 }
 
 template <class Term>
@@ -102,29 +121,14 @@ inline auto tree_sums(int64_t first, int64_t n, const Term& term) -> decltype(te
   return tree_sums(first, half, term) + tree_sums(first + half, n - half, term);
 }
 
-// A tree over sums that come one after the other: of leaves, or of runs that memory keeps apart.
-template <class Lanes>  // Pack<double> or LanePair
-class LaneTree {
- public:
-  FASTNORM_INLINE void push(Lanes sums) {
-    int level = 0;
-    for (uint64_t taken = count_++; taken & 1; taken >>= 1) sums = levels_[level++] + sums;
-    levels_[level] = sums;
-  }
-  FASTNORM_INLINE Lanes total() const {
-    if (count_ == 0) return Lanes{};
-    int level = 0;
-    while (!(count_ >> level & 1)) ++level;
-    Lanes sums = levels_[level];
-    while (count_ >> ++level) {
-      if (count_ >> level & 1) sums = levels_[level] + sums;
-    }
-    return sums;
-  }
+// A sum in double that keeps what rounding takes between its terms, which are sums of leaves.
+struct ExactSum {
+  HalfPack sum = Pack<double>(-0.0), lost = Pack<double>(0.0);  // -0 + any number is that number
 
- private:
-  uint64_t count_ = 0;
-  Lanes levels_[40];
+  ExactSum() = default;
+  FASTNORM_INLINE explicit ExactSum(const Pack<double>& terms) : sum(terms) {}
+  FASTNORM_INLINE void add(const Pack<double>& terms) { sum.add(terms, lost); }
+  FASTNORM_INLINE TwoTerm total() const { return fold_exactly(sum, lost); }
 };
 
 // The sum of term(place) over a run of n >= 1 values; term gives a Pack<double> or a PackPair.

@@ -2,6 +2,8 @@
 // past it, and the loops along a run.
 #pragma once
 
+#include <utility>
+
 #include "isa/vec.hpp"
 
 namespace fastnorm {
@@ -70,6 +72,24 @@ struct Partial {
   }
 };
 
+// body(constant) for 0 .. count - 1: arrays that are indexed with constants stay in registers, in loops they may not.
+template <class Body, int... k>
+FASTNORM_INLINE void for_constants(std::integer_sequence<int, k...>, const Body& body) {
+  (body(std::integral_constant<int, k>{}), ...);
+}
+template <int kCount, class Body>
+FASTNORM_INLINE void for_constants(const Body& body) {
+  for_constants(std::make_integer_sequence<int, kCount>{}, body);
+}
+
+// body(constant) for that of 0 .. count - 1 which `number` is: loops whose shape is known are shorter.
+template <int kCount, class Body>
+inline void with_constant(int64_t number, const Body& body) {
+  for_constants<kCount>([&](auto constant) {
+    if (number == constant) body(constant);
+  });
+}
+
 // The values of a run: zeros in the places of a pack that lie behind it.
 template <class C>
 FASTNORM_INLINE Pack<C> within(Whole, const Pack<C>& pack) {
@@ -87,6 +107,12 @@ FASTNORM_INLINE void prefetch(const T* p, int64_t distance) {
   const char* ahead = reinterpret_cast<const char*>(p) + distance;
   for (int line = 0; line < kPack * static_cast<int>(sizeof(T)); line += 64)
     __builtin_prefetch(ahead + line, 0, wanted);
+}
+
+// The same for n values.
+template <class T>
+FASTNORM_INLINE void ask_for(const T* p, int64_t n, int64_t distance) {
+  for (int64_t i = 0; i < n; i += kPack) prefetch(p + i, distance);
 }
 
 // Fills places of the window in which the processor works ahead: of a short loop it then has fewer rounds under way,

@@ -24,16 +24,6 @@ constexpr int kMostRows = 4;  // that are read side by side: a group
 constexpr int kColumnRows = 2 * kMostRows;
 inline int64_t whole_tiles(int64_t rows) { return (rows + kColumnRows - 1) / kColumnRows * kColumnRows; }
 
-// body(constant) for 0 .. count - 1: arrays that are indexed with constants stay in registers, in loops they may not.
-template <class Body, int... k>
-FASTNORM_INLINE void for_constants(std::integer_sequence<int, k...>, const Body& body) {
-  (body(std::integral_constant<int, k>{}), ...);
-}
-template <int kCount, class Body>
-FASTNORM_INLINE void for_constants(const Body& body) {
-  for_constants(std::make_integer_sequence<int, kCount>{}, body);
-}
-
 // Packs whose sums along a row are a chain of float32; columns of a tile, which is two such chains: four roundings.
 // Columns of a strip: rows up to this length wait for a second group before their columns' sums are widened. dx of rows
 // from kLinedRow on is written in whole lines of the cache (512 x 768: 98 us to 94; 4096 x 100: 132 us to 140).

@@ -23,6 +23,7 @@ struct None {};
 template <class C>
 struct Same {
   Pack<C> value;
+  Same() = default;
   explicit Same(double v) : value(static_cast<C>(v)) {}
 };
 
@@ -54,6 +55,18 @@ FASTNORM_INLINE Pack<C> plus(At, const Pack<C>& v, const Same<C>& bias) {
 template <class C, class At, class T>
 FASTNORM_INLINE Pack<C> plus(At at, const Pack<C>& v, Each<T> bias) {
   return v + at.template load<C>(bias.values);
+}
+
+// The parameters at one place, for runs that lie alike.
+template <class At>
+FASTNORM_INLINE None held(At, None) {
+  return {};
+}
+template <class At, class T>
+FASTNORM_INLINE Same<T> held(At at, Each<T> parameters) {
+  Same<T> here;
+  here.value = at.template load<T>(parameters.values);
+  return here;
 }
 
 // Far enough from overflow and underflow that products of a few such numbers are too. (A zero is exact, but says

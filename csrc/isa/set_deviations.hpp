@@ -19,41 +19,55 @@ struct About {
   explicit About(double value) : pivot(value) {}
 };
 
-// Sums of d and d * d (kCentred) or of x * x alone, in a tree over leaves.
+// Sums of d and d * d (kCentred) or of x * x alone: leaves are trees, and added with what rounding takes, so that a sum
+// is off by no more than a leaf's four additions in a chain, however many values there are.
 template <bool kCentred, class Pivot>
-class DeviationTree {
+class Deviations {
  public:
-  using Lanes = std::conditional_t<kCentred, PackPair, Pack<double>>;
-  explicit DeviationTree(Pivot pivot = Pivot{}) : pivot_(pivot) {}
+  ExactSum sum, squares;
+
+  explicit Deviations(Pivot pivot = Pivot{}) : pivot_(pivot) {}
 
   // n <= kLeaf values, the place they begin at being a multiple of kLeaf in their run.
-  FASTNORM_INLINE Lanes leaf(const double* x, int64_t n) const {
-    constexpr bool kAboutZero = std::is_same<Pivot, AboutZero>::value;
-    return leaf_sums<kAboutZero>(0, n, [&](auto at) -> Lanes {
-      const Pack<double> loaded = at.template load<double>(x), v = kCentred ? in_register(loaded) : loaded;
-      if constexpr (!kCentred) {
-        return v * v;
-      } else if constexpr (kAboutZero) {
-        return {v, v * v};
-      } else {
-        return deviations(v, pivot_.pivot);
-      }
-    });
+  FASTNORM_INLINE void add_leaf(const double* x, int64_t n) {
+    add(leaf_sums<kAboutZero>(0, n, [&](auto at) { return terms(at, x); }));
+  }
+  // The same of a known shape (with_leaf_shape).
+  template <class Packs, class HasRest>
+  FASTNORM_INLINE void add_leaf(const double* x, Packs packs, HasRest has_rest, int64_t rest) {
+    add(leaf_sums<kAboutZero>(0, packs, has_rest, rest, [&](auto at) { return terms(at, x); }));
   }
   // `distance` as prefetch has it, 0: nothing is asked for.
-  FASTNORM_INLINE void add_leaf(const double* x, int64_t n, int64_t distance) {
-    for (int64_t i = 0; distance != 0 && i < n; i += kPack) prefetch(x + i, distance);
-    tree_.push(leaf(x, n));
+  FASTNORM_INLINE void add_leaf_asking(const double* x, int64_t n, int64_t distance) {
+    if (distance != 0) ask_for(x, n, distance);
+    add_leaf(x, n);
   }
   FASTNORM_INLINE void add_run(const double* x, int64_t n, int64_t distance) {
-    for (; n > kLeaf; n -= kLeaf, x += kLeaf) add_leaf(x, kLeaf, distance);
-    add_leaf(x, n, distance);
+    for (; n > kLeaf; n -= kLeaf, x += kLeaf) add_leaf_asking(x, kLeaf, distance);
+    add_leaf_asking(x, n, distance);
   }
-  FASTNORM_INLINE Lanes total() const { return tree_.total(); }
 
  private:
+  static constexpr bool kAboutZero = std::is_same<Pivot, AboutZero>::value;
+
+  template <class At>
+  FASTNORM_INLINE auto terms(At at, const double* x) const {
+    const Pack<double> loaded = at.template load<double>(x), v = kCentred ? in_register(loaded) : loaded;
+    if constexpr (!kCentred) {
+      return v * v;
+    } else if constexpr (kAboutZero) {
+      return PackPair{v, v * v};
+    } else {
+      return deviations(v, pivot_.pivot);
+    }
+  }
+  FASTNORM_INLINE void add(const PackPair& leaf) {
+    sum.add(leaf.first);
+    squares.add(leaf.second);
+  }
+  FASTNORM_INLINE void add(const Pack<double>& leaf) { squares.add(leaf); }
+
   Pivot pivot_;
-  LaneTree<Lanes> tree_;
 };
 
 // Runs from this length on are leaves of their own; shorter ones are copied together, block by block.
@@ -96,22 +110,15 @@ inline void for_set_runs(const Plan& plan, int64_t set, int64_t chunk, const Vis
            [&](int64_t, int64_t, int64_t first, int64_t n) { visit(x.read(first, n, buffer), n); });
 }
 
-// The sums of a chunk: two with what their last additions lose, or that of squares alone.
+// The sums of a chunk: two, or that of squares alone.
 template <bool kCentred, class Pivot>
 FASTNORM_LOOPS inline void chunk_deviations(const Plan& plan, int64_t set, int64_t chunk, Pivot pivot, Sum& sum,
                                             Sum& squares) {
-  DeviationTree<kCentred, Pivot> tree(pivot);
+  Deviations<kCentred, Pivot> all(pivot);
   const int64_t distance = reading_ahead<double>(plan, plan.x, runs_in_place(plan) ? plan.whole.inner_size() : 0);
-  for_set_runs(plan, set, chunk, [&](const double* x, int64_t n) { tree.add_run(x, n, distance); });
-  const auto lanes = tree.total();
-  if constexpr (kCentred) {
-    const TwoTerm first = fold_exactly(lanes.first), second = fold_exactly(lanes.second);
-    sum.hi = first.hi, sum.lo = first.lo;
-    squares.hi = second.hi, squares.lo = second.lo;
-  } else {
-    const TwoTerm all = fold_exactly(lanes);
-    squares.hi = all.hi, squares.lo = all.lo;
-  }
+  for_set_runs(plan, set, chunk, [&](const double* x, int64_t n) { all.add_run(x, n, distance); });
+  if (kCentred) sum = sum_of(all.sum.total());
+  squares = sum_of(all.squares.total());
 }
 
 // Moments of a chunk, about zero, or next to the mean, or by blocks.

@@ -541,14 +541,6 @@ FASTNORM_INLINE void fold_parts_exactly(Pack<double>::Part* sum, Pack<double>::P
     }
   }
 }
-FASTNORM_INLINE TwoTerm fold_exactly(const Pack<double>& pack) {
-  constexpr int kParts = Pack<double>::kParts;
-  Pack<double>::Part sum[kParts], lost[kParts];
-  FASTNORM_UNROLL
-  for (int k = 0; k < kParts; ++k) sum[k] = pack.part[k], lost[k] = Pack<double>::Part{};
-  fold_parts_exactly<kParts>(sum, lost);
-  return fold_exactly<kVectorBytes>(sum[0], lost[0]);
-}
 FASTNORM_INLINE TwoTerm fold_exactly(const HalfPack& sums, const HalfPack& lost_before) {
   constexpr int kParts = HalfPack::kParts;
   Pack<double>::Part sum[kParts], lost[kParts];
@@ -557,10 +549,10 @@ FASTNORM_INLINE TwoTerm fold_exactly(const HalfPack& sums, const HalfPack& lost_
   fold_parts_exactly<kParts>(sum, lost);
   return fold_exactly<kVectorBytes>(sum[0], lost[0]);
 }
-// Of packs, or of halves that have lost something already (which is `lost_before`).
-template <class P>
-FASTNORM_INLINE void fold_eight_exactly(const P* packs, double* sums, double* lost,
-                                        const HalfPack* lost_before = nullptr) {
+// The same of eight halves of packs. `lost_before`: what they have lost already, if anything (kLost).
+template <bool kLost>
+FASTNORM_INLINE void fold_eight_exactly(const HalfPack* halves, const HalfPack* lost_before, double* sums,
+                                        double* lost) {
 #if defined(__AVX512F__) && defined(__AVX512DQ__)
   using Part = Pack<double>::Part;
   struct Exact {
@@ -579,19 +571,13 @@ FASTNORM_INLINE void fold_eight_exactly(const P* packs, double* sums, double* lo
     const Exact both = add_two(a, b);
     return {both.sum, both.lost + lost};
   };
-  Exact half[8];  // lane + 8
-  FASTNORM_UNROLL
-  for (int k = 0; k < 8; ++k) {
-    if constexpr (P::kParts == 2) {
-      half[k] = add_two(packs[k].part[0], packs[k].part[1]);
-    } else {
-      half[k] = {packs[k].part[0], lost_before[k].part[0]};
-    }
-  }
-  const auto quarters = [&](const Exact& a, const Exact& b) {  // lane + 4
+  const auto quarters = [&](int first, int second) -> Exact {  // lane + 4
     const auto low = [](const Part& p, const Part& q) -> Part { return _mm512_maskz_shuffle_f64x2(0xff, p, q, 0x44); };
     const auto high = [](const Part& p, const Part& q) -> Part { return _mm512_maskz_shuffle_f64x2(0xff, p, q, 0xee); };
-    return add(low(a.sum, b.sum), high(a.sum, b.sum), plus(low(a.lost, b.lost), high(a.lost, b.lost)));
+    const Part &a = halves[first].part[0], &b = halves[second].part[0];
+    if constexpr (!kLost) return add_two(low(a, b), high(a, b));
+    const Part &a_lost = lost_before[first].part[0], &b_lost = lost_before[second].part[0];
+    return add(low(a, b), high(a, b), plus(low(a_lost, b_lost), high(a_lost, b_lost)));
   };
   const auto eighths = [&](const Exact& a, const Exact& b) {  // lane + 2
     const auto low = [](const Part& p, const Part& q) -> Part { return _mm512_maskz_shuffle_f64x2(0xff, p, q, 0x88); };
@@ -603,21 +589,20 @@ FASTNORM_INLINE void fold_eight_exactly(const P* packs, double* sums, double* lo
     const auto high = [](const Part& p, const Part& q) -> Part { return _mm512_maskz_unpackhi_pd(0xff, p, q); };
     return add(low(a.sum, b.sum), high(a.sum, b.sum), plus(low(a.lost, b.lost), high(a.lost, b.lost)));
   };
-  const Exact all = last(eighths(quarters(half[0], half[2]), quarters(half[4], half[6])),
-                         eighths(quarters(half[1], half[3]), quarters(half[5], half[7])));
+  const Exact all = last(eighths(quarters(0, 2), quarters(4, 6)), eighths(quarters(1, 3), quarters(5, 7)));
   std::memcpy(sums, &all.sum, sizeof all.sum);
   std::memcpy(lost, &all.lost, sizeof all.lost);
 #else
-  // The parts of each pack, and then the lanes of what is left of all eight side by side.
+  // The parts of each half, and then the lanes of what is left of all eight side by side.
   using Part = Pack<double>::Part;
-  constexpr int kParts = P::kParts, kWidth = Pack<double>::kWidth;
+  constexpr int kParts = HalfPack::kParts, kWidth = Pack<double>::kWidth;
   alignas(64) double lanes[kWidth][8], lanes_lost[kWidth][8];
   for (int k = 0; k < 8; ++k) {
     Part sum[kParts], gone[kParts];
     FASTNORM_UNROLL
     for (int i = 0; i < kParts; ++i) {
-      sum[i] = packs[k].part[i];
-      gone[i] = kParts == Pack<double>::kParts ? Part{} : lost_before[k].part[i];
+      sum[i] = halves[k].part[i];
+      gone[i] = kLost ? lost_before[k].part[i] : Part{};
     }
     fold_parts_exactly<kParts>(sum, gone);
     FASTNORM_UNROLL
