@@ -459,10 +459,14 @@ class ChannelBatches {
 
   template <bool kPastCache, class Lines>
   void write(const Lines& lines) const {
-    write_mending<T>(plan_.dx_in_place(), [&](auto mends) { write<kPastCache, decltype(mends)::value>(lines); });
+    write_mending<T>(plan_.dx_in_place(), [&](auto mends) {
+      constexpr bool kMends = decltype(mends)::value;
+      with_short_run(!kPastCache && !kMends && is_short_run(run_), run_,
+                     [&](auto packs) { write<kPastCache, kMends, kPastCache || kMends ? kAnyRun : packs>(lines); });
+    });
   }
 
-  template <bool kPastCache, bool kMends, class Lines>
+  template <bool kPastCache, bool kMends, int kPacks, class Lines>
   [[gnu::noinline]] FASTNORM_LOOPS void write(const Lines& lines) const {
     const int64_t count = count_, segments = plan_.segments, run = run_;
     const Runs x(plan_.x, first_, run), dy(plan_.dy, first_, run), dx(plan_.dx, first_, run);
@@ -479,9 +483,15 @@ class ChannelBatches {
         char* dx_line = dx_segment;
         for (int64_t line = 0; line < lines.count; ++line) {
           const T *from = reinterpret_cast<const T*>(x_line), *dy_from = reinterpret_cast<const T*>(dy_line);
-          write_run<kPastCache>(reinterpret_cast<T*>(dx_line), run, [&](auto at) {
-            return mended<kMends>(gradient(at, from, dy_from), [&] { return careful(i, segment)(at, from, dy_from); });
-          });
+          T* const to = reinterpret_cast<T*>(dx_line);
+          if constexpr (kPacks == kAnyRun) {
+            write_run<kPastCache>(to, run, [&](auto at) {
+              return mended<kMends>(gradient(at, from, dy_from),
+                                    [&] { return careful(i, segment)(at, from, dy_from); });
+            });
+          } else {
+            write_short_run<kPacks>(to, run, [&](int, Whole at) { return gradient(at, from, dy_from); });
+          }
           x_line += x.line_step;
           dy_line += dy.line_step;
           dx_line += dx.line_step;

@@ -418,42 +418,24 @@ class DoubleBatches {
   template <bool kCentred, class WeightOf, class BiasOf>
   void normalise(const DoubleBatch& now, DoubleBatch& next, const WeightOf& weight_of, const BiasOf& bias_of) const {
     if (one_run_ && plan_.segments == 1 && lines_ == 1) {
-      if (short_runs_) {
-        with_constant<kShortRun / kPack>((run_ - 1) / kPack, [&](auto packs) {
+      with_short_run(short_runs_, run_, [&](auto packs) {
+        if constexpr (packs == kAnyRun) {
+          normalise_runs<kCentred>(now, next, weight_of, bias_of);
+        } else {
           normalise_short_runs<kCentred, packs>(now, weight_of(0), bias_of(0));
-        });
-        measure<kCentred>(next);
-      } else {
-        normalise_runs<kCentred>(now, next, weight_of, bias_of);
-      }
+          measure<kCentred>(next);
+        }
+      });
     } else {
-      if (short_runs_) {
-        with_constant<kShortRun / kPack>((run_ - 1) / kPack, [&](auto packs) {
-          normalise_segments<kCentred, packs>(now, next, weight_of, bias_of);
-        });
-      } else {
-        normalise_segments<kCentred, kAnyRun>(now, next, weight_of, bias_of);
-      }
+      with_short_run(short_runs_, run_,
+                     [&](auto packs) { normalise_segments<kCentred, packs>(now, next, weight_of, bias_of); });
     }
   }
 
-  // Runs of a few packs, the last of which ends with the run. Their parameters are the same, and stay in registers.
-  static constexpr int64_t kShortRun = 4 * kPack;
-  static constexpr int kAnyRun = -1;
+  // May the parameters of short runs stay in registers, being the same for all of them?
   static bool has_short_runs(const Plan& plan, const NormArgs<double>& args, int64_t run) {
     const bool one_for_all = plan.family == Family::channel || plan.params == plan.params_per_set;
-    return run >= kPack && run <= kShortRun && one_for_all && !args.past_cache;
-  }
-  // result(i, place) of pack i for kPacks packs and the last one, which is computed before anything is written.
-  template <int kPacks, class Result>
-  FASTNORM_INLINE void write_short_run(double* y, const Result& result) const {
-    const Whole last{run_ - kPack};
-    const auto tail = result(std::integral_constant<int, kPacks>{}, last);
-    for_constants<kPacks>([&](auto i) {
-      const Whole at{i * kPack};
-      at.store(y, result(i, at));
-    });
-    last.store(y, tail);
+    return is_short_run(run) && one_for_all && !args.past_cache;
   }
   template <bool kCentred, int kPacks, class Weight, class Bias>
   [[gnu::noinline]] FASTNORM_LOOPS void normalise_short_runs(const DoubleBatch& now, Weight w, Bias b) const {
@@ -467,7 +449,7 @@ class DoubleBatches {
     for (int64_t lane = 0; lane < now.count; ++lane) {
       const double* const x = reinterpret_cast<const double*>(plan_.x.data + x_offsets.next());
       const DoubleFormula<kCentred, None, None> xhat(now, lane, None{}, None{});
-      write_short_run<kPacks>(reinterpret_cast<double*>(plan_.y.data + y_offsets.next()),
+      write_short_run<kPacks>(reinterpret_cast<double*>(plan_.y.data + y_offsets.next()), run_,
                               [&](auto i, Whole at) { return plus(at, times(at, xhat(at, x), weight[i]), bias[i]); });
     }
   }
@@ -547,7 +529,7 @@ class DoubleBatches {
   template <int kPacks = kAnyRun, class Formula, class Between>
   FASTNORM_INLINE void write_line(const double* x, double* y, const Formula& formula, const Between& between) const {
     const auto result = [&](auto at) { return formula(at, x); };
-    if constexpr (kPacks != kAnyRun) return write_short_run<kPacks>(y, [&](int, Whole at) { return result(at); });
+    if constexpr (kPacks != kAnyRun) return write_short_run<kPacks>(y, run_, [&](int, Whole at) { return result(at); });
     if (!args_.past_cache) return write_run<false>(y, run_, result, whole_lines_);
     write_run_between<true>(y, run_, result, true, between);
   }

@@ -100,6 +100,30 @@ inline bool in_whole_lines(const Plan& plan, bool params) {
   return plan.elements >= kAlignedRun && rows.rank == 1 && rows.stride[0] % kLineBytes == 0;
 }
 
+// Runs of a whole pack to four, for which there are loops of known length: kPacks packs and one that ends with the run.
+constexpr int64_t kShortRun = 4 * kPack;
+constexpr int kAnyRun = -1;
+inline bool is_short_run(int64_t n) { return n >= kPack && n <= kShortRun; }
+
+// call(kPacks), a constant, of a run of n values; kAnyRun unless it is a short one.
+template <class Call>
+inline void with_short_run(bool is_short, int64_t n, const Call& call) {
+  if (!is_short) return call(std::integral_constant<int, kAnyRun>{});
+  with_constant<kShortRun / kPack>((n - 1) / kPack, call);
+}
+
+// result(i, place) of pack i of a short run, and of the last one, which is computed before anything is written.
+template <int kPacks, class T, class Result>
+FASTNORM_INLINE void write_short_run(T* p, int64_t n, const Result& result) {
+  const Whole last{n - kPack};
+  const auto tail = result(std::integral_constant<int, kPacks>{}, last);
+  for_constants<kPacks>([&](auto i) {
+    const Whole at{i * kPack};
+    at.store(p, result(i, at));
+  });
+  last.store(p, tail);
+}
+
 // Stores formula(place) along a run of n results at p. One that goes into the cache begins and ends with whole packs,
 // not with parts of them: some values are computed twice, from the operands as they were, should p be one. In
 // whole lines of the cache, unless told to begin where the run does.
