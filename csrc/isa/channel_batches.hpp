@@ -199,9 +199,11 @@ class ChannelBatches {
       cut.with_rest([&](auto rest) {
         constexpr int kRest = decltype(rest)::value;
         if (reading_ahead<T>(plan_, plan_.x, run_) > 0) {
-          measure<kRest>(cut, ReadAhead<T>(plan_, run_));
+          measure<kRest, false>(cut, ReadAhead<T>(plan_, run_));
+        } else if (kMayOverflow<T> && lines_ == 1 && cut.is_one_tree()) {
+          measure<kRest, kMayOverflow<T>>(cut, NoReadAhead{});
         } else {
-          measure<kRest>(cut, NoReadAhead{});
+          measure<kRest, false>(cut, NoReadAhead{});
         }
       });
       prepare();
@@ -295,7 +297,7 @@ class ChannelBatches {
     }
   }
 
-  template <int kRest, class Ahead>
+  template <int kRest, bool kOneTree, class Ahead>  // kOneTree: is that what every segment is?
   [[gnu::noinline]] FASTNORM_LOOPS void measure(const TreeCut& cut_of_run, const Ahead& ahead_of) {
     Lanes lanes;
     const TreeCut cut = cut_of_run;
@@ -308,19 +310,24 @@ class ChannelBatches {
       const char *x_segment = x.set(i), *dy_segment = dy.set(i);
       for (int64_t segment = 0; segment < segments; ++segment) {
         TreeGradientSums<T> sums;
-        const char *x_line = x_segment, *dy_line = dy_segment;
-        for (int64_t line = 0; line < lines; ++line) {
-          TreeGradientSums<T> inner = sums;
-          add_run<kRest>(inner, reinterpret_cast<const T*>(x_line), reinterpret_cast<const T*>(dy_line), cut, pivots,
-                         ahead);
-          sums = inner;
-          x_line += x.line_step;
-          dy_line += dy.line_step;
+        if constexpr (kOneTree) {
+          take_run<kRest>(sums, reinterpret_cast<const T*>(x_segment), reinterpret_cast<const T*>(dy_segment), cut,
+                          pivots, ahead);
+        } else {
+          const char *x_line = x_segment, *dy_line = dy_segment;
+          for (int64_t line = 0; line < lines; ++line) {
+            TreeGradientSums<T> inner = sums;
+            add_run<kRest>(inner, reinterpret_cast<const T*>(x_line), reinterpret_cast<const T*>(dy_line), cut, pivots,
+                           ahead);
+            sums = inner;
+            x_line += x.line_step;
+            dy_line += dy.line_step;
+          }
+          sums.finish();
         }
         if constexpr (!kWantsRest) lanes.gradients[lane] = dy_segment;
         x_segment += x.segment_step;
         dy_segment += dy.segment_step;
-        sums.finish();
         lanes.put(lane, sums);
         lanes.off[lane] = off_[i];
         if constexpr (kWantsRest) lanes.mean[lane] = mean_[i];

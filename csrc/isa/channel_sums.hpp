@@ -52,6 +52,8 @@ struct TreeCut {
   explicit TreeCut(int64_t n)
       : trees(n / kTree), last((n - 1) % kPack + 1), rest(static_cast<int>((n % kTree + kPack - 1) / kPack)) {}
 
+  bool is_one_tree() const { return trees + (rest > 0 ? 1 : 0) == 1; }
+
   // call(std::integral_constant<int, rest>): for loops over many runs that are cut the same way.
   template <class Call>
   FASTNORM_INLINE void with_rest(const Call& call) const {
@@ -109,6 +111,12 @@ struct TreeGradientSums<double> {
     product_sum.add(tree.product, product_lost_);
     rest_sum.add(tree.rest, rest_lost_);
   }
+  // All there is to add: rounding takes nothing.
+  FASTNORM_INLINE void take(const Terms& tree) {
+    dy_sum += tree.dy;
+    product_sum += tree.product;
+    rest_sum += tree.rest;
+  }
   // To be called once, when all is added.
   FASTNORM_INLINE void finish() {
     dy_sum += dy_lost_;
@@ -121,26 +129,53 @@ struct TreeGradientSums<double> {
 };
 
 // A run. What is missing in the last pack is zeros of dy: they add nothing. (To the sum of x - pivot they would.)
-template <int kRest, class T, class Ahead>
-FASTNORM_INLINE void add_run(TreeGradientSums<T>& sums, const T* x, const T* dy, const TreeCut& cut,
-                             const Pack<T>& pivot, const Ahead& ahead) {
-  const auto terms = [&](auto at) {
+template <class T, class Ahead>
+struct RunTerms {
+  const T *x, *dy;
+  Pack<T> pivot;
+  Ahead ahead;
+
+  template <class At>
+  FASTNORM_INLINE auto operator()(At at) const {
     ahead(x + at.start, dy + at.start);
     const Pack<T> g = in_register(at.template load<T>(dy));
     const Pack<T> d = at.template load<T>(x) - pivot;
-    if constexpr (kMayOverflow<T>) return sums.terms(g, within(at, d));
-    return sums.terms(g, d);
-  };
-  const auto whole = [&](int64_t i) { return terms(Whole{i}); };
-  int64_t i = 0;
-  for (int64_t tree = 0; tree < cut.trees; ++tree, i += TreeCut::kTree) {
-    sums.add((whole(i) + whole(i + kPack)) + (whole(i + 2 * kPack) + whole(i + 3 * kPack)));
+    if constexpr (kMayOverflow<T>) return TreeGradientSums<T>::terms(g, within(at, d));
+    return TreeGradientSums<T>::terms(g, d);
   }
-  const auto last = [&] { return terms(Partial{i + (kRest - 1) * kPack, cut.last}); };
-  if constexpr (kRest == 1) sums.add(last());
-  if constexpr (kRest == 2) sums.add(whole(i) + last());
-  if constexpr (kRest == 3) sums.add((whole(i) + whole(i + kPack)) + last());
-  if constexpr (kRest == 4) sums.add((whole(i) + whole(i + kPack)) + (whole(i + 2 * kPack) + last()));
+  FASTNORM_INLINE auto whole(int64_t i) const { return (*this)(Whole{i}); }
+  // Of kCount packs, the last with `last` values.
+  template <int kCount>
+  FASTNORM_INLINE auto tree(int64_t i, int64_t last_values) const {
+    const auto last = [&] { return (*this)(Partial{i + (kCount - 1) * kPack, last_values}); };
+    if constexpr (kCount == 1) return last();
+    if constexpr (kCount == 2) return whole(i) + last();
+    if constexpr (kCount == 3) return (whole(i) + whole(i + kPack)) + last();
+    if constexpr (kCount == 4) return (whole(i) + whole(i + kPack)) + (whole(i + 2 * kPack) + last());
+  }
+  FASTNORM_INLINE auto whole_tree(int64_t i) const {
+    return (whole(i) + whole(i + kPack)) + (whole(i + 2 * kPack) + whole(i + 3 * kPack));
+  }
+};
+
+template <int kRest, class T, class Ahead>
+FASTNORM_INLINE void add_run(TreeGradientSums<T>& sums, const T* x, const T* dy, const TreeCut& cut,
+                             const Pack<T>& pivot, const Ahead& ahead) {
+  const RunTerms<T, Ahead> terms{x, dy, pivot, ahead};
+  int64_t i = 0;
+  for (int64_t tree = 0; tree < cut.trees; ++tree, i += TreeCut::kTree) sums.add(terms.whole_tree(i));
+  if constexpr (kRest > 0) sums.add(terms.template tree<kRest>(i, cut.last));
+}
+// The same of a run that is one tree and all there is to add.
+template <int kRest, class Ahead>
+FASTNORM_INLINE void take_run(TreeGradientSums<double>& sums, const double* x, const double* dy, const TreeCut& cut,
+                              const Pack<double>& pivot, const Ahead& ahead) {
+  const RunTerms<double, Ahead> terms{x, dy, pivot, ahead};
+  if constexpr (kRest > 0) {
+    sums.take(terms.template tree<kRest>(0, cut.last));
+  } else {
+    sums.take(terms.whole_tree(0));
+  }
 }
 
 constexpr double kTrustedSize = 0x1p120;
