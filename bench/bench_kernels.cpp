@@ -169,6 +169,7 @@ class Norm {
     }
     plan_ = make_plan(input);
     plan_.threads = threads_for(c.elements());
+    plan_.far = exceeds_cache((plan_.dy.data != nullptr ? 3 : 2) * c.elements() * static_cast<int64_t>(sizeof(T)));
     const size_t sets = static_cast<size_t>(plan_.all_sets()), params = static_cast<size_t>(plan_.params);
     for (auto* statistic : {&mean_, &mean_lo_, &var_, &rstd_}) statistic->assign(sets, 0);
     for (auto* parameter : {&weight_, &bias_, &dweight_, &dbias_}) parameter->assign(params, T(1.25));

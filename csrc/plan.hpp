@@ -120,6 +120,7 @@ struct Plan {
   bool dx_in_place() const { return dx.data == dy.data; }
   // From x to what is to be on its way to the caches when x is done, in bytes of either sign; 0: more of x.
   int64_t ahead = 0;
+  bool far = false;  // do the arrays of the call not fit the caches? Then first readings ask ahead
   int threads = 1;
 
   int64_t set_size() const { return segments * elements; }

@@ -1,7 +1,8 @@
 """Results that are written past the caches: the same bits, everywhere they belong, nothing beside them.
 
-The kernels do so with a given `out=` once a call's arrays take half of the last-level cache. Here that cache is taken
-to have no bytes at all, so that small and odd shapes go the way that the largest arrays go.
+The kernels do so with a given `out=` once a call's arrays take half of the last-level cache (the forward on several
+threads: two thirds). Here that cache is taken to have no bytes at all, so that small and odd shapes go the way that the
+largest arrays go. New results are written into the cache, but what is read is asked for ahead.
 """
 
 from __future__ import annotations
@@ -85,6 +86,23 @@ def test_results_of_any_layout(function: str, layout: str) -> None:
             found[size] = results(call(out=out))
         for name, near in found[HUGE].items():
             np.testing.assert_array_equal(found[0][name], near, err_msg=f"{name}, {shape}, {dtype}")
+
+
+@pytest.mark.parametrize("function", OPERATIONS)
+def test_new_results_of_what_is_asked_for_ahead(function: str) -> None:
+    operation = OPERATIONS[function]
+    for shape in SHAPES:
+        if len(shape) < operation.min_rank:
+            continue
+        for dtype, threads in ((np.float32, 1), (np.float64, 1), (np.float64, 2)):
+            call = operation.make(fn, shape, dtype)
+            found = {}
+            for size in (HUGE, 0):
+                _core.set_cache_bytes(size)
+                with fn.num_threads(threads):
+                    found[size] = results(call())
+            for name, near in found[HUGE].items():
+                np.testing.assert_array_equal(found[0][name], near, err_msg=f"{name}, {shape}, {dtype}, {threads}")
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -4,6 +4,7 @@
 #include <new>
 #include <vector>
 
+#include "cpu_features.hpp"
 #include "interpreter.hpp"
 #include "kernel_table.hpp"
 #include "norm_entries.hpp"
@@ -39,6 +40,7 @@ py::object moments(py::handle x_object, const std::vector<bool>& reduced) {
   if (sets > 0) {
     Plan plan = make_plan(in);
     plan.threads = threads_for(sets * count);
+    plan.far = exceeds_cache(sets * count * x.itemsize());
     const auto run = [&](auto zero) {
       using T = decltype(zero);
       NormArgs<T> args;

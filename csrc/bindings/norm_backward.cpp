@@ -94,7 +94,8 @@ py::object run(const NormCache& cache, const Array& x, const Array& dy, py::obje
   args.eps = cache.eps;
   args.centred = spec.kind != Kind::rms;
   args.constant_stats = !cache.training;
-  args.past_cache = reused && result.data() != dy.data() && exceeds_cache(3 * total * x.itemsize());
+  plan.far = exceeds_cache(3 * total * x.itemsize());
+  args.past_cache = reused && result.data() != dy.data() && plan.far;
   args.from_memory = args.past_cache && exceeds_cache(total * x.itemsize());
   args.mean = cache.mean;
   args.mean_lo = cache.mean_lo;

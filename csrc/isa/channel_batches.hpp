@@ -200,9 +200,10 @@ class ChannelBatches {
         constexpr int kRest = decltype(rest)::value;
         if (reading_ahead<T>(plan_, plan_.x, run_) > 0) {
           measure<kRest, false>(cut, ReadAhead<T>(plan_, run_));
-        } else if (kMayOverflow<T> && lines_ == 1 && cut.is_one_tree()) {
-          measure<kRest, kMayOverflow<T>>(cut, NoReadAhead{});
         } else {
+          if constexpr (kMayOverflow<T>) {
+            if (lines_ == 1 && cut.is_one_tree()) return measure<kRest, true>(cut, NoReadAhead{});
+          }
           measure<kRest, false>(cut, NoReadAhead{});
         }
       });
@@ -468,8 +469,11 @@ class ChannelBatches {
   void write(const Lines& lines) const {
     write_mending<T>(plan_.dx_in_place(), [&](auto mends) {
       constexpr bool kMends = decltype(mends)::value;
-      with_short_run(!kPastCache && !kMends && is_short_run(run_), run_,
-                     [&](auto packs) { write<kPastCache, kMends, kPastCache || kMends ? kAnyRun : packs>(lines); });
+      if constexpr (kPastCache || kMends) {
+        write<kPastCache, kMends, kAnyRun>(lines);
+      } else {
+        with_short_run(true, run_, [&](auto packs) { write<false, false, packs>(lines); });
+      }
     });
   }
 

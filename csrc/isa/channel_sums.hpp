@@ -128,7 +128,8 @@ struct TreeGradientSums<double> {
   HalfPack dy_lost_ = Pack<double>(0.0), product_lost_ = Pack<double>(0.0), rest_lost_ = Pack<double>(0.0);
 };
 
-// A run. What is missing in the last pack is zeros of dy: they add nothing. (To the sum of x - pivot they would.)
+// The terms of a run, in trees. What is missing in the last pack is zeros of dy: they add nothing. (To the sum of x -
+// pivot they would.)
 template <class T, class Ahead>
 struct RunTerms {
   const T *x, *dy;
@@ -144,10 +145,10 @@ struct RunTerms {
     return TreeGradientSums<T>::terms(g, d);
   }
   FASTNORM_INLINE auto whole(int64_t i) const { return (*this)(Whole{i}); }
-  // Of kCount packs, the last with `last` values.
+  // Of kCount packs, of which the last has `values_of_last`.
   template <int kCount>
-  FASTNORM_INLINE auto tree(int64_t i, int64_t last_values) const {
-    const auto last = [&] { return (*this)(Partial{i + (kCount - 1) * kPack, last_values}); };
+  FASTNORM_INLINE auto tree(int64_t i, int64_t values_of_last) const {
+    const auto last = [&] { return (*this)(Partial{i + (kCount - 1) * kPack, values_of_last}); };
     if constexpr (kCount == 1) return last();
     if constexpr (kCount == 2) return whole(i) + last();
     if constexpr (kCount == 3) return (whole(i) + whole(i + kPack)) + last();
@@ -158,6 +159,7 @@ struct RunTerms {
   }
 };
 
+// Adds a run.
 template <int kRest, class T, class Ahead>
 FASTNORM_INLINE void add_run(TreeGradientSums<T>& sums, const T* x, const T* dy, const TreeCut& cut,
                              const Pack<T>& pivot, const Ahead& ahead) {
@@ -166,7 +168,7 @@ FASTNORM_INLINE void add_run(TreeGradientSums<T>& sums, const T* x, const T* dy,
   for (int64_t tree = 0; tree < cut.trees; ++tree, i += TreeCut::kTree) sums.add(terms.whole_tree(i));
   if constexpr (kRest > 0) sums.add(terms.template tree<kRest>(i, cut.last));
 }
-// The same of a run that is one tree and all there is to add.
+// The same for a run that is one tree and all there is to add.
 template <int kRest, class Ahead>
 FASTNORM_INLINE void take_run(TreeGradientSums<double>& sums, const double* x, const double* dy, const TreeCut& cut,
                               const Pack<double>& pivot, const Ahead& ahead) {

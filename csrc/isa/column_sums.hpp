@@ -103,8 +103,9 @@ class Columns {
     tiles_ = (lines_.length + kTile<T> - 1) / kTile<T>;
     const int64_t fitting = kPanel<T> / tile / kSlab * kSlab;
     panel_lines_ = fitting < kMaxPanelRows ? fitting : kMaxPanelRows;
-    lines_ahead_ =
-        plan.sets * rows_ * columns_ * kBytes < kLargeBytes ? 0 : (kAheadBytes + tile * kBytes - 1) / (tile * kBytes);
+    const int64_t large = lines_.length * kBytes > kLongLine ? kLargeOfLongLines : kLarge;
+    const bool far = plan.far || plan.sets * rows_ * columns_ * kBytes >= large;
+    lines_ahead_ = far ? (kAheadBytes + tile * kBytes - 1) / (tile * kBytes) : 0;
     per_group_ = (plan.sets + kMaxGroups - 1) / kMaxGroups;
     groups_ = (plan.sets + per_group_ - 1) / per_group_;
     across_sets_ = plan.threads == 1 || groups_ >= 2 * plan.threads;

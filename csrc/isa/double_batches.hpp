@@ -94,8 +94,8 @@ class DoubleBatches {
         whole_lines_(in_whole_lines(plan, args.weight || args.bias)),
         one_run_(plan.whole.rank == 0 || (plan.whole.rank == 1 && plan.whole.stride[0] == sizeof(double))),
         x_run_(length_of_runs(plan)),
-        one_leaf_(plan.set_size() <= kLeaf && x_run_ == plan.set_size()),
-        short_runs_(has_short_runs(plan, args, run)),
+        one_leaf_(one_run_ && plan.set_size() <= kLeaf),
+        short_runs_(may_have_short_runs(plan, args)),
         ordinary_parameters_(has_ordinary_parameters(plan, args)) {}
 
   // Can the sets be read in place? A weight per value wants all values in one run.
@@ -251,11 +251,6 @@ class DoubleBatches {
   // What measure_chunk and finish_set do, for all sets of a batch.
   void finish(DoubleBatch& batch) const {
     const int64_t lanes = (batch.count + kStatisticLanes - 1) / kStatisticLanes * kStatisticLanes;
-    // Lanes without a set get the sums of the first one.
-    for (int64_t lane = batch.count; lane < lanes; ++lane) {
-      batch.sum_lanes[lane] = batch.sum_lanes[0], batch.lost_sum_lanes[lane] = batch.lost_sum_lanes[0];
-      batch.squares_lanes[lane] = batch.squares_lanes[0], batch.lost_squares_lanes[lane] = batch.lost_squares_lanes[0];
-    }
     one_leaf_ ? fold<false>(batch, lanes) : fold<true>(batch, lanes);
     for (int64_t lane = 0; lane < lanes; ++lane) {
       batch.pivot[lane] = 0;
@@ -284,6 +279,12 @@ class DoubleBatches {
 
   template <bool kLost>
   void fold(DoubleBatch& batch, int64_t lanes) const {
+    for (int64_t lane = batch.count; lane < lanes; ++lane) {  // those without a set get the sums of the first one
+      if (args_.centred) batch.sum_lanes[lane] = batch.sum_lanes[0];
+      batch.squares_lanes[lane] = batch.squares_lanes[0];
+      if (kLost && args_.centred) batch.lost_sum_lanes[lane] = batch.lost_sum_lanes[0];
+      if (kLost) batch.lost_squares_lanes[lane] = batch.lost_squares_lanes[0];
+    }
     for (int64_t lane = 0; lane < lanes; lane += kStatisticLanes) {
       if (args_.centred) {
         fold_eight_exactly<kLost>(batch.sum_lanes + lane, batch.lost_sum_lanes + lane, batch.sum + lane,
@@ -412,9 +413,8 @@ class DoubleBatches {
     }
   }
 
-  // Normalises one batch and measures the next: in the same loops where sets are short, or where results are stored
-  // past the cache and arithmetic hides what memory takes; else one after the other (layer norm 512 x 768: 115 us to
-  // 103).
+  // Normalises one batch and measures the next: in the same loops where results are stored past the cache and
+  // arithmetic hides what memory takes; else one after the other (layer norm 512 x 768: 115 us to 103).
   template <bool kCentred, class WeightOf, class BiasOf>
   void normalise(const DoubleBatch& now, DoubleBatch& next, const WeightOf& weight_of, const BiasOf& bias_of) const {
     if (one_run_ && plan_.segments == 1 && lines_ == 1) {
@@ -433,9 +433,8 @@ class DoubleBatches {
   }
 
   // May the parameters of short runs stay in registers, being the same for all of them?
-  static bool has_short_runs(const Plan& plan, const NormArgs<double>& args, int64_t run) {
-    const bool one_for_all = plan.family == Family::channel || plan.params == plan.params_per_set;
-    return is_short_run(run) && one_for_all && !args.past_cache;
+  static bool may_have_short_runs(const Plan& plan, const NormArgs<double>& args) {
+    return (plan.family == Family::channel || plan.params == plan.params_per_set) && !args.past_cache;
   }
   template <bool kCentred, int kPacks, class Weight, class Bias>
   [[gnu::noinline]] FASTNORM_LOOPS void normalise_short_runs(const DoubleBatch& now, Weight w, Bias b) const {
@@ -468,9 +467,8 @@ class DoubleBatches {
       const DoubleFormula<kCentred, decltype(w), decltype(b)> formula(now, lane, w, b);
       const double* const x = reinterpret_cast<const double*>(plan_.x.data + x_offsets.next());
       double* const y = reinterpret_cast<double*>(plan_.y.data + y_offsets.next());
-      const double* const coming_x = reinterpret_cast<const double*>(plan_.x.data + coming_offsets.next());
       if (past_cache && lane < next.count) {
-        Coming<kCentred> coming(coming_x, n, distance_);
+        Coming<kCentred> coming(reinterpret_cast<const double*>(plan_.x.data + coming_offsets.next()), n, distance_);
         write_line(x, y, formula, [&] { coming.add_leaf(); });
         next.put(lane, coming.all(), one_leaf_);
       } else {
@@ -484,16 +482,19 @@ class DoubleBatches {
   template <bool kCentred, int kPacks, class WeightOf, class BiasOf>
   [[gnu::noinline]] FASTNORM_LOOPS void normalise_segments(const DoubleBatch& now, DoubleBatch& next,
                                                            const WeightOf& weight_of, const BiasOf& bias_of) const {
+    const bool in_turn = kPacks != kAnyRun || !one_run_ || !args_.past_cache;
     for (int64_t lane = 0; lane < now.count; ++lane) {
-      if (one_run_ && args_.past_cache && lane < next.count) {
-        Coming<kCentred> coming(run_of(next.first + lane), plan_.set_size(), distance_);
-        normalise_set<kCentred, kPacks>(now, lane, weight_of, bias_of, [&] { coming.add_leaf(); });
-        next.put(lane, coming.all(), one_leaf_);
-      } else {
-        normalise_set<kCentred, kPacks>(now, lane, weight_of, bias_of, [] {});
+      if constexpr (kPacks == kAnyRun) {
+        if (!in_turn && lane < next.count) {
+          Coming<kCentred> coming(run_of(next.first + lane), plan_.set_size(), distance_);
+          normalise_set<kCentred, kPacks>(now, lane, weight_of, bias_of, [&] { coming.add_leaf(); });
+          next.put(lane, coming.all(), one_leaf_);
+          continue;
+        }
       }
+      normalise_set<kCentred, kPacks>(now, lane, weight_of, bias_of, [] {});
     }
-    if (!(one_run_ && args_.past_cache)) measure<kCentred>(next);
+    if (in_turn) measure<kCentred>(next);
   }
 
   // Past the cache, between() comes before every kLeaf values.

@@ -4,7 +4,8 @@
 //
 // The tree goes all the way down: equal terms, as two-valued data have them, round the same way at every step of a
 // plain chain, which costs float64 sums of 2048 such terms a dozen units in the last place. Added in pairs they are
-// exact. (Sums of float32 data in double have digits to spare; moments.hpp adds those in plain lanes.)
+// exact; sums of leaves that come one after the other are added with what rounding takes (ExactSum). (Sums of float32
+// data in double have digits to spare; moments.hpp adds those in plain lanes.)
 #pragma once
 
 #include <cstdint>
@@ -125,8 +126,6 @@ inline auto tree_sums(int64_t first, int64_t n, const Term& term) -> decltype(te
 struct ExactSum {
   HalfPack sum = Pack<double>(-0.0), lost = Pack<double>(0.0);  // -0 + any number is that number
 
-  ExactSum() = default;
-  FASTNORM_INLINE explicit ExactSum(const Pack<double>& terms) : sum(terms) {}
   FASTNORM_INLINE void add(const Pack<double>& terms) { sum.add(terms, lost); }
   FASTNORM_INLINE TwoTerm total() const { return fold_exactly(sum, lost); }
 };

@@ -122,8 +122,8 @@ inline bool few_terms(int64_t count) {
 // Is a pivot so near the mean that sums about it are as good as about the mean itself? What rounding takes from the
 // squares counts squares / m2 times in rstd, and the mean is off by as much of the distance as its sum is. So it
 // depends on the sums: those of sets in runs keep what is lost between their leaves. (At 2, sets of two values, half of
-// them 0, were off by 6 u. Of 6e7 sets made to be hard 10 were off by more than 4 u at 1.8, and 3 at 1.7, where rows of
-// 30 half a standard deviation from zero take 6 % longer; at 1.6 one, and 14 %.)
+// them 0, were off by 6 u. Of 6e7 sets made to be hard 10 were off by more than 4 u at 1.8, 3 at 1.7 and one at 1.6;
+// rows of 30 half a standard deviation from zero take 6 % longer each time.)
 constexpr double kMostSquares = 1.5, kMostSquaresOfSet = 1.7;
 // Squares that vanish say nothing of that, and a constant set wants every digit of its mean.
 constexpr double kLeastSquares = 0x1p-960;

@@ -2,6 +2,7 @@
 // past it, and the loops along a run.
 #pragma once
 
+#include <type_traits>
 #include <utility>
 
 #include "isa/vec.hpp"
@@ -82,7 +83,7 @@ FASTNORM_INLINE void for_constants(const Body& body) {
   for_constants(std::make_integer_sequence<int, kCount>{}, body);
 }
 
-// body(constant) for that of 0 .. count - 1 which `number` is: loops whose shape is known are shorter.
+// body(constant) for that of 0 .. count - 1 which `number` is, if any: loops whose shape is known are shorter.
 template <int kCount, class Body>
 inline void with_constant(int64_t number, const Body& body) {
   for_constants<kCount>([&](auto constant) {

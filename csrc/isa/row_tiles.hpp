@@ -8,8 +8,6 @@
 // in double.
 #pragma once
 
-#include <utility>
-
 #include "isa/segment.hpp"
 #include "isa/short_trees.hpp"
 

@@ -89,7 +89,8 @@ FASTNORM_INLINE V less_mean(const V& v, const V& mean, const V& mean_lo) {
   return d + (((v - (d - part)) - (mean + part)) - mean_lo);
 }
 
-// Runs from this length on are written in whole lines of the cache: two lines for a pack take twice as long.
+// Runs from this length on are written in whole lines of the cache, where no loop of known length writes them: two
+// lines for a pack take twice as long.
 constexpr int64_t kAlignedRun = 4 * kPack;
 
 // Are float64 results written in whole lines, if they go into the cache? Not where parameters are read along with rows
@@ -101,15 +102,15 @@ inline bool in_whole_lines(const Plan& plan, bool params) {
 }
 
 // Runs of a whole pack to four, for which there are loops of known length: kPacks packs and one that ends with the run.
-constexpr int64_t kShortRun = 4 * kPack;
+constexpr int64_t kLongestShortRun = 4 * kPack;
 constexpr int kAnyRun = -1;
-inline bool is_short_run(int64_t n) { return n >= kPack && n <= kShortRun; }
+inline bool is_short_run(int64_t n) { return n >= kPack && n <= kLongestShortRun; }
 
-// call(kPacks), a constant, of a run of n values; kAnyRun unless it is a short one.
+// call(kPacks), a constant, of a run of n values; kAnyRun if it is no short one, or not to be taken for one.
 template <class Call>
-inline void with_short_run(bool is_short, int64_t n, const Call& call) {
-  if (!is_short) return call(std::integral_constant<int, kAnyRun>{});
-  with_constant<kShortRun / kPack>((n - 1) / kPack, call);
+inline void with_short_run(bool allowed, int64_t n, const Call& call) {
+  if (!allowed || !is_short_run(n)) return call(std::integral_constant<int, kAnyRun>{});
+  with_constant<kLongestShortRun / kPack>((n - 1) / kPack, call);
 }
 
 // result(i, place) of pack i of a short run, and of the last one, which is computed before anything is written.

@@ -30,7 +30,8 @@ class AlignedParameters {
   // Few rows are not worth it, nor are parameters that leave no room in the nearest caches.
   static bool wanted(const Plan& plan, const NormArgs<T>& args) {
     constexpr int64_t kLeastRows = 16, kMostElements = 4096;
-    return plan.family == Family::row && (args.weight || args.bias) && plan.sets >= kLeastRows &&
+    const bool in_registers = kMayOverflow<T> && is_short_run(plan.elements) && !args.past_cache;
+    return plan.family == Family::row && (args.weight || args.bias) && plan.sets >= kLeastRows && !in_registers &&
            plan.elements <= kMostElements && plan.params == plan.elements;
   }
 

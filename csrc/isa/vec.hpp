@@ -528,7 +528,7 @@ FASTNORM_INLINE TwoTerm fold_exactly(const Vector<double, kBytes>& sum, const Ve
     return fold_exactly<kBytes / 2>(both, ((a - (both - part)) + (b - part)) + (a_lost + b_lost));
   }
 }
-// The parts of a pack, or of half of one, into the first; what they had lost, and lose here, in `lost`.
+// The parts of half a pack into the first; what they had lost, and lose here, in `lost`.
 template <int kParts>
 FASTNORM_INLINE void fold_parts_exactly(Pack<double>::Part* sum, Pack<double>::Part* lost) {
   FASTNORM_UNROLL
