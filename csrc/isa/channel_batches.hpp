@@ -198,14 +198,13 @@ class ChannelBatches {
       const TreeCut cut(run_);
       cut.with_rest([&](auto rest) {
         constexpr int kRest = decltype(rest)::value;
-        if (reading_ahead<T>(plan_, plan_.x, run_) > 0) {
-          measure<kRest, false>(cut, ReadAhead<T>(plan_, run_));
-        } else {
-          if constexpr (kMayOverflow<T>) {
-            if (lines_ == 1 && cut.is_one_tree()) return measure<kRest, true>(cut, NoReadAhead{});
-          }
-          measure<kRest, false>(cut, NoReadAhead{});
+        if (reading_ahead<T>(plan_, plan_.x, run_) > 0) return measure<kRest, false>(cut, ReadAhead<T>(plan_, run_));
+        if constexpr (kMayOverflow<T>) {  // float32 gains nothing by asking, nor do sets of several lines
+          const ReadAhead<T> near(kNearAheadBytes);
+          if (lines_ == 1)
+            return cut.is_one_tree() ? measure<kRest, true>(cut, near) : measure<kRest, false>(cut, near);
         }
+        measure<kRest, false>(cut, NoReadAhead{});
       });
       prepare();
       for (int64_t i = 0; i < count_; ++i) {

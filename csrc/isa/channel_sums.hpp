@@ -31,6 +31,7 @@ struct ReadAhead {
   int64_t x_distance, dy_distance;
   ReadAhead(const Plan& plan, int64_t run)
       : x_distance(reading_ahead<T>(plan, plan.x, run)), dy_distance(reading_ahead<T>(plan, plan.dy, run)) {}
+  explicit ReadAhead(int64_t distance) : x_distance(distance), dy_distance(distance) {}
   FASTNORM_INLINE void operator()(const T* x, const T* dy) const {
     prefetch(x, x_distance);
     prefetch(dy, dy_distance);

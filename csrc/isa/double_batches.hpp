@@ -90,7 +90,7 @@ class DoubleBatches {
         args_(args),
         run_(run),
         lines_(plan.elements / run),
-        distance_(reading_ahead<double>(plan, plan.x, plan.whole.inner_size())),
+        distance_(asking_ahead(plan)),
         whole_lines_(in_whole_lines(plan, args.weight || args.bias)),
         one_run_(plan.whole.rank == 0 || (plan.whole.rank == 1 && plan.whole.stride[0] == sizeof(double))),
         x_run_(length_of_runs(plan)),
@@ -109,6 +109,13 @@ class DoubleBatches {
   }
 
  private:
+  // What sets in place are asked for ahead: a few lines, or the next of a set's runs.
+  static int64_t asking_ahead(const Plan& plan) {
+    const int64_t distance = reading_ahead<double>(plan, plan.x, plan.whole.inner_size());
+    if (distance != 0) return distance;
+    return plan.whole.rank > 1 ? plan.whole.stride[0] : kNearAheadBytes;
+  }
+
   // Adds up a set that is one run, leaf by leaf.
   template <bool kCentred>
   class Coming {
@@ -211,17 +218,19 @@ class DoubleBatches {
   template <bool kCentred>
   [[gnu::noinline]] FASTNORM_LOOPS void measure_pieces(DoubleBatch& batch, int64_t lane) const {
     Deviations<kCentred, AboutZero> all;
-    for_set_runs(plan_, batch.first + lane, 0, [&](const double* x, int64_t n) { all.add_run(x, n, distance_); });
+    for_set_runs(plan_, batch.first + lane, 0, [&](const double* x, int64_t n) { all.add_run(x, n, 0); });
     batch.put(lane, all, false);
   }
   // Sets that are a leaf each.
   template <bool kCentred, class Packs, class HasRest>
   [[gnu::noinline]] FASTNORM_LOOPS void measure_leaves(DoubleBatch& batch, Packs packs, HasRest has_rest) const {
-    const int64_t rest = x_run_ % kPack;
+    const int64_t n = x_run_, rest = n % kPack, distance = distance_;
     Offsets offsets(plan_.x.set, batch.first);
     for (int64_t lane = 0; lane < batch.count; ++lane) {
+      const double* const x = reinterpret_cast<const double*>(plan_.x.data + offsets.next());
       Deviations<kCentred, AboutZero> all;
-      all.add_leaf(reinterpret_cast<const double*>(plan_.x.data + offsets.next()), packs, has_rest, rest);
+      ask_for(x, n, distance);
+      all.add_leaf(x, packs, has_rest, rest);
       batch.put(lane, all, true);
     }
   }
@@ -243,7 +252,7 @@ class DoubleBatches {
     for (int64_t i = 0; i < runs; ++i, run += step) {
       const double* x = reinterpret_cast<const double*>(run);
       for (const double* const last = x + before_last; x < last; x += kLeaf) all.add_leaf_asking(x, kLeaf, distance);
-      if (distance != 0) ask_for(x, x_run_ - before_last, distance);
+      ask_for(x, x_run_ - before_last, distance);
       all.add_leaf(x, packs, has_rest, rest);
     }
   }

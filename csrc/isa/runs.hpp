@@ -26,7 +26,12 @@ inline bool split_sets(const Plan& plan) {
 // rows of 1024: 4 MB 132 us, 96 without).
 constexpr int64_t kAheadBytes = 8192;
 
-// That distance along an operand, in bytes.
+// What the caches do hold is asked for in places where sets are read in the order of memory, a few lines ahead: where
+// it comes from the last cache this saves 3 to 15 % of a call (instance norm 14 x 14: 48 us to 43; float64 rows of 30:
+// 143 to 130), where from a nearer one it costs nothing. (1024 and 4096 bytes do the same.)
+constexpr int64_t kNearAheadBytes = 2048;
+
+// The distance for what they do not hold along an operand, in bytes; 0 if they do.
 template <class T>
 inline int64_t reading_ahead(const Plan& plan, const Operand& operand, int64_t run) {
   if (plan.ahead != 0) return plan.ahead;

@@ -17,11 +17,9 @@ constexpr int64_t kAppliedElements = 65536;
 // registers (AVX2) layer norm of rows of 768 takes 5 % more, of 1024 2 % less.
 constexpr int64_t kLongSet = kManyRegisters ? 512 : 1024;
 
-// Sets from this length on, if they go by twos, are asked for so many bytes ahead wherever they come from: from the
-// last cache it saves 3 to 7 % (instance norm 14 x 14: 48 us to 45), from nearer ones it costs nothing; 1024 and 4096
-// do the same. Rows of 30 take 2 to 4 % longer for it, and the loops over lines of a set, those of the backward and
-// batch norm's gain nothing.
-constexpr int64_t kAskedRun = 4 * kPack, kAskedAhead = 2048;
+// Sets from this length on, if they go by twos, are asked for (kNearAheadBytes). Rows of 30 take 2 to 4 % longer for
+// it, and sets of several lines (batch norm) gain nothing, however far ahead.
+constexpr int64_t kAskedRun = 4 * kPack;
 
 class SetBatches {
  public:
@@ -268,8 +266,8 @@ class SetBatches {
     PlainSums<centred> sums0, sums1;
     for_packs(run_, [&](auto at) {
       if constexpr (kAsks) {
-        prefetch(coming0 + at.start, kAskedAhead);
-        prefetch(coming1 + at.start, kAskedAhead);
+        prefetch(coming0 + at.start, kNearAheadBytes);
+        prefetch(coming1 + at.start, kNearAheadBytes);
       }
       sums0.add(at, coming0);
       sums1.add(at, coming1);
