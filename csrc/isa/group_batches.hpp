@@ -17,9 +17,7 @@ class RunInParts {
     PlainSums<> inner = sums_;
     constexpr int64_t kStep = 4 * kPack;
     for (; done_ + kStep <= end; done_ += kStep) {
-      if (distance_ != 0) {
-        for (int64_t i = 0; i < kStep; i += kPack) prefetch(x_ + done_ + i, distance_);
-      }
+      ask_for(x_ + done_, kStep, distance_);
       FASTNORM_UNROLL
       for (int64_t i = 0; i < kStep; i += kPack) inner.add(Whole{done_ + i}, x_);
     }
@@ -105,7 +103,8 @@ class GroupBatches {
   }
 
   RunInParts run_of(const SetLines<float>& from, int64_t set) const {
-    return RunInParts(reinterpret_cast<const float*>(from.set(set)), plan_.whole.count, distance_);
+    const int64_t distance = distance_ != 0 ? distance_ : kNearAheadBytes;
+    return RunInParts(reinterpret_cast<const float*>(from.set(set)), plan_.whole.count, distance);
   }
 
   FASTNORM_LOOPS void measure(Batch& batch) const {
