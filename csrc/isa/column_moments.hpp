@@ -60,11 +60,25 @@ inline void repeat(const Lines& lines, V* values) {
   }
 }
 
+// Sets of up to so many columns have loops made for their width, vectors over sets: set by set, what there is to do per
+// column took half the time of group norm's backward of 7 x 7 with channels last.
+constexpr int64_t kNarrowSet = 8;
+
 // Numbers per column from numbers per set.
-inline const double* spread_sets(const double* of_sets, int64_t sets, int64_t width, double* to) {
+[[gnu::noinline]] inline const double* spread_sets(const double* of_sets, int64_t sets, int64_t width, double* to) {
   if (width == 1) return of_sets;
+  if (width <= kNarrowSet) {
+    with_constant<kNarrowSet + 1>(width, [&](auto columns) {
+#pragma omp simd
+      for (int64_t set = 0; set < sets; ++set) {
+        for (int64_t c = 0; c < columns; ++c) to[set * columns + c] = of_sets[set];
+      }
+    });
+    return to;
+  }
   for (int64_t set = 0; set < sets; ++set) {
-    for (int64_t c = set * width; c < (set + 1) * width; ++c) to[c] = of_sets[set];
+    const double number = of_sets[set];
+    for (int64_t c = set * width; c < (set + 1) * width; ++c) to[c] = number;
   }
   return to;
 }
@@ -154,8 +168,19 @@ struct ColumnSpace {
 };
 
 // Numbers per set from numbers per column, by addition.
-inline const double* add_up_sets(const double* columns, int64_t sets, int64_t width, double* to) {
+[[gnu::noinline]] inline const double* add_up_sets(const double* columns, int64_t sets, int64_t width, double* to) {
   if (width == 1) return columns;
+  if (width <= kNarrowSet) {
+    with_constant<kNarrowSet + 1>(width, [&](auto narrow) {
+#pragma omp simd
+      for (int64_t set = 0; set < sets; ++set) {
+        double sum = 0;
+        for (int64_t c = 0; c < narrow; ++c) sum += columns[set * narrow + c];
+        to[set] = sum;
+      }
+    });
+    return to;
+  }
   for (int64_t set = 0; set < sets; ++set) {
     double sum = 0;
     for (int64_t c = set * width; c < (set + 1) * width; ++c) sum += columns[c];
