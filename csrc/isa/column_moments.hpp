@@ -521,10 +521,11 @@ inline void take_statistics(const Columns<T>& columns, int64_t outer, const Colu
 template <class T, class Body>
 inline bool for_outer_spaces(const Columns<T>& columns, const Body& body) {
   const int64_t size = ColumnSpace<T>::size_of(columns);
-  const RawSpace workspace(columns.groups() * size);
+  const int64_t workspaces = columns.workspaces();
+  const RawSpace workspace(workspaces * size);
   if (!workspace) return false;
   columns.for_outer([&](int64_t group, int64_t outer) {
-    body(ColumnSpace<T>(workspace.data() + group * size, columns), group, outer);
+    body(ColumnSpace<T>(workspace.data() + group % workspaces * size, columns), group, outer);
   });
   return true;
 }
