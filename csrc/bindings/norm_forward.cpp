@@ -107,9 +107,11 @@ bool accepts_updates(const Array& x, const Optional& weight, const Optional& bia
 void update_running(const Optional& mean, const Optional& var, double momentum, const Sizes& sizes,
                     const Statistics& batch) {
   const double count = static_cast<double>(sizes.per_set), unbiased = count / (count - 1);
-  for (int64_t c = 0; c < sizes.sets; ++c) {
-    if (mean.given) store(mean.array, c, mix(momentum, load(mean.array, c), batch.mean[c]));
-    if (var.given) store(var.array, c, mix(momentum, load(var.array, c), batch.var[c] * unbiased));
+  for (int64_t c = 0; mean.given && c < sizes.sets; ++c) {
+    store(mean.array, c, mix(momentum, load(mean.array, c), batch.mean[c]));
+  }
+  for (int64_t c = 0; var.given && c < sizes.sets; ++c) {
+    store(var.array, c, mix(momentum, load(var.array, c), batch.var[c] * unbiased));
   }
 }
 

@@ -253,7 +253,7 @@ inline void gradient_outer_sums(const Columns<T>& columns, int64_t outer, const 
 // The means of the gradients of each set, and whether dx can be made of them in float32 (done = 1).
 inline void gradient_means(const Columns<float>& columns, const ColumnSpace<float>& space) {
   const int64_t width = columns.plan().columns_per_set, sets = columns.sets_in_outer(), n = columns.columns();
-  const double count = static_cast<double>(columns.rows() * width);
+  const double count = static_cast<double>(columns.rows() * width), share = 1 / count;
   double *const dy = space.of_column[0], *const dy_xhat = space.of_column[1], *const size = space.of_column[2];
 #pragma omp simd
   for (int64_t c = 0; c < n; ++c) {
@@ -266,7 +266,7 @@ inline void gradient_means(const Columns<float>& columns, const ColumnSpace<floa
   const double* const sizes = add_up_sets(size, sets, width, space.size);
 #pragma omp simd
   for (int64_t set = 0; set < sets; ++set) {
-    const double a = dy_sums[set] / count, b = dy_xhat_sums[set] / count;
+    const double a = dy_sums[set] * share, b = dy_xhat_sums[set] * share;
     const bool plain = sized(sizes[set], count) & plain_statistic<float>(space.mean[set], space.rstd[set], 1) &
                        (std::fabs(a) < 0x1p100) & (std::fabs(b * space.rstd[set]) < 0x1p100);
     space.mean_g[set] = a;

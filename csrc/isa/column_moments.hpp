@@ -138,11 +138,11 @@ struct ColumnSpace {
 
   // To be called when plain[c] is known for all columns.
   void find_careful(const Lines& lines) const {
-    T least = 1;
-#pragma omp simd reduction(min : least)
-    for (int64_t c = 0; c < lines.columns; ++c) least = plain[c] < least ? plain[c] : least;
+    int any = 0;
+#pragma omp simd reduction(| : any)
+    for (int64_t c = 0; c < lines.columns; ++c) any |= plain[c] == 0 ? 1 : 0;
     for (int64_t pack = 0; pack < lines.length / kPack + 2; ++pack) careful[pack] = 0;
-    if (least == 1) return;
+    if (any == 0) return;
     repeat(lines, plain);
     for (int64_t at = 0; at < lines.length + (lines.many ? kPack : 0); ++at) {
       if (plain[at] == 0) careful[at / kPack] = 1;
@@ -250,7 +250,7 @@ inline void sample_pivots(const Columns<T>& columns, int64_t outer, const Column
 // share: 4 u of y leave no room for that.
 inline bool plain_moments(const Columns<float>& columns, int64_t outer, const ColumnSpace<float>& space) {
   const int64_t width = columns.plan().columns_per_set, sets = columns.sets_in_outer();
-  const double count = static_cast<double>(columns.rows() * width), eps = columns.args().eps;
+  const double count = static_cast<double>(columns.rows() * width), share = 1 / count, eps = columns.args().eps;
   const Operand* const operands[1] = {&columns.plan().x};
   const int64_t ahead = columns.lines_ahead();
   columns.sum<1>(outer, operands, space.sums,
@@ -269,8 +269,8 @@ inline bool plain_moments(const Columns<float>& columns, int64_t outer, const Co
   double good_ones = 0;
 #pragma omp simd reduction(+ : good_ones)
   for (int64_t set = 0; set < sets; ++set) {
-    const double sum = first[set], squares = second[set], mean = sum / count;
-    const double m2 = squares - sum * mean, var = m2 / count;
+    const double sum = first[set], squares = second[set], mean = sum * share;
+    const double m2 = squares - sum * mean, var = m2 * share;
     space.mean[set] = mean;
     space.mean_lo[set] = 0;
     space.rstd[set] = var + eps == 0 ? 0 : 1 / std::sqrt(var + eps);
