@@ -36,6 +36,34 @@ def test_every_number_of_groups_on_every_channel_axis(num_groups: int, channel_a
     assert_close(grads._asdict(), expected("group_norm_backward", dy=dy, cache=cache))
 
 
+# Groups of a few neighbouring columns have loops over groups made for their width.
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("num_groups", [1, 7, 17, 33])
+@pytest.mark.parametrize("width", range(2, 10))
+def test_channels_last_groups_of_every_width(width: int, num_groups: int, dtype: Any) -> None:
+    rng = np.random.default_rng(width)
+    channels = width * num_groups
+    x, dy = rng.normal(2, 3, (2, 5, 13, channels)).astype(dtype)
+    weight, bias = rng.normal(size=(2, channels)).astype(dtype)
+    odd = num_groups // 2
+    x[1, :, odd * width : (odd + 1) * width] = 7  # its statistics are made with care, those beside it are not
+    arguments = {"num_groups": num_groups, "weight": weight, "bias": bias, "channel_axis": -1}
+    y, cache = fn.group_norm_forward(x, **arguments)
+    exact = expected("group_norm_forward", x=x, **arguments)
+    assert_close({"y": y, "mean": cache.mean, "rstd": cache.rstd}, exact)
+    grads = fn.group_norm_backward(dy, cache)
+    assert_close(grads._asdict(), expected("group_norm_backward", dy=dy, cache=cache))
+
+    x[2, 3, odd * width] = np.nan
+    spoilt, cache = fn.group_norm_forward(x, **arguments)
+    grads_of_spoilt = fn.group_norm_backward(dy, cache)
+    inside = np.zeros(x.shape, dtype=bool)
+    inside[2, :, odd * width : (odd + 1) * width] = True
+    for result, before in ((spoilt, y), (grads_of_spoilt.dx, grads.dx)):
+        assert np.isnan(result[inside]).all()
+        np.testing.assert_array_equal(result[~inside], before[~inside])
+
+
 def test_is_instance_norm_with_a_group_for_each_channel() -> None:
     x = np.random.default_rng(1).normal(size=(4, 6, 9, 2)).astype(np.float32)
     assert_close({"y": fn.group_norm(x, 6)}, expected("instance_norm", x=x))

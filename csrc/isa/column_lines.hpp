@@ -12,7 +12,7 @@ namespace {
 constexpr int kSlab = 8;                    // rows summed in a tree
 constexpr int64_t kChunkBytes = 128 << 10;  // of a tile of x, whose sums are kept apart: what one thread takes
 constexpr int64_t kMinChunkRows = 128, kMaxChunkRows = 4096;
-constexpr int64_t kMaxGroups = 64;  // of outer indices, with a workspace each
+constexpr int64_t kMaxGroups = 64;  // of outer indices: what one thread takes
 template <class T>
 constexpr int64_t kTile = 4096 / sizeof(T);  // values of a line worked on together
 template <class T>

@@ -64,27 +64,34 @@ inline void repeat(const Lines& lines, V* values) {
 // column took half the time of group norm's backward of 7 x 7 with channels last.
 constexpr int64_t kNarrowSet = 8;
 
+// call(width), as a constant, of 2 to kNarrowSet columns. (What calls it is not inlined: one copy of all these loops.)
+template <class Call>
+FASTNORM_INLINE void with_narrow_set(int64_t width, const Call& call) {
+  with_constant<kNarrowSet - 1>(width - 2,
+                                [&](auto more) { call(std::integral_constant<int, decltype(more)::value + 2>{}); });
+}
+
 // Numbers per column from numbers per set.
 [[gnu::noinline]] inline const double* spread_sets(const double* of_sets, int64_t sets, int64_t width, double* to) {
   if (width == 1) return of_sets;
   if (width <= kNarrowSet) {
-    with_constant<kNarrowSet + 1>(width, [&](auto columns) {
+    with_narrow_set(width, [&](auto narrow) {
 #pragma omp simd
       for (int64_t set = 0; set < sets; ++set) {
-        for (int64_t c = 0; c < columns; ++c) to[set * columns + c] = of_sets[set];
+        for (int64_t c = 0; c < narrow; ++c) to[set * narrow + c] = of_sets[set];
       }
     });
     return to;
   }
   for (int64_t set = 0; set < sets; ++set) {
-    const double number = of_sets[set];
+    const double number = of_sets[set];  // which the stores might change, for all that compilers know
     for (int64_t c = set * width; c < (set + 1) * width; ++c) to[c] = number;
   }
   return to;
 }
 
-// Workspace of one group of outer indices, and of what is known of the outer index at hand. Arrays "per place" have
-// the length of a line.
+// Workspace of the outer index at hand, and of what is known of it; groups that no two threads share have one for all.
+// Arrays "per place" have the length of a line.
 template <class T>
 struct ColumnSpace {
   double* sums;
@@ -171,7 +178,7 @@ struct ColumnSpace {
 [[gnu::noinline]] inline const double* add_up_sets(const double* columns, int64_t sets, int64_t width, double* to) {
   if (width == 1) return columns;
   if (width <= kNarrowSet) {
-    with_constant<kNarrowSet + 1>(width, [&](auto narrow) {
+    with_narrow_set(width, [&](auto narrow) {
 #pragma omp simd
       for (int64_t set = 0; set < sets; ++set) {
         double sum = 0;
@@ -269,7 +276,7 @@ inline bool plain_moments(const Columns<float>& columns, int64_t outer, const Co
   double good_ones = 0;
 #pragma omp simd reduction(+ : good_ones)
   for (int64_t set = 0; set < sets; ++set) {
-    const double sum = first[set], squares = second[set], mean = sum * share;
+    const double sum = first[set], squares = second[set], mean = sum / count;
     const double m2 = squares - sum * mean, var = m2 * share;
     space.mean[set] = mean;
     space.mean_lo[set] = 0;
@@ -517,7 +524,7 @@ inline void take_statistics(const Columns<T>& columns, int64_t outer, const Colu
   }
 }
 
-// body(group's workspace, outer index) for all outer indices. False: no memory.
+// body(workspace, group, outer index) for all outer indices. False: no memory.
 template <class T, class Body>
 inline bool for_outer_spaces(const Columns<T>& columns, const Body& body) {
   const int64_t size = ColumnSpace<T>::size_of(columns);

@@ -112,8 +112,8 @@ class Columns {
   }
 
   int64_t groups() const { return groups_; }
-  // One for each group where groups go to threads. More than are needed would take room in the caches (group norm's
-  // backward of 7 x 7 with channels last: 10 % of the time).
+  // One for each group where groups go to threads. More than are needed take room in the caches (group norm's backward
+  // of 7 x 7 with channels last, one thread: 10 % of the time).
   int64_t workspaces() const { return plan_.threads > 1 && across_sets_ ? groups_ : 1; }
   int64_t sets_in_outer() const { return columns_ / plan_.columns_per_set; }
   // Doubles that the sums of one outer index take, chunk by chunk.

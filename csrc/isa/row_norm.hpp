@@ -105,8 +105,8 @@ class RowBackward {
     // The next rows, while the gradients of these are written: those that are read when all of these are (65536 x 100:
     // 5.7 ms to 3.6). Short rows from memory are asked for once: twice, and held back, they took 3 to 20 % longer.
     const bool twice = args.from_memory && together_ < Rows::kMost;
-    const bool once = Kernels::asked(plan.elements) || reading_ahead<T>(plan, plan.x, run_) != 0;
-    if (in_place_ && (twice || once)) {
+    const bool next_rows = Kernels::asked(plan.elements) || reading_ahead<T>(plan, plan.x, run_) != 0;
+    if (in_place_ && (twice || next_rows)) {
       ahead_.written = together_ * plan.elements * static_cast<int64_t>(sizeof(T));
       if (twice) ahead_.summed = 2 * ahead_.written;
     }
