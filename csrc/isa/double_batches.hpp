@@ -13,6 +13,15 @@ namespace {
 // with this; fewer long rows leave lanes of the statistics empty).
 constexpr int64_t kRowsElements = 4096, kPlanesElements = 3072;
 
+// As FloatFactors: (x - pivot) * (factor + factor_lo) + offset.
+struct DoubleFactors {
+  double pivot, factor, factor_lo, offset;
+
+  FASTNORM_INLINE static DoubleFactors of(const SplitMean& mean, const TwoTerm& by, double shift) {
+    return {mean.pivot, by.hi, by.lo, mean.offset(by.hi, by.lo, shift)};
+  }
+};
+
 // Some sets, their sums, and what normalises them.
 struct DoubleBatch {
   int64_t first = 0, count = 0;
@@ -39,6 +48,13 @@ struct DoubleBatch {
   FASTNORM_INLINE Statistic statistic(int64_t lane) const {
     return {mean[lane], mean_lo[lane], rstd[lane], scale[lane], var[lane] > 0 ? 1.0 : 0.0, rstd_lo[lane], two_parts};
   }
+  FASTNORM_INLINE DoubleFactors factors(int64_t lane) const {
+    return {from[lane], factor[lane], factor_lo[lane], offset[lane]};
+  }
+  // Those of one segment of many, which has parameters of its own.
+  FASTNORM_INLINE DoubleFactors factors(int64_t lane, double w, double b) const {
+    return DoubleFactors::of({from[lane], rest[lane], rest_lo[lane]}, split_factor(rstd[lane], rstd_lo[lane], w), b);
+  }
   [[gnu::noinline]] void split_means(int64_t lanes) {
 #pragma omp simd
     for (int64_t lane = 0; lane < lanes; ++lane) {
@@ -61,20 +77,8 @@ struct DoubleFormula {
   Weight weight;
   Bias bias;
 
-  DoubleFormula(const DoubleBatch& batch, int64_t lane, Weight w, Bias b)
-      : pivot(batch.from[lane]),
-        factor(batch.factor[lane]),
-        factor_lo(batch.factor_lo[lane]),
-        offset(batch.offset[lane]),
-        weight(w),
-        bias(b) {}
-  DoubleFormula(const SplitMean& mean, const TwoTerm& by, double shift, Weight w, Bias b)
-      : pivot(mean.pivot),
-        factor(by.hi),
-        factor_lo(by.lo),
-        offset(mean.offset(by.hi, by.lo, shift)),
-        weight(w),
-        bias(b) {}
+  DoubleFormula(const DoubleFactors& f, Weight w, Bias b)
+      : pivot(f.pivot), factor(f.factor), factor_lo(f.factor_lo), offset(f.offset), weight(w), bias(b) {}
 
   template <class At>
   FASTNORM_INLINE Pack<double> operator()(At at, const double* x) const {
@@ -177,8 +181,7 @@ class DoubleBatches {
       const Statistic s = finish_row(set, squares);
       Coming<false> coming(coming_x, coming_x ? run_ : 0, distance_);
       if (s.scale == 1) {
-        const DoubleFormula<false, std::decay_t<decltype(weight)>, None> formula(SplitMean{}, TwoTerm{s.rstd, 0},
-                                                                                 kNoBias, weight, None{});
+        const DoubleFormula<false, std::decay_t<decltype(weight)>, None> formula({0, s.rstd, 0, 0}, weight, None{});
         write_run_between<false>(
             y, run_, [&](auto at) { return formula(at, x); }, whole_lines_, [&] { coming.add_leaf(); });
       } else {
@@ -201,9 +204,7 @@ class DoubleBatches {
     if (!runs_in_place(plan)) return 0;
     return whole.rank == 0 ? 1 : whole.inner_size();
   }
-  const double* run_of(int64_t set) const {
-    return reinterpret_cast<const double*>(plan_.x.data + plan_.x.set.offset(set));
-  }
+  const char* run_of(int64_t set) const { return plan_.x.data + plan_.x.set.offset(set); }
 
   // ---- statistics
 
@@ -227,31 +228,31 @@ class DoubleBatches {
   // Sets that are a leaf each.
   template <bool kCentred, class Packs, class HasRest>
   [[gnu::noinline]] FASTNORM_LOOPS void measure_leaves(DoubleBatch& batch, Packs packs, HasRest has_rest) const {
-    const int64_t n = x_run_, rest = n % kPack, distance = distance_;
-    Offsets offsets(plan_.x.set, batch.first);
-    for (int64_t lane = 0; lane < batch.count; ++lane) {
-      const double* const x = reinterpret_cast<const double*>(plan_.x.data + offsets.next());
+    const int64_t n = x_run_, rest = n % kPack, distance = distance_, count = batch.count, first = batch.first;
+    const SetLines<double> from(plan_.x, n);
+    for (int64_t lane = 0; lane < count; ++lane) {
+      const double* const x = reinterpret_cast<const double*>(from.set(first + lane));
       Deviations<kCentred, AboutZero> all;
-      ask_for(x, n, distance);
+      ask_for<packs + has_rest>(x, distance);
       all.add_leaf(x, packs, has_rest, rest);
       batch.put(lane, all, true);
     }
   }
   template <bool kCentred, class Packs, class HasRest>
   [[gnu::noinline]] FASTNORM_LOOPS void measure_runs(DoubleBatch& batch, Packs packs, HasRest has_rest) const {
-    Offsets offsets(plan_.x.set, batch.first);
-    for (int64_t lane = 0; lane < batch.count; ++lane) {
+    const int64_t count = batch.count, first = batch.first;
+    const SetLines<double> from(plan_.x, x_run_);
+    for (int64_t lane = 0; lane < count; ++lane) {
       Deviations<kCentred, AboutZero> all;
-      add_runs(all, offsets.next(), packs, has_rest);
+      add_runs(all, from.set(first + lane), packs, has_rest);
       batch.put(lane, all, false);
     }
   }
   // Those of a set that is runs of one length, each of whose last leaves is of a known shape.
   template <class All, class Packs, class HasRest>
-  FASTNORM_INLINE void add_runs(All& all, int64_t set_offset, Packs packs, HasRest has_rest) const {
+  FASTNORM_INLINE void add_runs(All& all, const char* run, Packs packs, HasRest has_rest) const {
     const int64_t before_last = (x_run_ - 1) / kLeaf * kLeaf, rest = x_run_ % kPack, distance = distance_;
     const int64_t runs = plan_.set_size() / x_run_, step = runs > 1 ? plan_.whole.stride[0] : 0;
-    const char* run = plan_.x.data + set_offset;
     for (int64_t i = 0; i < runs; ++i, run += step) {
       const double* x = reinterpret_cast<const double*>(run);
       for (const double* const last = x + before_last; x < last; x += kLeaf) all.add_leaf_asking(x, kLeaf, distance);
@@ -333,7 +334,7 @@ class DoubleBatches {
     with_leaf_shape((x_run_ - 1) % kLeaf + 1, [&](auto packs, auto has_rest) {
       about_means(batch, [&](int64_t lane, Sum& sum, Sum& squares) FASTNORM_LOOPS {
         Deviations<true, About> all(About(batch.pivot[lane]));
-        add_runs(all, plan_.x.set.offset(batch.first + lane), packs, has_rest);
+        add_runs(all, run_of(batch.first + lane), packs, has_rest);
         sum = sum_of(all.sum.total());
         squares = sum_of(all.squares.total());
       });
@@ -429,19 +430,17 @@ class DoubleBatches {
   // arithmetic hides what memory takes; else one after the other (layer norm 512 x 768: 115 us to 103).
   template <bool kCentred, class WeightOf, class BiasOf>
   void normalise(const DoubleBatch& now, DoubleBatch& next, const WeightOf& weight_of, const BiasOf& bias_of) const {
-    if (one_run_ && plan_.segments == 1 && lines_ == 1) {
-      with_short_run(short_runs_, run_, [&](auto packs) {
-        if constexpr (packs == kAnyRun) {
-          normalise_runs<kCentred>(now, next, weight_of, bias_of);
-        } else {
-          normalise_short_runs<kCentred, packs>(now, weight_of(0), bias_of(0));
-          measure<kCentred>(next);
-        }
-      });
-    } else {
-      with_short_run(short_runs_, run_,
-                     [&](auto packs) { normalise_segments<kCentred, packs>(now, next, weight_of, bias_of); });
-    }
+    const bool rows = one_run_ && plan_.segments == 1 && lines_ == 1;
+    if (rows && args_.past_cache) return normalise_past_cache<kCentred>(now, next, weight_of, bias_of);
+    with_short_run(short_runs_, run_, [&](auto packs) {
+      if (!rows) return normalise_segments<kCentred, packs>(now, next, weight_of, bias_of);
+      if constexpr (packs == kAnyRun) {
+        normalise_runs<kCentred>(now, weight_of, bias_of);
+      } else {
+        normalise_short_runs<kCentred, packs>(now, weight_of(0), bias_of(0));
+      }
+      measure<kCentred>(next);
+    });
   }
 
   // May the parameters of short runs stay in registers, being the same for all of them?
@@ -456,95 +455,110 @@ class DoubleBatches {
       const Whole at{i < kPacks ? i * kPack : run_ - kPack};
       weight[i] = held(at, w), bias[i] = held(at, b);
     });
-    Offsets x_offsets(plan_.x.set, now.first), y_offsets(plan_.y.set, now.first);
-    for (int64_t lane = 0; lane < now.count; ++lane) {
-      const double* const x = reinterpret_cast<const double*>(plan_.x.data + x_offsets.next());
-      const DoubleFormula<kCentred, None, None> xhat(now, lane, None{}, None{});
-      write_short_run<kPacks>(reinterpret_cast<double*>(plan_.y.data + y_offsets.next()), run_,
+    const int64_t n = run_, count = now.count, first = now.first;
+    const SetLines<double> from(plan_.x, n), to(plan_.y, n);
+    for (int64_t lane = 0; lane < count; ++lane) {
+      const double* const x = reinterpret_cast<const double*>(from.set(first + lane));
+      const DoubleFormula<kCentred, None, None> xhat(now.factors(lane), None{}, None{});
+      write_short_run<kPacks>(reinterpret_cast<double*>(to.set(first + lane)), n,
                               [&](auto i, Whole at) { return plus(at, times(at, xhat(at, x), weight[i]), bias[i]); });
     }
   }
 
+  // What a row needs is in variables of the function: what is reached through pointers would be read again for every
+  // row, for all that a compiler knows of what results overwrite (rows of 96: 23.5 ns each to 20.5).
   template <bool kCentred, class WeightOf, class BiasOf>
-  [[gnu::noinline]] FASTNORM_LOOPS void normalise_runs(const DoubleBatch& now, DoubleBatch& next,
-                                                       const WeightOf& weight_of, const BiasOf& bias_of) const {
-    const int64_t n = run_;
-    const bool past_cache = args_.past_cache;
-    Offsets x_offsets(plan_.x.set, now.first), y_offsets(plan_.y.set, now.first);
-    Offsets coming_offsets(plan_.x.set, next.first);
+  [[gnu::noinline]] FASTNORM_LOOPS void normalise_runs(const DoubleBatch& now, WeightOf weight_of,
+                                                       BiasOf bias_of) const {
+    const int64_t n = run_, count = now.count, first = now.first;
+    const bool whole_lines = whole_lines_;
+    const SetLines<double> from(plan_.x, n), to(plan_.y, n);
+    for (int64_t lane = 0; lane < count; ++lane) {
+      const auto w = weight_of(now.param[lane]);
+      const auto b = bias_of(now.param[lane]);
+      const DoubleFormula<kCentred, decltype(w), decltype(b)> formula(now.factors(lane), w, b);
+      const double* const x = reinterpret_cast<const double*>(from.set(first + lane));
+      write_run<false>(
+          reinterpret_cast<double*>(to.set(first + lane)), n, [&](auto at) { return formula(at, x); }, whole_lines);
+    }
+  }
+
+  // Rows past the cache, each between the leaves of one of the next batch as long as there are any.
+  template <bool kCentred, class WeightOf, class BiasOf>
+  [[gnu::noinline]] FASTNORM_LOOPS void normalise_past_cache(const DoubleBatch& now, DoubleBatch& next,
+                                                             WeightOf weight_of, BiasOf bias_of) const {
+    const int64_t n = run_, distance = distance_;
+    const SetLines<double> from(plan_.x, n), to(plan_.y, n);
     for (int64_t lane = 0; lane < now.count; ++lane) {
-      const int64_t param = now.param[lane];
-      const auto w = weight_of(param);
-      const auto b = bias_of(param);
-      const DoubleFormula<kCentred, decltype(w), decltype(b)> formula(now, lane, w, b);
-      const double* const x = reinterpret_cast<const double*>(plan_.x.data + x_offsets.next());
-      double* const y = reinterpret_cast<double*>(plan_.y.data + y_offsets.next());
-      if (past_cache && lane < next.count) {
-        Coming<kCentred> coming(reinterpret_cast<const double*>(plan_.x.data + coming_offsets.next()), n, distance_);
-        write_line(x, y, formula, [&] { coming.add_leaf(); });
+      const auto w = weight_of(now.param[lane]);
+      const auto b = bias_of(now.param[lane]);
+      const DoubleFormula<kCentred, decltype(w), decltype(b)> formula(now.factors(lane), w, b);
+      const double* const x = reinterpret_cast<const double*>(from.set(now.first + lane));
+      double* const y = reinterpret_cast<double*>(to.set(now.first + lane));
+      const auto result = [&](auto at) { return formula(at, x); };
+      if (lane < next.count) {
+        Coming<kCentred> coming(reinterpret_cast<const double*>(from.set(next.first + lane)), n, distance);
+        write_run_between<true>(y, n, result, true, [&] { coming.add_leaf(); });
         next.put(lane, coming.all(), one_leaf_);
       } else {
-        write_line(x, y, formula, [] {});
+        write_run<true>(y, n, result);
       }
     }
-    if (!past_cache) measure<kCentred>(next);
   }
 
-  // kPacks: of short runs, or kAnyRun.
+  // Sets of any kind. kPacks: of short runs, or kAnyRun.
   template <bool kCentred, int kPacks, class WeightOf, class BiasOf>
   [[gnu::noinline]] FASTNORM_LOOPS void normalise_segments(const DoubleBatch& now, DoubleBatch& next,
-                                                           const WeightOf& weight_of, const BiasOf& bias_of) const {
-    const bool in_turn = kPacks != kAnyRun || !one_run_ || !args_.past_cache;
-    for (int64_t lane = 0; lane < now.count; ++lane) {
-      if constexpr (kPacks == kAnyRun) {
-        if (!in_turn && lane < next.count) {
-          Coming<kCentred> coming(run_of(next.first + lane), plan_.set_size(), distance_);
-          normalise_set<kCentred, kPacks>(now, lane, weight_of, bias_of, [&] { coming.add_leaf(); });
-          next.put(lane, coming.all(), one_leaf_);
-          continue;
+                                                           WeightOf weight_of, BiasOf bias_of) const {
+    const int64_t run = run_, lines = lines_, segments = plan_.segments, first = now.first;
+    const bool past_cache = kPacks == kAnyRun && args_.past_cache, whole_lines = whole_lines_;
+    const bool by_segment = plan_.family == Family::channel && segments > 1;
+    const double *const weights = by_segment ? args_.weight : nullptr, *const biases =
+                                                                           by_segment ? args_.bias : nullptr;
+    const SetLines<double> from(plan_.x, run), to(plan_.y, run);
+    const int64_t x_step = from.step(), y_step = to.step();
+    // Past the cache, between() comes before every kLeaf values.
+    const auto write_set = [&](int64_t lane, const auto& between) FASTNORM_LOOPS {
+      const char* x_segment = from.set(first + lane);
+      char* y_segment = to.set(first + lane);
+      for (int64_t segment = 0; segment < segments; ++segment) {
+        const int64_t param = now.param[lane] + segment;
+        const auto w = weight_of(param);
+        const auto b = bias_of(param);
+        const DoubleFactors factors =
+            by_segment ? now.factors(lane, weights ? weights[param] : 1, biases ? biases[param] : kNoBias)
+                       : now.factors(lane);
+        const DoubleFormula<kCentred, decltype(w), decltype(b)> formula(factors, w, b);
+        const char* x_line = x_segment;
+        char* y_line = y_segment;
+        for (int64_t line = 0; line < lines; ++line, x_line += x_step, y_line += y_step) {
+          const double* const x = reinterpret_cast<const double*>(x_line);
+          double* const y = reinterpret_cast<double*>(y_line);
+          const auto result = [&](auto at) { return formula(at, x); };
+          if constexpr (kPacks != kAnyRun) {
+            write_short_run<kPacks>(y, run, [&](int, Whole at) { return result(at); });
+          } else if (past_cache) {
+            write_run_between<true>(y, run, result, true, between);
+          } else {
+            write_run<false>(y, run, result, whole_lines);
+          }
         }
+        x_segment += from.segment_step();
+        y_segment += to.segment_step();
       }
-      normalise_set<kCentred, kPacks>(now, lane, weight_of, bias_of, [] {});
-    }
-    if (in_turn) measure<kCentred>(next);
-  }
-
-  // Past the cache, between() comes before every kLeaf values.
-  template <bool kCentred, int kPacks, class WeightOf, class BiasOf, class Between>
-  FASTNORM_INLINE void normalise_set(const DoubleBatch& now, int64_t lane, const WeightOf& weight_of,
-                                     const BiasOf& bias_of, const Between& between) const {
-    const SplitMean mean{now.from[lane], now.rest[lane], now.rest_lo[lane]};
-    const int64_t set = now.first + lane;
-    const SegmentLines<double> from(plan_.x, set, run_), to(plan_.y, set, run_);
-    const bool by_segment = plan_.family == Family::channel;
-    const char* x_segment = from.base;
-    char* y_segment = to.base;
-    for (int64_t segment = 0; segment < plan_.segments; ++segment) {
-      const int64_t param = now.param[lane] + segment;
-      const auto w = weight_of(param);
-      const auto b = bias_of(param);
-      const TwoTerm factor = split_factor(now.rstd[lane], now.rstd_lo[lane], by_segment ? weight(param) : 1);
-      const DoubleFormula<kCentred, decltype(w), decltype(b)> formula(mean, factor, by_segment ? bias(param) : kNoBias,
-                                                                      w, b);
-      const char* x_line = x_segment;
-      char* y_line = y_segment;
-      for (int64_t line = 0; line < lines_; ++line) {
-        write_line<kPacks>(reinterpret_cast<const double*>(x_line), reinterpret_cast<double*>(y_line), formula,
-                           between);
-        x_line += from.line_step;
-        y_line += to.line_step;
+    };
+    const bool measures = past_cache && one_run_;
+    for (int64_t lane = 0; lane < now.count; ++lane) {
+      if (measures && lane < next.count) {
+        Coming<kCentred> coming(reinterpret_cast<const double*>(from.set(next.first + lane)), plan_.set_size(),
+                                distance_);
+        write_set(lane, [&] { coming.add_leaf(); });
+        next.put(lane, coming.all(), one_leaf_);
+      } else {
+        write_set(lane, [] {});
       }
-      x_segment += from.segment_step;
-      y_segment += to.segment_step;
     }
-  }
-
-  template <int kPacks = kAnyRun, class Formula, class Between>
-  FASTNORM_INLINE void write_line(const double* x, double* y, const Formula& formula, const Between& between) const {
-    const auto result = [&](auto at) { return formula(at, x); };
-    if constexpr (kPacks != kAnyRun) return write_short_run<kPacks>(y, run_, [&](int, Whole at) { return result(at); });
-    if (!args_.past_cache) return write_run<false>(y, run_, result, whole_lines_);
-    write_run_between<true>(y, run_, result, true, between);
+    if (!measures) measure<kCentred>(next);
   }
 
   const Plan& plan_;

@@ -52,7 +52,9 @@ class Deviations {
 
   template <class At>
   FASTNORM_INLINE auto terms(At at, const double* x) const {
-    const Pack<double> loaded = at.template load<double>(x), v = kCentred ? in_register(loaded) : loaded;
+    const Pack<double> loaded = at.template load<double>(x);
+    // (Of a part, which is loaded with a mask, they would keep copies in memory.)
+    const Pack<double> v = kCentred && std::is_same<At, Whole>::value ? in_register(loaded) : loaded;
     if constexpr (!kCentred) {
       return v * v;
     } else if constexpr (kAboutZero) {
