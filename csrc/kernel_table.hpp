@@ -12,6 +12,8 @@ struct KernelTable {
   NormKernels<double> norm_float64;
   DropoutKernels<float> dropout_float32;
   DropoutKernels<double> dropout_float64;
+  // rstd = 1 / sqrt(var + eps), 0 where that is 1 / 0; false where a variance is negative
+  bool (*reciprocal_stds)(const double* var, int64_t count, double eps, double* rstd);
 };
 
 // The table in use, and the choice of it. `select` returns false for a level that this build or this CPU lacks.

@@ -1,5 +1,4 @@
 // Forward of the norms: accepts the common call, lays out its plan, takes results from NumPy, runs the kernel.
-#include <cmath>
 #include <new>
 
 #include "cpu_features.hpp"
@@ -70,17 +69,14 @@ py::object pair(const py::object& first, const py::object& second) {
 
 bool accepts_eps(py::handle object, double* eps) { return as_number(object, eps) && *eps >= 0; }
 
-// rstd of given variances; false where one of them is negative.
+// Given statistics in double; false where a variance is negative.
 bool given_statistics(const Array& mean, const Array& var, double eps, const Statistics& to) {
-  for (int64_t c = 0; c < mean.size(0); ++c) {
-    const double v = load(var, c);
-    if (v < 0) return false;
-    to.mean[c] = load(mean, c);
-    // Quarters where the sum of two finite numbers overflows; elsewhere they would cost subnormal numbers their digits.
-    const double sum = v + eps;
-    to.rstd[c] = sum == 0 ? 0 : std::isinf(sum) ? 0.5 / std::sqrt(0.25 * v + 0.25 * eps) : 1 / std::sqrt(sum);
-  }
-  return true;
+  const int64_t channels = mean.size(0);
+  Scratch<double, 256> memory;
+  double* const variances = memory.reserve(channels);
+  load_all(mean, to.mean);
+  load_all(var, variances);
+  return kernels().reciprocal_stds(variances, channels, eps, to.rstd);
 }
 
 // (1 - momentum) * running + momentum * batch; a weight of 0 leaves no trace of what it weighs, infinite or not.

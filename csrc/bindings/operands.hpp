@@ -65,6 +65,23 @@ inline double load(const Array& a, int64_t i) {
   return value;
 }
 
+// All numbers of an array of rank 1.
+inline void load_all(const Array& a, double* to) {
+  const int64_t count = a.size(0);
+  const bool floats = a.dtype() == Dtype::float32;
+  if (a.stride(0) != a.itemsize()) {
+    for (int64_t i = 0; i < count; ++i) to[i] = load(a, i);
+  } else if (floats) {
+    for (int64_t i = 0; i < count; ++i) {
+      float value;
+      std::memcpy(&value, a.data() + i * static_cast<int64_t>(sizeof value), sizeof value);
+      to[i] = static_cast<double>(value);
+    }
+  } else {
+    std::memcpy(to, a.data(), static_cast<size_t>(count) * sizeof(double));
+  }
+}
+
 inline void store(const Array& a, int64_t i, double value) {
   char* to = a.data() + i * a.stride(0);
   if (a.dtype() == Dtype::float64) {

@@ -13,6 +13,9 @@ namespace {
 // with this; fewer long rows leave lanes of the statistics empty).
 constexpr int64_t kRowsElements = 4096, kPlanesElements = 3072;
 
+// As kLongSquares. (64 x 256: 4.6 us one by one, 3.8 in batches; 512 x 512: 56 and 67.)
+constexpr int64_t kLongDoubleSquares = 512;
+
 // As FloatFactors: (x - pivot) * (factor + factor_lo) + offset.
 struct DoubleFactors {
   double pivot, factor, factor_lo, offset;
@@ -148,7 +151,7 @@ class DoubleBatches {
 
   template <bool kCentred>
   void forward(int64_t begin, int64_t end) const {
-    if (!kCentred && run_ >= kLongSquares && !args_.past_cache && !args_.bias) {
+    if (!kCentred && run_ >= kLongDoubleSquares && !args_.past_cache && !args_.bias) {
       if (args_.weight) return rows_one_by_one(begin, end, [&](int64_t p) { return Each<double>{args_.weight + p}; });
       return rows_one_by_one(begin, end, [](int64_t) { return None{}; });
     }
@@ -255,8 +258,10 @@ class DoubleBatches {
     const int64_t runs = plan_.set_size() / x_run_, step = runs > 1 ? plan_.whole.stride[0] : 0;
     for (int64_t i = 0; i < runs; ++i, run += step) {
       const double* x = reinterpret_cast<const double*>(run);
-      for (const double* const last = x + before_last; x < last; x += kLeaf) all.add_leaf_asking(x, kLeaf, distance);
-      ask_for(x, x_run_ - before_last, distance);
+      for (const double* const last = x + before_last; x < last; x += kLeaf) {
+        all.add_leaf_asking(x, kLeaf, distance);
+      }
+      ask_for<packs + has_rest>(x, distance);
       all.add_leaf(x, packs, has_rest, rest);
     }
   }

@@ -176,6 +176,7 @@ class DoubleRowTiles {
     Chains<kRows> sums{}, lost{};
     for (int64_t i = 0;;) {
       Chains<kRows> chains{};
+      const bool first_tile = i == 0;
       const int64_t stop = i + kTile < whole ? i + kTile : whole;
 #pragma GCC unroll 1
       for (; i < stop; i += kPack) {
@@ -187,11 +188,11 @@ class DoubleRowTiles {
       }
       const bool last = i == whole;
       if (last && whole < n) add_pack<kRows>(group, chains, Partial{whole, n - whole});
-      if (whole <= kTile) {
+      if (first_tile) {
         sums = chains;
-        break;
+      } else {
+        sums.add(chains, lost);
       }
-      sums.add(chains, lost);
       if (last) break;
     }
     for_constants<kRows>([&](auto r) {

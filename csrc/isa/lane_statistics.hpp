@@ -7,6 +7,23 @@
 namespace fastnorm {
 namespace {
 
+// Of variances that the caller gave.
+inline bool reciprocal_stds(const double* var, int64_t count, double eps, double* rstd) {
+  int64_t negative = 0, beyond = 0;
+#pragma omp simd reduction(| : negative, beyond)
+  for (int64_t i = 0; i < count; ++i) {
+    const double sum = var[i] + eps, reciprocal = 1 / std::sqrt(sum);
+    rstd[i] = sum == 0 ? 0 : reciprocal;
+    negative |= var[i] < 0 ? 1 : 0;
+    beyond |= sum == HUGE_VAL ? 1 : 0;
+  }
+  // Quarters where the sum of two finite numbers overflows; elsewhere they would cost subnormal numbers their digits.
+  for (int64_t i = 0; beyond != 0 && i < count; ++i) {
+    if (var[i] + eps == HUGE_VAL) rstd[i] = 0.5 / std::sqrt(0.25 * var[i] + 0.25 * eps);
+  }
+  return negative == 0;
+}
+
 // Arrays of numbers per set.
 struct LaneSums {  // of d and d * d, d = x - pivot, each as a sum and what rounding took from it
   const double *pivot, *sum, *lost_sum, *squares, *lost_squares;
