@@ -9,6 +9,7 @@ import pytest
 
 import contract
 import fastnorm as fn
+from fastnorm import _core
 from ulps import assert_close, expected
 
 
@@ -113,3 +114,45 @@ def test_what_is_infinite_of_given_statistics_and_of_x(shape: tuple[int, ...], d
             infinite = ~np.isfinite(by_hand)
             np.testing.assert_array_equal(y[infinite], by_hand[infinite].astype(dtype))
             assert np.all(np.isfinite(y[~infinite]))
+
+
+def _rstd(var: float, eps: float) -> float:
+    total = var + eps
+    if total == 0:
+        return 0.0
+    return float(0.5 / np.sqrt(0.25 * var + 0.25 * eps) if np.isinf(total) else 1 / np.sqrt(total))
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.unverified("compares the kernels with one formula in float64")
+@pytest.mark.parametrize("level", _core.isa_levels())
+@pytest.mark.parametrize("channels", [1, 7, 8, 9, 33, 257, 300])
+def test_rstd_of_given_variances(channels: int, level: str) -> None:
+    """Bit for bit, whatever stands in the lanes beside; dtypes and strides of the statistics are their own."""
+    _core.set_isa(level)
+    kinds = np.array([0, 1, 5e-324, 1e-308, 1.7e308, np.inf, np.nan, -0.0, 3.7])
+    var, x = kinds[np.arange(channels) % len(kinds)], np.ones((2, channels))
+    apart = np.repeat(var, 3)[::3]
+    for eps in (0.0, 1e-5, 1.7e308):
+        want = [_rstd(v, eps) for v in var]
+        for given in (var, apart):
+            _, cache = fn.batch_norm_forward(
+                x, running_mean=np.zeros(channels), running_var=given, training=False, eps=eps
+            )
+            np.testing.assert_array_equal(cache.rstd, want)
+    single = var.astype(np.float32)
+    for given in (single, np.repeat(single, 2)[::2]):
+        _, cache = fn.batch_norm_forward(
+            x.astype(np.float32), running_mean=np.zeros(channels), running_var=given, training=False
+        )
+        np.testing.assert_array_equal(cache.rstd, [_rstd(float(v), 1e-5) for v in single])
+
+
+@pytest.mark.parametrize("var", [-1e-300, -np.inf])
+@pytest.mark.parametrize("place", [0, 256, 299])
+def test_a_negative_variance_is_refused_wherever_it_stands(place: int, var: float) -> None:
+    given, out = np.ones(300), np.full((2, 300), 7.0)
+    given[place] = var
+    with pytest.raises(ValueError, match="var"):
+        fn.batch_norm(np.ones((2, 300)), np.zeros(300), given, out=out)
+    np.testing.assert_array_equal(out, 7.0)

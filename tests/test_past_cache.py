@@ -122,3 +122,31 @@ def test_both_results_of_the_residual_step(shape: tuple[int, ...], norm: str, th
         found[size] = (y, s, *(a for a in gradients if a is not None))
     for near, far in zip(found[HUGE], found[0], strict=True):
         np.testing.assert_array_equal(far, near)
+
+
+@pytest.mark.parametrize(("columns", "groups"), [(30, 0), (131, 0), (300, 0), (33, 3), (100, 2)])
+def test_float64_sets_at_unequal_distances(columns: int, groups: int) -> None:
+    """Several batches of sets whose offsets are no multiples of one number: in the cache, past it, and each alone."""
+    rng = np.random.default_rng(columns)
+    whole = rng.standard_normal((14, 11, columns)) + 0.3
+    weight, bias = rng.standard_normal((2, 6 if groups else columns))
+    x = whole[:, :6] if groups else whole[:, :9]
+    turned = np.empty((x.shape[1], x.shape[0], columns)).swapaxes(0, 1)
+
+    def calls(x: np.ndarray, **out: np.ndarray) -> list[np.ndarray]:
+        if groups:
+            both = fn.group_norm(x, groups, weight, bias, **out).copy()
+            return [both, fn.group_norm(x, groups, **out).copy(), fn.group_norm(x, groups, None, bias, **out).copy()]
+        both = fn.layer_norm(x, weight, bias, **out).copy()
+        return [both, fn.layer_norm(x, **out).copy(), fn.rms_norm(x, weight, **out).copy()]
+
+    _core.set_cache_bytes(HUGE)
+    want = calls(x)
+    alone = [calls(sample[None].copy()) for sample in x]
+    for k, y in enumerate(want):
+        np.testing.assert_array_equal(y, np.concatenate([results[k] for results in alone]))
+    for size in (HUGE, 0):
+        _core.set_cache_bytes(size)
+        for out in (np.empty(x.shape), turned):
+            for y, expected in zip(calls(x, out=out), want, strict=True):
+                np.testing.assert_array_equal(y, expected)

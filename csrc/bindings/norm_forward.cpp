@@ -69,14 +69,11 @@ py::object pair(const py::object& first, const py::object& second) {
 
 bool accepts_eps(py::handle object, double* eps) { return as_number(object, eps) && *eps >= 0; }
 
-// Given statistics in double; false where a variance is negative.
+// mean, and rstd of the variances; false where one of these is negative.
 bool given_statistics(const Array& mean, const Array& var, double eps, const Statistics& to) {
-  const int64_t channels = mean.size(0);
-  Scratch<double, 256> memory;
-  double* const variances = memory.reserve(channels);
   load_all(mean, to.mean);
-  load_all(var, variances);
-  return kernels().reciprocal_stds(variances, channels, eps, to.rstd);
+  load_all(var, to.rstd);
+  return kernels().given_rstds(to.rstd, mean.size(0), eps, to.rstd);
 }
 
 // (1 - momentum) * running + momentum * batch; a weight of 0 leaves no trace of what it weighs, infinite or not.

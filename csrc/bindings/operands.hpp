@@ -3,6 +3,7 @@
 #pragma once
 
 #include <memory>
+#include <type_traits>
 
 #include "spec.hpp"
 
@@ -65,21 +66,20 @@ inline double load(const Array& a, int64_t i) {
   return value;
 }
 
-// All numbers of an array of rank 1.
+// All numbers of an array of rank 1. (A constant stride makes vectors of them.)
 inline void load_all(const Array& a, double* to) {
-  const int64_t count = a.size(0);
-  const bool floats = a.dtype() == Dtype::float32;
-  if (a.stride(0) != a.itemsize()) {
-    for (int64_t i = 0; i < count; ++i) to[i] = load(a, i);
-  } else if (floats) {
-    for (int64_t i = 0; i < count; ++i) {
-      float value;
-      std::memcpy(&value, a.data() + i * static_cast<int64_t>(sizeof value), sizeof value);
+  const auto along = [&](auto value, auto stride) {
+    const char* const from = a.data();
+    for (int64_t i = 0, count = a.size(0); i < count; ++i) {
+      std::memcpy(&value, from + i * stride, sizeof value);
       to[i] = static_cast<double>(value);
     }
-  } else {
-    std::memcpy(to, a.data(), static_cast<size_t>(count) * sizeof(double));
-  }
+  };
+  const auto of_type = [&](auto value) {
+    constexpr std::integral_constant<int64_t, sizeof value> neighbours{};
+    a.stride(0) == neighbours ? along(value, neighbours) : along(value, a.stride(0));
+  };
+  a.dtype() == Dtype::float64 ? of_type(double{}) : of_type(float{});
 }
 
 inline void store(const Array& a, int64_t i, double value) {

@@ -17,7 +17,7 @@ constexpr int64_t kMostSets = 32;
 // eight than for one.
 constexpr int64_t kStatisticLanes = 8;
 
-// Rows of RMS norm from this length on go one by one: squares alone cost little once a row.
+// Float32 rows of RMS norm from this length on go one by one: squares alone cost little once a row.
 constexpr int64_t kLongSquares = 200;
 
 inline bool fits_batch(const Plan& plan) { return plan.blocks.count <= kChunkBlocks && measured_units(plan) == 1; }

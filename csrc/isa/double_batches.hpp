@@ -19,17 +19,40 @@ constexpr int64_t kLongDoubleSquares = 512;
 // As FloatFactors: (x - pivot) * (factor + factor_lo) + offset.
 struct DoubleFactors {
   double pivot, factor, factor_lo, offset;
+};
 
-  FASTNORM_INLINE static DoubleFactors of(const SplitMean& mean, const TwoTerm& by, double shift) {
-    return {mean.pivot, by.hi, by.lo, mean.offset(by.hi, by.lo, shift)};
+// Where the sets of a batch begin in an operand. Most often they lie at equal distances; else their offsets are looked
+// up once, for that takes divisions.
+class SetPlaces {
+ public:
+  // A copy, for loops that store results: a compiler does not know that these change nothing in here.
+  struct View {
+    char* first;
+    int64_t step;
+    const int64_t* offsets;  // nullptr: at equal distances
+    FASTNORM_INLINE char* operator[](int64_t lane) const { return first + (offsets ? offsets[lane] : lane * step); }
+  };
+
+  void find(const Operand& operand, int64_t first, int64_t count) {
+    evenly_ = operand.set.rank <= 1;
+    step_ = inner_stride(operand.set);
+    first_ = operand.data + (evenly_ ? first * step_ : 0);
+    if (!evenly_) for_offsets(operand.set, first, count, [&](int64_t i, int64_t offset) { offsets_[i] = offset; });
   }
+  FASTNORM_INLINE View view() const { return {first_, step_, evenly_ ? nullptr : offsets_}; }
+
+ private:
+  bool evenly_ = true;
+  char* first_ = nullptr;
+  int64_t step_ = 0, offsets_[kMostSets];
 };
 
 // Some sets, their sums, and what normalises them.
 struct DoubleBatch {
   int64_t first = 0, count = 0;
-  double two_parts = 0;      // as in Statistic
-  bool plain = false;        // has no set a scale, or parameters that are not for one step?
+  double two_parts = 0;  // as in Statistic
+  bool plain = false;    // has no set a scale, or parameters that are not for one step?
+  SetPlaces x, y;
   int64_t param[kMostSets];  // of a set's first weight and bias
   HalfPack sum_lanes[kMostSets], squares_lanes[kMostSets];
   HalfPack lost_sum_lanes[kMostSets], lost_squares_lanes[kMostSets];  // of sets that are more than a leaf
@@ -53,10 +76,6 @@ struct DoubleBatch {
   }
   FASTNORM_INLINE DoubleFactors factors(int64_t lane) const {
     return {from[lane], factor[lane], factor_lo[lane], offset[lane]};
-  }
-  // Those of one segment of many, which has parameters of its own.
-  FASTNORM_INLINE DoubleFactors factors(int64_t lane, double w, double b) const {
-    return DoubleFactors::of({from[lane], rest[lane], rest_lo[lane]}, split_factor(rstd[lane], rstd_lo[lane], w), b);
   }
   [[gnu::noinline]] void split_means(int64_t lanes) {
 #pragma omp simd
@@ -157,8 +176,13 @@ class DoubleBatches {
     }
     for_batches<DoubleBatch>(
         plan_, one_run_ ? kRowsElements : kPlanesElements, begin, end,
-        [&](DoubleBatch& batch) { measure<kCentred>(batch); }, [&](DoubleBatch& batch) { finish(batch); },
+        [&](DoubleBatch& batch) {
+          place(batch);
+          measure<kCentred>(batch);
+        },
+        [&](DoubleBatch& batch) { finish(batch); },
         [&](const DoubleBatch& now, DoubleBatch& next) {
+          place(next);
           if (now.plain) return with_parameters<kCentred>(now, next);
           for (int64_t lane = 0; lane < now.count; ++lane) normalise_units(now.first + lane, now.statistic(lane));
           measure<kCentred>(next);
@@ -207,7 +231,10 @@ class DoubleBatches {
     if (!runs_in_place(plan)) return 0;
     return whole.rank == 0 ? 1 : whole.inner_size();
   }
-  const char* run_of(int64_t set) const { return plan_.x.data + plan_.x.set.offset(set); }
+  void place(DoubleBatch& batch) const {
+    batch.x.find(plan_.x, batch.first, batch.count);
+    batch.y.find(plan_.y, batch.first, batch.count);
+  }
 
   // ---- statistics
 
@@ -231,10 +258,10 @@ class DoubleBatches {
   // Sets that are a leaf each.
   template <bool kCentred, class Packs, class HasRest>
   [[gnu::noinline]] FASTNORM_LOOPS void measure_leaves(DoubleBatch& batch, Packs packs, HasRest has_rest) const {
-    const int64_t n = x_run_, rest = n % kPack, distance = distance_, count = batch.count, first = batch.first;
-    const SetLines<double> from(plan_.x, n);
+    const int64_t rest = x_run_ % kPack, distance = distance_, count = batch.count;
+    const SetPlaces::View xs = batch.x.view();
     for (int64_t lane = 0; lane < count; ++lane) {
-      const double* const x = reinterpret_cast<const double*>(from.set(first + lane));
+      const double* const x = reinterpret_cast<const double*>(xs[lane]);
       Deviations<kCentred, AboutZero> all;
       ask_for<packs + has_rest>(x, distance);
       all.add_leaf(x, packs, has_rest, rest);
@@ -243,11 +270,11 @@ class DoubleBatches {
   }
   template <bool kCentred, class Packs, class HasRest>
   [[gnu::noinline]] FASTNORM_LOOPS void measure_runs(DoubleBatch& batch, Packs packs, HasRest has_rest) const {
-    const int64_t count = batch.count, first = batch.first;
-    const SetLines<double> from(plan_.x, x_run_);
+    const int64_t count = batch.count;
+    const SetPlaces::View xs = batch.x.view();
     for (int64_t lane = 0; lane < count; ++lane) {
       Deviations<kCentred, AboutZero> all;
-      add_runs(all, from.set(first + lane), packs, has_rest);
+      add_runs(all, xs[lane], packs, has_rest);
       batch.put(lane, all, false);
     }
   }
@@ -339,7 +366,7 @@ class DoubleBatches {
     with_leaf_shape((x_run_ - 1) % kLeaf + 1, [&](auto packs, auto has_rest) {
       about_means(batch, [&](int64_t lane, Sum& sum, Sum& squares) FASTNORM_LOOPS {
         Deviations<true, About> all(About(batch.pivot[lane]));
-        add_runs(all, run_of(batch.first + lane), packs, has_rest);
+        add_runs(all, batch.x.view()[lane], packs, has_rest);
         sum = sum_of(all.sum.total());
         squares = sum_of(all.squares.total());
       });
@@ -418,7 +445,10 @@ class DoubleBatches {
     const auto none = [](int64_t) { return None{}; };
     const auto weights = [w](int64_t param) { return Each<double>{w + param}; };
     const auto biases = [b](int64_t param) { return Each<double>{b + param}; };
-    if (plan_.family == Family::channel) {
+    const bool one_line = one_run_ && plan_.segments == 1 && lines_ == 1;
+    if (kCentred && !one_line) {
+      with_short_run(short_runs_, run_, [&](auto packs) { normalise_planes<packs>(now, next); });
+    } else if (plan_.family == Family::channel) {
       normalise<kCentred>(now, next, none, none);
     } else if (w && b) {
       normalise<kCentred>(now, next, weights, biases);
@@ -431,14 +461,12 @@ class DoubleBatches {
     }
   }
 
-  // Normalises one batch and measures the next: in the same loops where results are stored past the cache and
-  // arithmetic hides what memory takes; else one after the other (layer norm 512 x 768: 115 us to 103).
+  // Normalises one batch of sets of a line each and measures the next: in the same loops where results are stored past
+  // the cache and arithmetic hides what memory takes; else one after the other (layer norm 512 x 768: 115 us to 103).
   template <bool kCentred, class WeightOf, class BiasOf>
   void normalise(const DoubleBatch& now, DoubleBatch& next, const WeightOf& weight_of, const BiasOf& bias_of) const {
-    const bool rows = one_run_ && plan_.segments == 1 && lines_ == 1;
-    if (rows && args_.past_cache) return normalise_past_cache<kCentred>(now, next, weight_of, bias_of);
+    if (args_.past_cache) return normalise_past_cache<kCentred>(now, next, weight_of, bias_of);
     with_short_run(short_runs_, run_, [&](auto packs) {
-      if (!rows) return normalise_segments<kCentred, packs>(now, next, weight_of, bias_of);
       if constexpr (packs == kAnyRun) {
         normalise_runs<kCentred>(now, weight_of, bias_of);
       } else {
@@ -460,12 +488,12 @@ class DoubleBatches {
       const Whole at{i < kPacks ? i * kPack : run_ - kPack};
       weight[i] = held(at, w), bias[i] = held(at, b);
     });
-    const int64_t n = run_, count = now.count, first = now.first;
-    const SetLines<double> from(plan_.x, n), to(plan_.y, n);
+    const int64_t n = run_, count = now.count;
+    const SetPlaces::View xs = now.x.view(), ys = now.y.view();
     for (int64_t lane = 0; lane < count; ++lane) {
-      const double* const x = reinterpret_cast<const double*>(from.set(first + lane));
+      const double* const x = reinterpret_cast<const double*>(xs[lane]);
       const DoubleFormula<kCentred, None, None> xhat(now.factors(lane), None{}, None{});
-      write_short_run<kPacks>(reinterpret_cast<double*>(to.set(first + lane)), n,
+      write_short_run<kPacks>(reinterpret_cast<double*>(ys[lane]), n,
                               [&](auto i, Whole at) { return plus(at, times(at, xhat(at, x), weight[i]), bias[i]); });
     }
   }
@@ -475,34 +503,33 @@ class DoubleBatches {
   template <bool kCentred, class WeightOf, class BiasOf>
   [[gnu::noinline]] FASTNORM_LOOPS void normalise_runs(const DoubleBatch& now, WeightOf weight_of,
                                                        BiasOf bias_of) const {
-    const int64_t n = run_, count = now.count, first = now.first;
+    const int64_t n = run_, count = now.count;
     const bool whole_lines = whole_lines_;
-    const SetLines<double> from(plan_.x, n), to(plan_.y, n);
+    const SetPlaces::View xs = now.x.view(), ys = now.y.view();
     for (int64_t lane = 0; lane < count; ++lane) {
       const auto w = weight_of(now.param[lane]);
       const auto b = bias_of(now.param[lane]);
       const DoubleFormula<kCentred, decltype(w), decltype(b)> formula(now.factors(lane), w, b);
-      const double* const x = reinterpret_cast<const double*>(from.set(first + lane));
-      write_run<false>(
-          reinterpret_cast<double*>(to.set(first + lane)), n, [&](auto at) { return formula(at, x); }, whole_lines);
+      const double* const x = reinterpret_cast<const double*>(xs[lane]);
+      write_run<false>(reinterpret_cast<double*>(ys[lane]), n, [&](auto at) { return formula(at, x); }, whole_lines);
     }
   }
 
-  // Rows past the cache, each between the leaves of one of the next batch as long as there are any.
+  // Rows past the cache; between the pieces of each come the leaves of one of the next batch, as long as there are any.
   template <bool kCentred, class WeightOf, class BiasOf>
   [[gnu::noinline]] FASTNORM_LOOPS void normalise_past_cache(const DoubleBatch& now, DoubleBatch& next,
                                                              WeightOf weight_of, BiasOf bias_of) const {
     const int64_t n = run_, distance = distance_;
-    const SetLines<double> from(plan_.x, n), to(plan_.y, n);
+    const SetPlaces::View xs = now.x.view(), ys = now.y.view(), next_xs = next.x.view();
     for (int64_t lane = 0; lane < now.count; ++lane) {
       const auto w = weight_of(now.param[lane]);
       const auto b = bias_of(now.param[lane]);
       const DoubleFormula<kCentred, decltype(w), decltype(b)> formula(now.factors(lane), w, b);
-      const double* const x = reinterpret_cast<const double*>(from.set(now.first + lane));
-      double* const y = reinterpret_cast<double*>(to.set(now.first + lane));
+      const double* const x = reinterpret_cast<const double*>(xs[lane]);
+      double* const y = reinterpret_cast<double*>(ys[lane]);
       const auto result = [&](auto at) { return formula(at, x); };
       if (lane < next.count) {
-        Coming<kCentred> coming(reinterpret_cast<const double*>(from.set(next.first + lane)), n, distance);
+        Coming<kCentred> coming(reinterpret_cast<const double*>(next_xs[lane]), n, distance);
         write_run_between<true>(y, n, result, true, [&] { coming.add_leaf(); });
         next.put(lane, coming.all(), one_leaf_);
       } else {
@@ -511,29 +538,32 @@ class DoubleBatches {
     }
   }
 
-  // Sets of any kind. kPacks: of short runs, or kAnyRun.
-  template <bool kCentred, int kPacks, class WeightOf, class BiasOf>
-  [[gnu::noinline]] FASTNORM_LOOPS void normalise_segments(const DoubleBatch& now, DoubleBatch& next,
-                                                           WeightOf weight_of, BiasOf bias_of) const {
-    const int64_t run = run_, lines = lines_, segments = plan_.segments, first = now.first;
+  // Sets of several segments, which have parameters of their own, or of several lines: of Family::channel, for a row is
+  // one run. kPacks: of short runs, or kAnyRun.
+  template <int kPacks>
+  [[gnu::noinline]] FASTNORM_LOOPS void normalise_planes(const DoubleBatch& now, DoubleBatch& next) const {
+    const int64_t run = run_, lines = lines_, segments = plan_.segments;
     const bool past_cache = kPacks == kAnyRun && args_.past_cache, whole_lines = whole_lines_;
-    const bool by_segment = plan_.family == Family::channel && segments > 1;
-    const double *const weights = by_segment ? args_.weight : nullptr, *const biases =
-                                                                           by_segment ? args_.bias : nullptr;
-    const SetLines<double> from(plan_.x, run), to(plan_.y, run);
-    const int64_t x_step = from.step(), y_step = to.step();
+    const double* const weights = segments > 1 ? args_.weight : nullptr;  // of one segment they are in the factors
+    const double* const biases = segments > 1 ? args_.bias : nullptr;
+    const bool by_segment = weights || biases;
+    const int64_t x_step = run_step<double>(plan_.x, run), y_step = run_step<double>(plan_.y, run);
+    const int64_t x_segment_step = inner_stride(plan_.x.segment), y_segment_step = inner_stride(plan_.y.segment);
+    const SetPlaces::View xs = now.x.view(), ys = now.y.view(), next_xs = next.x.view();
     // Past the cache, between() comes before every kLeaf values.
     const auto write_set = [&](int64_t lane, const auto& between) FASTNORM_LOOPS {
-      const char* x_segment = from.set(first + lane);
-      char* y_segment = to.set(first + lane);
-      for (int64_t segment = 0; segment < segments; ++segment) {
-        const int64_t param = now.param[lane] + segment;
-        const auto w = weight_of(param);
-        const auto b = bias_of(param);
-        const DoubleFactors factors =
-            by_segment ? now.factors(lane, weights ? weights[param] : 1, biases ? biases[param] : kNoBias)
-                       : now.factors(lane);
-        const DoubleFormula<kCentred, decltype(w), decltype(b)> formula(factors, w, b);
+      const char* x_segment = xs[lane];
+      char* y_segment = ys[lane];
+      DoubleFactors factors = now.factors(lane);
+      const SplitMean mean{now.from[lane], now.rest[lane], now.rest_lo[lane]};
+      const double rstd = now.rstd[lane], rstd_lo = now.rstd_lo[lane];
+      int64_t param = now.param[lane];
+      for (int64_t segment = 0; segment < segments; ++segment, ++param) {
+        if (by_segment) {
+          const TwoTerm by = split_factor(rstd, rstd_lo, weights ? weights[param] : 1);
+          factors = {mean.pivot, by.hi, by.lo, mean.offset(by.hi, by.lo, biases ? biases[param] : kNoBias)};
+        }
+        const DoubleFormula<true, None, None> formula(factors, None{}, None{});
         const char* x_line = x_segment;
         char* y_line = y_segment;
         for (int64_t line = 0; line < lines; ++line, x_line += x_step, y_line += y_step) {
@@ -548,22 +578,21 @@ class DoubleBatches {
             write_run<false>(y, run, result, whole_lines);
           }
         }
-        x_segment += from.segment_step();
-        y_segment += to.segment_step();
+        x_segment += x_segment_step;
+        y_segment += y_segment_step;
       }
     };
     const bool measures = past_cache && one_run_;
     for (int64_t lane = 0; lane < now.count; ++lane) {
       if (measures && lane < next.count) {
-        Coming<kCentred> coming(reinterpret_cast<const double*>(from.set(next.first + lane)), plan_.set_size(),
-                                distance_);
+        Coming<true> coming(reinterpret_cast<const double*>(next_xs[lane]), plan_.set_size(), distance_);
         write_set(lane, [&] { coming.add_leaf(); });
         next.put(lane, coming.all(), one_leaf_);
       } else {
         write_set(lane, [] {});
       }
     }
-    if (!measures) measure<kCentred>(next);
+    if (!measures) measure<true>(next);
   }
 
   const Plan& plan_;

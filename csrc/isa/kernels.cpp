@@ -19,7 +19,7 @@ const KernelTable FASTNORM_JOIN(kernels_, FASTNORM_ISA) = {
     {moments<double>, forward<double>, apply<double>, backward<double>},
     dropout_table<float>(),
     dropout_table<double>(),
-    reciprocal_stds,
+    given_rstds,
 };
 
 }  // namespace fastnorm

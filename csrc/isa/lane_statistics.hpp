@@ -1,5 +1,5 @@
-// Statistics of float64 sets side by side: what moments_about and reciprocal_std do for one set, a long chain of
-// operations that wait for each other, is done for a lane each, with the same bits.
+// Statistics of sets side by side, a lane for each: what moments_about and reciprocal_std do for one float64 set, a
+// long chain of operations that wait for each other, with the same bits; and rstd of variances that were given.
 #pragma once
 
 #include "isa/moments.hpp"
@@ -7,19 +7,16 @@
 namespace fastnorm {
 namespace {
 
-// Of variances that the caller gave.
-inline bool reciprocal_stds(const double* var, int64_t count, double eps, double* rstd) {
-  int64_t negative = 0, beyond = 0;
-#pragma omp simd reduction(| : negative, beyond)
+// See KernelTable. Quarters where the sum of two finite numbers overflows; elsewhere they would cost subnormal numbers
+// their digits.
+inline bool given_rstds(const double* var, int64_t count, double eps, double* rstd) {
+  int64_t negative = 0;
+#pragma omp simd reduction(| : negative)
   for (int64_t i = 0; i < count; ++i) {
-    const double sum = var[i] + eps, reciprocal = 1 / std::sqrt(sum);
+    const double v = var[i], sum = v + eps, one = sum == HUGE_VAL ? 0.5 : 1;
+    const double reciprocal = one / std::sqrt(sum == HUGE_VAL ? 0.25 * v + 0.25 * eps : sum);
     rstd[i] = sum == 0 ? 0 : reciprocal;
-    negative |= var[i] < 0 ? 1 : 0;
-    beyond |= sum == HUGE_VAL ? 1 : 0;
-  }
-  // Quarters where the sum of two finite numbers overflows; elsewhere they would cost subnormal numbers their digits.
-  for (int64_t i = 0; beyond != 0 && i < count; ++i) {
-    if (var[i] + eps == HUGE_VAL) rstd[i] = 0.5 / std::sqrt(0.25 * var[i] + 0.25 * eps);
+    negative |= v < 0 ? 1 : 0;
   }
   return negative == 0;
 }

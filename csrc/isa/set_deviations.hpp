@@ -53,7 +53,7 @@ class Deviations {
   template <class At>
   FASTNORM_INLINE auto terms(At at, const double* x) const {
     const Pack<double> loaded = at.template load<double>(x);
-    // (Of a part, which is loaded with a mask, they would keep copies in memory.)
+    // (Of a part, which is loaded with a mask, compilers would keep a copy in memory for this.)
     const Pack<double> v = kCentred && std::is_same<At, Whole>::value ? in_register(loaded) : loaded;
     if constexpr (!kCentred) {
       return v * v;
