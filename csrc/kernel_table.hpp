@@ -13,7 +13,7 @@ struct KernelTable {
   DropoutKernels<float> dropout_float32;
   DropoutKernels<double> dropout_float64;
   // rstd = 1 / sqrt(var + eps) of given variances, 0 where that is 1 / 0, also where the sum is beyond float64; var may
-  // be rstd. False where one of them is negative. (Here for its loop over channels: 2.8 us to 2.1 for 64 x 256.)
+  // be rstd. False where one of them is negative. (Here for its loop over channels: float32 of 64 x 256 3.5 us to 2.9.)
   bool (*given_rstds)(const double* var, int64_t count, double eps, double* rstd);
 };
 

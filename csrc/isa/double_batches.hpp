@@ -285,9 +285,7 @@ class DoubleBatches {
     const int64_t runs = plan_.set_size() / x_run_, step = runs > 1 ? plan_.whole.stride[0] : 0;
     for (int64_t i = 0; i < runs; ++i, run += step) {
       const double* x = reinterpret_cast<const double*>(run);
-      for (const double* const last = x + before_last; x < last; x += kLeaf) {
-        all.add_leaf_asking(x, kLeaf, distance);
-      }
+      for (const double* const last = x + before_last; x < last; x += kLeaf) all.add_leaf_asking(x, kLeaf, distance);
       ask_for<packs + has_rest>(x, distance);
       all.add_leaf(x, packs, has_rest, rest);
     }
