@@ -54,4 +54,10 @@ void set_cache_bytes(int64_t bytes) { last_cache().store(bytes); }
 
 bool exceeds_cache(int64_t bytes) { return bytes >= cache_bytes() / 2; }
 
+bool exceeds_core(int64_t bytes) {
+  constexpr int64_t kUnknown = 1 << 20;
+  static const int64_t second = bytes_of_level(2);
+  return bytes > (second > 0 ? second : kUnknown);
+}
+
 }  // namespace fastnorm

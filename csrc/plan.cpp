@@ -4,6 +4,8 @@
 #include <cstdlib>
 #include <new>
 
+#include "cpu_features.hpp"
+
 namespace fastnorm {
 namespace {
 
@@ -218,6 +220,11 @@ Plan& plan_of_call(const PlanInput& input) {
   }
   kept.input = input;
   return *new (&kept.plan) Plan(make_plan(input));  // in place: it is some kilobytes
+}
+
+void Plan::set_bytes(int64_t bytes, bool exceed_cache) {
+  far = exceed_cache;
+  in_last_cache = !far && exceeds_core(bytes / threads);
 }
 
 }  // namespace fastnorm

@@ -38,7 +38,8 @@ void run(const Settings& settings, Pass pass, const Array& x, const Array& y, co
   args.eps = settings.eps;
   args.centred = spec.kind != Kind::rms;
   // In place, x has brought the lines to the caches.
-  plan.far = forward_exceeds_cache(2 * total * x.itemsize(), plan.threads);
+  const int64_t bytes = 2 * total * x.itemsize();
+  plan.set_bytes(bytes, forward_exceeds_cache(bytes, plan.threads));
   args.past_cache = reused && y.data() != x.data() && plan.far;
   args.mean = statistics.mean;
   args.mean_lo = statistics.mean_lo;

@@ -39,6 +39,14 @@ struct ReadAhead {
     if constexpr (!kMayOverflow<T>) hold_back();
   }
 };
+// Asks for dx, which will be written soon, `distance` bytes from x.
+struct ResultsAhead {
+  int64_t distance;
+  template <class T>
+  FASTNORM_INLINE void operator()(const T* x, const T*) const {
+    prefetch(x, distance);
+  }
+};
 struct NoReadAhead {
   template <class T>
   FASTNORM_INLINE void operator()(const T*, const T*) const {}

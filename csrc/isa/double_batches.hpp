@@ -12,6 +12,8 @@ namespace {
 // Values of the sets of a batch, in one run each or in several (batch norm 14 x 14: 168 us with the larger number, 142
 // with this; fewer long rows leave lanes of the statistics empty).
 constexpr int64_t kRowsElements = 4096, kPlanesElements = 3072;
+// The same where results and the next sets are asked for (kNearestCacheBytes): 4096 took 5 % more, 800 as well.
+constexpr int64_t kAskedElements = 1600;
 
 // As kLongSquares. (64 x 256: 4.6 us one by one, 3.8 in batches; 512 x 512: 56 and 67.)
 constexpr int64_t kLongDoubleSquares = 512;
@@ -121,6 +123,7 @@ class DoubleBatches {
         one_run_(plan.whole.rank == 0 || (plan.whole.rank == 1 && plan.whole.stride[0] == sizeof(double))),
         x_run_(length_of_runs(plan)),
         one_leaf_(one_run_ && plan.set_size() <= kLeaf),
+        asks_(plan.in_last_cache && one_leaf_ && lines_ == 1 && plan.segments == 1 && !args.past_cache),
         short_runs_(may_have_short_runs(plan, args)),
         ordinary_parameters_(has_ordinary_parameters(plan, args)) {}
 
@@ -175,7 +178,11 @@ class DoubleBatches {
       return rows_one_by_one(begin, end, [](int64_t) { return None{}; });
     }
     for_batches<DoubleBatch>(
-        plan_, one_run_ ? kRowsElements : kPlanesElements, begin, end,
+        plan_,
+        asks_      ? kAskedElements
+        : one_run_ ? kRowsElements
+                   : kPlanesElements,
+        begin, end,
         [&](DoubleBatch& batch) {
           place(batch);
           measure<kCentred>(batch);
@@ -259,11 +266,12 @@ class DoubleBatches {
   template <bool kCentred, class Packs, class HasRest>
   [[gnu::noinline]] FASTNORM_LOOPS void measure_leaves(DoubleBatch& batch, Packs packs, HasRest has_rest) const {
     const int64_t rest = x_run_ % kPack, distance = distance_, count = batch.count;
-    const SetPlaces::View xs = batch.x.view();
+    const bool asks = asks_;
+    const SetPlaces::View xs = batch.x.view(), ys = batch.y.view();
     for (int64_t lane = 0; lane < count; ++lane) {
       const double* const x = reinterpret_cast<const double*>(xs[lane]);
       Deviations<kCentred, AboutZero> all;
-      ask_for<packs + has_rest>(x, distance);
+      ask_for<packs + has_rest>(x, asks ? bytes_between(x, ys[lane]) : distance);
       all.add_leaf(x, packs, has_rest, rest);
       batch.put(lane, all, true);
     }
@@ -466,9 +474,9 @@ class DoubleBatches {
     if (args_.past_cache) return normalise_past_cache<kCentred>(now, next, weight_of, bias_of);
     with_short_run(short_runs_, run_, [&](auto packs) {
       if constexpr (packs == kAnyRun) {
-        normalise_runs<kCentred>(now, weight_of, bias_of);
+        normalise_runs<kCentred>(now, next, weight_of, bias_of);
       } else {
-        normalise_short_runs<kCentred, packs>(now, weight_of(0), bias_of(0));
+        normalise_short_runs<kCentred, packs>(now, next, weight_of(0), bias_of(0));
       }
       measure<kCentred>(next);
     });
@@ -479,7 +487,8 @@ class DoubleBatches {
     return (plan.family == Family::channel || plan.params == plan.params_per_set) && !args.past_cache;
   }
   template <bool kCentred, int kPacks, class Weight, class Bias>
-  [[gnu::noinline]] FASTNORM_LOOPS void normalise_short_runs(const DoubleBatch& now, Weight w, Bias b) const {
+  [[gnu::noinline]] FASTNORM_LOOPS void normalise_short_runs(const DoubleBatch& now, const DoubleBatch& next, Weight w,
+                                                             Bias b) const {
     decltype(held(Whole{}, w)) weight[kPacks + 1];
     decltype(held(Whole{}, b)) bias[kPacks + 1];
     for_constants<kPacks + 1>([&](auto i) {
@@ -487,9 +496,11 @@ class DoubleBatches {
       weight[i] = held(at, w), bias[i] = held(at, b);
     });
     const int64_t n = run_, count = now.count;
-    const SetPlaces::View xs = now.x.view(), ys = now.y.view();
+    const int64_t asked = asks_ ? next.count : 0;
+    const SetPlaces::View xs = now.x.view(), ys = now.y.view(), next_xs = next.x.view();
     for (int64_t lane = 0; lane < count; ++lane) {
       const double* const x = reinterpret_cast<const double*>(xs[lane]);
+      if (lane < asked) ask_for<kPacks + 1>(reinterpret_cast<const double*>(next_xs[lane]), 0);
       const DoubleFormula<kCentred, None, None> xhat(now.factors(lane), None{}, None{});
       write_short_run<kPacks>(reinterpret_cast<double*>(ys[lane]), n,
                               [&](auto i, Whole at) { return plus(at, times(at, xhat(at, x), weight[i]), bias[i]); });
@@ -499,16 +510,17 @@ class DoubleBatches {
   // What a row needs is in variables of the function: what is reached through pointers would be read again for every
   // row, for all that a compiler knows of what results overwrite (rows of 96: 23.5 ns each to 20.5).
   template <bool kCentred, class WeightOf, class BiasOf>
-  [[gnu::noinline]] FASTNORM_LOOPS void normalise_runs(const DoubleBatch& now, WeightOf weight_of,
-                                                       BiasOf bias_of) const {
-    const int64_t n = run_, count = now.count;
+  [[gnu::noinline]] FASTNORM_LOOPS void normalise_runs(const DoubleBatch& now, const DoubleBatch& next,
+                                                       WeightOf weight_of, BiasOf bias_of) const {
+    const int64_t n = run_, count = now.count, asked = asks_ ? next.count : 0;
     const bool whole_lines = whole_lines_;
-    const SetPlaces::View xs = now.x.view(), ys = now.y.view();
+    const SetPlaces::View xs = now.x.view(), ys = now.y.view(), next_xs = next.x.view();
     for (int64_t lane = 0; lane < count; ++lane) {
       const auto w = weight_of(now.param[lane]);
       const auto b = bias_of(now.param[lane]);
       const DoubleFormula<kCentred, decltype(w), decltype(b)> formula(now.factors(lane), w, b);
       const double* const x = reinterpret_cast<const double*>(xs[lane]);
+      if (lane < asked) ask_for(reinterpret_cast<const double*>(next_xs[lane]), n, 0);
       write_run<false>(reinterpret_cast<double*>(ys[lane]), n, [&](auto at) { return formula(at, x); }, whole_lines);
     }
   }
@@ -600,7 +612,9 @@ class DoubleBatches {
   const bool whole_lines_;  // of the cache are written
   const bool one_run_;
   const int64_t x_run_;  // values in each of the runs that a set of x is, all read where they are; 0: other sets
-  const bool one_leaf_, short_runs_, ordinary_parameters_;
+  const bool one_leaf_;
+  const bool asks_;  // are results asked for while a set is measured, and the next sets while this one is normalised?
+  const bool short_runs_, ordinary_parameters_;
 };
 
 }  // namespace

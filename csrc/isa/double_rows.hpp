@@ -127,6 +127,7 @@ class DoubleRowTiles {
   template <int kRows>
   struct Group {
     const double *x[kRows], *dy[kRows], *weight;
+    int64_t to_dx[kRows];
     Pack<double> pivot[kRows], shift[kRows], rstd[kRows];
     double *dweight, *dbias;
   };
@@ -168,12 +169,14 @@ class DoubleRowTiles {
     for_constants<kRows>([&](auto r) {
       const int row = first + r;
       group.x[r] = rows.x[row], group.dy[r] = rows.dy[row];
+      group.to_dx[r] = bytes_between(rows.x[row], rows.dx[row]);
       group.pivot[r] = Pack<double>(rows.pivot[row]), group.shift[r] = Pack<double>(rows.shift[row]);
       group.rstd[r] = Pack<double>(rows.rstd[row]);
     });
     group.weight = weight_, group.dweight = params_.dweight, group.dbias = params_.dbias;
     const int64_t n = n_, whole = n / kPack * kPack;
     Chains<kRows> sums{}, lost{};
+    const bool results = ahead_.results;
     for (int64_t i = 0;;) {
       Chains<kRows> chains{};
       const bool first_tile = i == 0;
@@ -184,6 +187,7 @@ class DoubleRowTiles {
           prefetch<later>(group.x[r] + i, ahead_.summed);
           prefetch<later>(group.dy[r] + i, ahead_.summed);
         }
+        if (results) for_constants<kRows>([&](auto r) { prefetch(group.x[r] + i, group.to_dx[r]); });
         add_pack<kRows>(group, chains, Whole{i});
       }
       const bool last = i == whole;

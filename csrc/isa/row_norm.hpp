@@ -57,7 +57,7 @@ struct RowKernels<float> {
 
   static bool suit(int64_t elements) { return elements >= kPack && elements <= kBlock * kChunkBlocks; }
   static int side_by_side(int64_t elements) { return elements <= 1280 ? kMostRows : 2; }
-  static int together(int64_t elements) {
+  static int together(int64_t elements, bool) {
     return elements <= 200 ? Rows::kMost : elements <= 256 ? 8 : side_by_side(elements);
   }
   static bool asked(int64_t) { return false; }
@@ -73,7 +73,11 @@ struct RowKernels<double> {
 
   static bool suit(int64_t elements) { return elements <= kLongestDoubleRow; }
   static int side_by_side(int64_t) { return kMostRows; }
-  static int together(int64_t elements) { return elements <= 128 ? Rows::kMost : elements <= 256 ? 8 : kMostRows; }
+  // near: is dx not asked for, nor the next rows? Else there has to be room for them (kNearestCacheBytes).
+  static int together(int64_t elements, bool near) {
+    const int64_t most = near ? 2048 : 1024;
+    return elements * Rows::kMost <= most ? Rows::kMost : elements * 8 <= most ? 8 : kMostRows;
+  }
   // Are the next rows asked for even where the caches hold them? (Rows of 30: 5 to 10 % less time; of 16, and from 64
   // on, up to 5 % more.)
   static bool asked(int64_t elements) { return elements > kPack && elements < 4 * kPack; }
@@ -99,15 +103,17 @@ class RowBackward {
     plain_weights_ = plain_weights(0);
     if (!Kernels::suit(plan.elements) || !tile_weights()) return;
     group_ = Kernels::side_by_side(plan.elements);
-    together_ = Kernels::together(plan.elements);
+    together_ = Kernels::together(plan.elements, !plan.in_last_cache);
     in_place_ = run_ == plan.elements;
     in_order_ = contiguous(plan.set_stat);
     // The next rows, while the gradients of these are written: those that are read when all of these are (65536 x 100:
     // 5.7 ms to 3.6). Short rows from memory are asked for once: twice, and held back, they took 3 to 20 % longer.
     const bool twice = args.from_memory && together_ < Rows::kMost;
-    const bool next_rows = Kernels::asked(plan.elements) || reading_ahead<T>(plan, plan.x, run_) != 0;
+    const int64_t bytes = together_ * plan.elements * static_cast<int64_t>(sizeof(T));
+    ahead_.results = plan.in_last_cache && !args.past_cache && 5 * bytes <= kNearestCacheBytes;
+    const bool next_rows = ahead_.results || Kernels::asked(plan.elements) || reading_ahead<T>(plan, plan.x, run_) != 0;
     if (in_place_ && (twice || next_rows)) {
-      ahead_.written = together_ * plan.elements * static_cast<int64_t>(sizeof(T));
+      ahead_.written = bytes;
       if (twice) ahead_.summed = 2 * ahead_.written;
     }
   }

@@ -136,6 +136,7 @@ struct TiledRows {
 // last cache: 0.57 ms to 0.60). 0: none is.
 struct RowsAhead {
   int64_t written = 0, summed = 0;
+  bool results = false;  // is dx asked for while its row is summed up?
 };
 
 // Stores formula(place) along dx of a row and asks for x and dy of the one that is `ahead` bytes on; 0: for none.
@@ -211,6 +212,7 @@ class RowTiles {
   template <int kRows>
   struct Group {
     const float *x[kRows], *dy[kRows], *weight;
+    int64_t to_dx[kRows];
     Pack<float> mean[kRows], mean_lo[kRows], rstd[kRows];
     const Pack<float>* before;
     Pack<float>*columns, *third;
@@ -292,6 +294,7 @@ class RowTiles {
     for_constants<kRows>([&](auto r) {
       const int row = first + r;
       group.x[r] = rows.x[row] + column, group.dy[r] = rows.dy[row] + column;
+      group.to_dx[r] = bytes_between(rows.x[row], rows.dx[row]);
       group.mean[r] = Pack<float>(rows.pivot[row]), group.mean_lo[r] = Pack<float>(rows.pivot_lo[row]);
       group.rstd[r] = Pack<float>(rows.float_rstd[row]);
     });
@@ -300,6 +303,7 @@ class RowTiles {
     if constexpr (kRows < kAll) group.third = third_row_.sums;
     HalfPack *const g = rows.g_lanes + first, *const product = rows.product_lanes + first;
     const int64_t whole = n / kPack, rest = n % kPack;
+    const bool results = ahead_.results;
     bool first_tile = column == 0, second = false;
     Chains<kRows> chains{}, kept;
     if (rest > 0) add_pack<kRows, kFirst, kAll>(group, chains, Partial{n - rest, rest});
@@ -308,6 +312,7 @@ class RowTiles {
 #pragma GCC unroll 1  // unrolled, the packs of four rows spill registers
       for (; k < end; ++k) {
         if constexpr (kAhead) ask_for_later<kRows>(group, k * kPack);
+        if (results) for_constants<kRows>([&](auto r) { prefetch(group.x[r] + k * kPack, group.to_dx[r]); });
         add_pack<kRows, kFirst, kAll>(group, chains, Whole{k * kPack});
       }
       if (k == whole) break;

@@ -31,6 +31,14 @@ constexpr int64_t kAheadBytes = 8192;
 // 143 to 130), where from a nearer one it costs nothing. (1024 and 4096 bytes do the same.)
 constexpr int64_t kNearAheadBytes = 2048;
 
+// Where only the last cache holds the arrays (Plan::in_last_cache), results are asked for as well: a loop that reads
+// some sets and then writes them would have memory wait for stores in one half and for loads in the other. So results
+// are asked for while their sets are read, and the next sets while results are written; a batch is as large as leaves
+// room for all of that in the nearest cache. Little is gained by a call that is repeated at once, whose arrays are in
+// the last cache indeed, and 10 to 25 % by one that comes after others have used it (first call, layer norm of 4096 x
+// 100 float64: 189 us to 145, RMS norm 191 to 139, its backward 280 to 217).
+constexpr int64_t kNearestCacheBytes = 48 << 10;
+
 // The distance for what they do not hold along an operand, in bytes; 0 if they do.
 template <class T>
 inline int64_t reading_ahead(const Plan& plan, const Operand& operand, int64_t run) {

@@ -29,7 +29,8 @@ class SetBatches {
         run_(run),
         lines_(plan.elements / run),
         additions_(lines_ * ((run + kPack - 1) / kPack)),
-        distance_(reading_ahead<float>(plan, plan.x, run)) {}
+        distance_(reading_ahead<float>(plan, plan.x, run)),
+        asks_(plan.in_last_cache && !args.past_cache) {}
 
   // Can the sets be read in place? A weight per value wants all values in one run.
   static bool in_place(const Plan& plan, int64_t run) {
@@ -136,7 +137,7 @@ class SetBatches {
   [[gnu::noinline]] FASTNORM_LOOPS void forward_one_by_one(int64_t begin, int64_t end,
                                                            const FormulaOf& formula_of) const {
     const int64_t run = run_;
-    const bool channels = plan_.family == Family::channel;
+    const bool asks = asks_, channels = plan_.family == Family::channel;
     const float *const weights = channels ? args_.weight : nullptr, *const biases = channels ? args_.bias : nullptr;
     const double count = static_cast<double>(run), share = 1 / count;
     const double additions = static_cast<double>(additions_ + kPack);
@@ -164,6 +165,10 @@ class SetBatches {
         if (coming) {
           PlainSums<centred> inner;
           for_packs(run, [&](auto at) {
+            if (asks) {
+              prefetch(coming + at.start, 2 * kNearAheadBytes);
+              prefetch(y + at.start, kNearAheadBytes);
+            }
             inner.add(at, coming);
             at.store(y, formula(at, x));
           });
@@ -219,12 +224,13 @@ class SetBatches {
     const int64_t x_step = from.step(), y_step = to.step();
     int64_t lane = 0;
     if (kManyRegisters && lines == 1 && distance == 0) {
-      const auto by_twos = [&](auto asks) FASTNORM_LOOPS {
+      const auto by_twos = [&](auto constant) FASTNORM_LOOPS {
         for (; lane + 2 <= count; lane += 2) {
-          normalise_and_measure_two<centred, decltype(asks)::value>(now, next, lane, from, to, formula_of);
+          normalise_and_measure_two<centred, decltype(constant)::value>(now, next, lane, from, to, formula_of);
         }
       };
-      run < kAskedRun ? by_twos(std::false_type{}) : by_twos(std::true_type{});
+      const bool asks = asks_ && run >= kAskedRun;
+      asks ? by_twos(std::true_type{}) : by_twos(std::false_type{});
     }
     for (; lane < count; ++lane) {
       const char *x_line = from.set(now.first + lane), *coming_line = from.set(next.first + lane);
@@ -268,6 +274,8 @@ class SetBatches {
       if constexpr (kAsks) {
         prefetch(coming0 + at.start, kNearAheadBytes);
         prefetch(coming1 + at.start, kNearAheadBytes);
+        prefetch(y0 + at.start, kNearAheadBytes);
+        prefetch(y1 + at.start, kNearAheadBytes);
       }
       sums0.add(at, coming0);
       sums1.add(at, coming1);
@@ -351,6 +359,7 @@ class SetBatches {
   int64_t run_, lines_;
   int64_t additions_;  // in the longest chain of a sum
   int64_t distance_;
+  bool asks_;
 };
 
 }  // namespace
