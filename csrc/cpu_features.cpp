@@ -47,17 +47,20 @@ std::atomic<int64_t>& last_cache() {
   return bytes;
 }
 
+std::atomic<int64_t>& core_cache() {
+  constexpr int64_t kUnknown = 1 << 20;
+  static std::atomic<int64_t> bytes{bytes_of_level(2) > 0 ? bytes_of_level(2) : kUnknown};
+  return bytes;
+}
+
 }  // namespace
 
 int64_t cache_bytes() { return last_cache().load(std::memory_order_relaxed); }
 void set_cache_bytes(int64_t bytes) { last_cache().store(bytes); }
+int64_t core_bytes() { return core_cache().load(std::memory_order_relaxed); }
+void set_core_bytes(int64_t bytes) { core_cache().store(bytes); }
 
 bool exceeds_cache(int64_t bytes) { return bytes >= cache_bytes() / 2; }
-
-bool exceeds_core(int64_t bytes) {
-  constexpr int64_t kUnknown = 1 << 20;
-  static const int64_t second = bytes_of_level(2);
-  return bytes > (second > 0 ? second : kUnknown);
-}
+bool exceeds_core(int64_t bytes) { return bytes > core_bytes(); }
 
 }  // namespace fastnorm

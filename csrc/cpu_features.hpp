@@ -13,8 +13,10 @@ bool exceeds_cache(int64_t bytes);
 // Are they more than a core has in caches of its own?
 bool exceeds_core(int64_t bytes);
 
-// The size of the last-level cache that `exceeds_cache` goes by: this CPU's, or what was set.
+// The sizes that these go by: this CPU's, or what was set.
 int64_t cache_bytes();
 void set_cache_bytes(int64_t bytes);
+int64_t core_bytes();
+void set_core_bytes(int64_t bytes);
 
 }  // namespace fastnorm

@@ -1,8 +1,9 @@
-"""Results that are written past the caches: the same bits, everywhere they belong, nothing beside them.
+"""Arrays that no cache holds, or the last one alone: the same bits, everywhere they belong, nothing beside them.
 
-The kernels do so with a given `out=` once a call's arrays take half of the last-level cache (the forward on several
-threads: two thirds). Here that cache is taken to have no bytes at all, so that small and odd shapes go the way that the
-largest arrays go. New results are written into the cache, but what is read is asked for ahead.
+The kernels write a given `out=` past the caches once a call's arrays take half of the last-level one (the forward on
+several threads: two thirds). New results are written into it, but what is read is asked for ahead. Where only a core's
+own caches are too small, results are asked for too. Here caches are taken to have no bytes at all, so that small and
+odd shapes go the ways that larger arrays go.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ from operations import LAYOUTS, OPERATIONS, results
 pytestmark = pytest.mark.unverified("compares the kernels with themselves")
 
 HUGE = 1 << 60
+PLACES = {"core": (HUGE, HUGE), "last cache": (0, HUGE), "memory": (0, 0)}
 SHAPES = [
     (3, 4, 7),
     (5, 16, 3, 11),
     (2, 6, 1, 131),
     (9, 30),
+    (77, 100),
     (37, 515),
     (64, 8, 28, 28),
     (257, 48),
@@ -35,9 +38,22 @@ FUNCTIONS = [name for name, operation in OPERATIONS.items() if operation.out]
 
 @pytest.fixture(autouse=True)
 def _cache_restored() -> Iterator[None]:
-    size = _core.cache_bytes()
+    core, last = _core.core_bytes(), _core.cache_bytes()
     yield
-    _core.set_cache_bytes(size)
+    _core.set_core_bytes(core)
+    _core.set_cache_bytes(last)
+
+
+def _take_arrays_to_lie_in(place: str) -> None:
+    core, last = PLACES[place]
+    _core.set_core_bytes(core)
+    _core.set_cache_bytes(last)
+
+
+def _assert_same(found: dict[str, dict[str, np.ndarray]], message: str) -> None:
+    for place, there in found.items():
+        for name, near in found["core"].items():
+            np.testing.assert_array_equal(there[name], near, err_msg=f"{name}, {place}, {message}")
 
 
 def _strip_of(shape: tuple[int, ...], dtype: type, skip: int) -> tuple[np.ndarray, np.ndarray]:
@@ -61,16 +77,15 @@ def test_same_bits_and_nothing_beside_them(function: str, level: str) -> None:
             like = call.arguments[call.main]
             out, memory = _strip_of(like.shape, like.dtype, skip)
             found = {}
-            for size in (HUGE, 0):
+            for place in PLACES:
                 memory[:] = 7
-                _core.set_cache_bytes(size)
+                _take_arrays_to_lie_in(place)
                 with fn.num_threads(threads):
-                    found[size] = {name: a.copy() for name, a in results(call(out=out)).items()}
+                    found[place] = {name: a.copy() for name, a in results(call(out=out)).items()}
                 inside = (out.ctypes.data - memory.ctypes.data) // memory.itemsize
                 assert np.all(memory[:inside] == 7)
                 assert np.all(memory[inside + out.size :] == 7)
-            for name, near in found[HUGE].items():
-                np.testing.assert_array_equal(found[0][name], near, err_msg=f"{name}, {shape}, {dtype}, {skip}")
+            _assert_same(found, f"{shape}, {dtype}, {skip}")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -80,12 +95,11 @@ def test_results_of_any_layout(function: str, layout: str) -> None:
         call = OPERATIONS[function].make(fn, shape, dtype, layout=LAYOUTS[layout])
         like = call.arguments[call.main]
         found = {}
-        for size in (HUGE, 0):
-            _core.set_cache_bytes(size)
+        for place in PLACES:
+            _take_arrays_to_lie_in(place)
             out = LAYOUTS[layout](np.full(like.shape, np.nan, like.dtype))
-            found[size] = results(call(out=out))
-        for name, near in found[HUGE].items():
-            np.testing.assert_array_equal(found[0][name], near, err_msg=f"{name}, {shape}, {dtype}")
+            found[place] = results(call(out=out))
+        _assert_same(found, f"{shape}, {dtype}")
 
 
 @pytest.mark.parametrize("function", OPERATIONS)
@@ -97,12 +111,11 @@ def test_new_results_of_what_is_asked_for_ahead(function: str) -> None:
         for dtype, threads in ((np.float32, 1), (np.float64, 1), (np.float64, 2)):
             call = operation.make(fn, shape, dtype)
             found = {}
-            for size in (HUGE, 0):
-                _core.set_cache_bytes(size)
+            for place in PLACES:
+                _take_arrays_to_lie_in(place)
                 with fn.num_threads(threads):
-                    found[size] = results(call())
-            for name, near in found[HUGE].items():
-                np.testing.assert_array_equal(found[0][name], near, err_msg=f"{name}, {shape}, {dtype}, {threads}")
+                    found[place] = results(call())
+            _assert_same(found, f"{shape}, {dtype}, {threads}")
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -113,15 +126,14 @@ def test_both_results_of_the_residual_step(shape: tuple[int, ...], norm: str, th
     x, residual, dy, ds = (rng.standard_normal(shape).astype(np.float32) for _ in range(4))
     forward, backward = (getattr(fn, f"dropout_add_{norm}_{way}") for way in ("forward", "backward"))
     found = {}
-    for size in (HUGE, 0):
-        _core.set_cache_bytes(size)
+    for place in PLACES:
+        _take_arrays_to_lie_in(place)
         y, s, dx, dresidual = (_strip_of(shape, np.float32, skip)[0] for skip in (4, 1, 0, 7))
         with fn.num_threads(threads):
             _, cache = forward(x, residual, p=0.3, rng=5, out=(y, s))
             gradients = backward(dy, cache, ds=ds, out=(dx, dresidual))
-        found[size] = (y, s, *(a for a in gradients if a is not None))
-    for near, far in zip(found[HUGE], found[0], strict=True):
-        np.testing.assert_array_equal(far, near)
+        found[place] = {str(k): a for k, a in enumerate((y, s, *gradients)) if a is not None}
+    _assert_same(found, f"{shape}, {norm}, {threads}")
 
 
 @pytest.mark.parametrize(("columns", "groups"), [(30, 0), (131, 0), (300, 0), (33, 3), (100, 2)])
@@ -140,13 +152,13 @@ def test_float64_sets_at_unequal_distances(columns: int, groups: int) -> None:
         both = fn.layer_norm(x, weight, bias, **out).copy()
         return [both, fn.layer_norm(x, **out).copy(), fn.rms_norm(x, weight, **out).copy()]
 
-    _core.set_cache_bytes(HUGE)
+    _take_arrays_to_lie_in("core")
     want = calls(x)
     alone = [calls(sample[None].copy()) for sample in x]
     for k, y in enumerate(want):
         np.testing.assert_array_equal(y, np.concatenate([results[k] for results in alone]))
-    for size in (HUGE, 0):
-        _core.set_cache_bytes(size)
+    for place in PLACES:
+        _take_arrays_to_lie_in(place)
         for out in (np.empty(x.shape), turned):
             for y, expected in zip(calls(x, out=out), want, strict=True):
                 np.testing.assert_array_equal(y, expected)

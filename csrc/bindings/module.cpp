@@ -73,6 +73,10 @@ PYBIND11_MODULE(_core, m) {
   m.def(
       "set_cache_bytes", [](int64_t bytes) { set_cache_bytes(bytes); }, py::arg("bytes"),
       "Take the last-level cache to be of this size from now on: large results are written past it.");
+  m.def("core_bytes", [] { return core_bytes(); }, "Size of the caches that a core has for itself.");
+  m.def(
+      "set_core_bytes", [](int64_t bytes) { set_core_bytes(bytes); }, py::arg("bytes"),
+      "Take a core's own caches to be of this size from now on: what they do not hold is asked for.");
   m.def(
       "build_info",
       [] {
