@@ -136,14 +136,15 @@ def test_both_results_of_the_residual_step(shape: tuple[int, ...], norm: str, th
     _assert_same(found, f"{shape}, {norm}, {threads}")
 
 
-@pytest.mark.parametrize(("columns", "groups"), [(30, 0), (131, 0), (300, 0), (33, 3), (100, 2)])
-def test_float64_sets_at_unequal_distances(columns: int, groups: int) -> None:
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(("columns", "groups"), [(30, 0), (131, 0), (300, 0), (700, 0), (33, 3), (100, 2), (700, 3)])
+def test_sets_at_unequal_distances(columns: int, groups: int, dtype: type) -> None:
     """Several batches of sets whose offsets are no multiples of one number: in the cache, past it, and each alone."""
     rng = np.random.default_rng(columns)
-    whole = rng.standard_normal((14, 11, columns)) + 0.3
-    weight, bias = rng.standard_normal((2, 6 if groups else columns))
+    whole = (rng.standard_normal((14, 11, columns)) + 0.3).astype(dtype)
+    weight, bias = rng.standard_normal((2, 6 if groups else columns)).astype(dtype)
     x = whole[:, :6] if groups else whole[:, :9]
-    turned = np.empty((x.shape[1], x.shape[0], columns)).swapaxes(0, 1)
+    turned = np.empty((x.shape[1], x.shape[0], columns), dtype).swapaxes(0, 1)
 
     def calls(x: np.ndarray, **out: np.ndarray) -> list[np.ndarray]:
         if groups:
@@ -159,6 +160,6 @@ def test_float64_sets_at_unequal_distances(columns: int, groups: int) -> None:
         np.testing.assert_array_equal(y, np.concatenate([results[k] for results in alone]))
     for place in PLACES:
         _take_arrays_to_lie_in(place)
-        for out in (np.empty(x.shape), turned):
+        for out in (np.empty(x.shape, dtype), turned):
             for y, expected in zip(calls(x, out=out), want, strict=True):
                 np.testing.assert_array_equal(y, expected)

@@ -22,9 +22,47 @@ constexpr int64_t kLongSquares = 200;
 
 inline bool fits_batch(const Plan& plan) { return plan.blocks.count <= kChunkBlocks && measured_units(plan) == 1; }
 
-// Some sets, their sums, and what normalises them.
-struct Batch {
+// Where the sets of a batch begin in an operand. Most often they lie at equal distances; else their offsets are looked
+// up once, for that takes divisions.
+class SetPlaces {
+ public:
+  // A copy, for loops that store results: a compiler does not know that these change nothing in here.
+  struct View {
+    char* first;
+    int64_t step;
+    const int64_t* offsets;  // nullptr: at equal distances
+    FASTNORM_INLINE char* operator[](int64_t lane) const { return first + (offsets ? offsets[lane] : lane * step); }
+  };
+
+  void find(const Operand& operand, int64_t first, int64_t count) {
+    evenly_ = operand.set.rank <= 1;
+    step_ = inner_stride(operand.set);
+    first_ = operand.data + (evenly_ ? first * step_ : 0);
+    if (!evenly_) for_offsets(operand.set, first, count, [&](int64_t i, int64_t offset) { offsets_[i] = offset; });
+  }
+  FASTNORM_INLINE View view() const { return {first_, step_, evenly_ ? nullptr : offsets_}; }
+
+ private:
+  bool evenly_ = true;
+  char* first_ = nullptr;
+  int64_t step_ = 0, offsets_[kMostSets];
+};
+
+// The sets of a batch.
+struct PlacedSets {
   int64_t first = 0, count = 0;
+  SetPlaces x, y;
+
+  void place(const Plan& plan, int64_t from, int64_t size) {
+    first = from;
+    count = size;
+    x.find(plan.x, first, count);
+    y.find(plan.y, first, count);
+  }
+};
+
+// Some sets, their sums, and what normalises them.
+struct Batch : PlacedSets {
   bool in_float = false;     // are all of them measured the short way, and to be normalised in float32?
   int64_t param[kMostSets];  // of a set's first weight and bias
   HalfPack sum_lanes[kMostSets], squares_lanes[kMostSets];
@@ -198,8 +236,7 @@ inline void for_batches(const Plan& plan, int64_t elements, int64_t begin, int64
   Batch batches[2];
   Batch *now = &batches[0], *next = &batches[1];
   const auto start = [&](Batch& batch, int64_t first) {
-    batch.first = first;
-    batch.count = end - first < size ? end - first : size;
+    batch.place(plan, first, end - first < size ? end - first : size);
   };
   start(*now, begin);
   measure(*now);

@@ -23,38 +23,10 @@ struct DoubleFactors {
   double pivot, factor, factor_lo, offset;
 };
 
-// Where the sets of a batch begin in an operand. Most often they lie at equal distances; else their offsets are looked
-// up once, for that takes divisions.
-class SetPlaces {
- public:
-  // A copy, for loops that store results: a compiler does not know that these change nothing in here.
-  struct View {
-    char* first;
-    int64_t step;
-    const int64_t* offsets;  // nullptr: at equal distances
-    FASTNORM_INLINE char* operator[](int64_t lane) const { return first + (offsets ? offsets[lane] : lane * step); }
-  };
-
-  void find(const Operand& operand, int64_t first, int64_t count) {
-    evenly_ = operand.set.rank <= 1;
-    step_ = inner_stride(operand.set);
-    first_ = operand.data + (evenly_ ? first * step_ : 0);
-    if (!evenly_) for_offsets(operand.set, first, count, [&](int64_t i, int64_t offset) { offsets_[i] = offset; });
-  }
-  FASTNORM_INLINE View view() const { return {first_, step_, evenly_ ? nullptr : offsets_}; }
-
- private:
-  bool evenly_ = true;
-  char* first_ = nullptr;
-  int64_t step_ = 0, offsets_[kMostSets];
-};
-
 // Some sets, their sums, and what normalises them.
-struct DoubleBatch {
-  int64_t first = 0, count = 0;
-  double two_parts = 0;  // as in Statistic
-  bool plain = false;    // has no set a scale, or parameters that are not for one step?
-  SetPlaces x, y;
+struct DoubleBatch : PlacedSets {
+  double two_parts = 0;      // as in Statistic
+  bool plain = false;        // has no set a scale, or parameters that are not for one step?
   int64_t param[kMostSets];  // of a set's first weight and bias
   HalfPack sum_lanes[kMostSets], squares_lanes[kMostSets];
   HalfPack lost_sum_lanes[kMostSets], lost_squares_lanes[kMostSets];  // of sets that are more than a leaf
@@ -182,14 +154,8 @@ class DoubleBatches {
         asks_      ? kAskedElements
         : one_run_ ? kRowsElements
                    : kPlanesElements,
-        begin, end,
-        [&](DoubleBatch& batch) {
-          place(batch);
-          measure<kCentred>(batch);
-        },
-        [&](DoubleBatch& batch) { finish(batch); },
+        begin, end, [&](DoubleBatch& batch) { measure<kCentred>(batch); }, [&](DoubleBatch& batch) { finish(batch); },
         [&](const DoubleBatch& now, DoubleBatch& next) {
-          place(next);
           if (now.plain) return with_parameters<kCentred>(now, next);
           for (int64_t lane = 0; lane < now.count; ++lane) normalise_units(now.first + lane, now.statistic(lane));
           measure<kCentred>(next);
@@ -237,10 +203,6 @@ class DoubleBatches {
     const Walk& whole = plan.whole;
     if (!runs_in_place(plan)) return 0;
     return whole.rank == 0 ? 1 : whole.inner_size();
-  }
-  void place(DoubleBatch& batch) const {
-    batch.x.find(plan_.x, batch.first, batch.count);
-    batch.y.find(plan_.y, batch.first, batch.count);
   }
 
   // ---- statistics

@@ -73,62 +73,76 @@ class GroupBatches {
   }
 
  private:
+  // From line to line and from segment to segment, in bytes. (A copy, as SetPlaces::View.)
+  struct Steps {
+    int64_t x_line, y_line, x_segment, y_segment;
+    Steps(const Plan& plan, int64_t run)
+        : x_line(run_step<float>(plan.x, run)),
+          y_line(run_step<float>(plan.y, run)),
+          x_segment(inner_stride(plan.x.segment)),
+          y_segment(inner_stride(plan.y.segment)) {}
+  };
+
   // As SetBatches::forward_one_by_one.
   [[gnu::noinline]] FASTNORM_LOOPS void one_by_one(int64_t begin, int64_t end, int64_t packs) const {
     const double count = static_cast<double>(plan_.set_size()), share = 1 / count;
     const double additions = static_cast<double>(packs + kPack);
     Offsets stats(plan_.set_stat, begin), params(plan_.set_param, begin);
-    const SetLines<float> from(plan_.x, run_), to(plan_.y, run_);
-    RunInParts run = run_of(from, begin);
-    PlainSums<> sums = run.total();
+    Offsets xs(plan_.x.set, begin), ys(plan_.y.set, begin);
+    const Steps steps(plan_, run_);
+    const char* x = plan_.x.data + xs.next();
+    PlainSums<> sums = run_of(x).total();
     for (int64_t set = begin; set < end; ++set) {
       const int64_t stat = stats.next(), param = params.next();
       const double sum = fold(sums.sum), squares = fold(sums.squares);
       const SetNumbers numbers = SetNumbers::of<true>(sum, squares, 1, count, share, args_.eps, additions);
       const bool last = set + 1 == end;
-      RunInParts coming = run_of(from, last ? set : set + 1);
+      const char* const coming_x = last ? x : plan_.x.data + xs.next();
+      char* const y = plan_.y.data + ys.next();
+      RunInParts coming = run_of(coming_x);
       if (!numbers.in_float) {
         normalise_alone(plan_, args_, run_, set, PlainTotals{sum, squares, static_cast<double>(packs)});
       } else {
         store_numbers(args_, stat, numbers, count);
         if (last) {
-          normalise_set<false>(from, to, set, param, numbers.mean, numbers.rstd, [](int64_t) {});
+          normalise_set<false>(steps, x, y, set, param, numbers.mean, numbers.rstd, [](int64_t) {});
         } else {
-          normalise_set<false>(from, to, set, param, numbers.mean, numbers.rstd,
+          normalise_set<false>(steps, x, y, set, param, numbers.mean, numbers.rstd,
                                [&](int64_t segment) { coming.add_up_to((segment + 1) * plan_.elements); });
         }
       }
       if (!last) sums = coming.total();
+      x = coming_x;
     }
   }
 
-  RunInParts run_of(const SetLines<float>& from, int64_t set) const {
+  RunInParts run_of(const char* x) const {
     const int64_t distance = distance_ != 0 ? distance_ : kNearAheadBytes;
-    return RunInParts(reinterpret_cast<const float*>(from.set(set)), plan_.whole.count, distance);
+    return RunInParts(reinterpret_cast<const float*>(x), plan_.whole.count, distance);
   }
 
   FASTNORM_LOOPS void measure(Batch& batch) const {
-    const SetLines<float> from(plan_.x, run_);
+    const SetPlaces::View xs = batch.x.view();
     for (int64_t lane = 0; lane < batch.count; ++lane) {
-      const int64_t set = batch.first + lane;
-      one_run_ ? batch.put(lane, run_of(from, set).total()) : batch.put(lane, plain_whole(plan_, set));
+      one_run_ ? batch.put(lane, run_of(xs[lane]).total()) : batch.put(lane, plain_whole(plan_, batch.first + lane));
     }
   }
 
   template <bool kPastCache>
   [[gnu::noinline]] FASTNORM_LOOPS void normalise(const Batch& now, Batch& next) const {
-    const SetLines<float> from(plan_.x, run_), to(plan_.y, run_);
+    const SetPlaces::View xs = now.x.view(), ys = now.y.view(), next_xs = next.x.view();
+    const Steps steps(plan_, run_);
     const int64_t elements = plan_.elements, measured = one_run_ ? next.count : 0;
     for (int64_t lane = 0; lane < now.count; ++lane) {
       const int64_t set = now.first + lane, param = now.param[lane];
       const double mean = now.mean[lane], rstd = now.rstd[lane];
       if (lane < measured) {
-        RunInParts coming = run_of(from, next.first + lane);
-        normalise_set<kPastCache>(from, to, set, param, mean, rstd,
+        RunInParts coming = run_of(next_xs[lane]);
+        normalise_set<kPastCache>(steps, xs[lane], ys[lane], set, param, mean, rstd,
                                   [&](int64_t segment) { coming.add_up_to((segment + 1) * elements); });
         next.put(lane, coming.total());
       } else {
-        normalise_set<kPastCache>(from, to, set, param, mean, rstd, [](int64_t) {});
+        normalise_set<kPastCache>(steps, xs[lane], ys[lane], set, param, mean, rstd, [](int64_t) {});
       }
     }
     if (!one_run_) measure(next);
@@ -140,11 +154,9 @@ class GroupBatches {
 
   // before_segment(i) comes before each.
   template <bool kPastCache, class Before>
-  FASTNORM_INLINE void normalise_set(const SetLines<float>& from, const SetLines<float>& to, int64_t set, int64_t param,
-                                     double mean, double rstd, const Before& before_segment) const {
+  FASTNORM_INLINE void normalise_set(const Steps& steps, const char* x_segment, char* y_segment, int64_t set,
+                                     int64_t param, double mean, double rstd, const Before& before_segment) const {
     const int64_t segments = plan_.segments, run = run_, lines = lines_;
-    const char* x_segment = from.set(set);
-    char* y_segment = to.set(set);
     const float* weight = args_.weight ? args_.weight + param : nullptr;
     const float* bias = args_.bias ? args_.bias + param : nullptr;
     for (int64_t segment = 0; segment < segments; ++segment) {
@@ -158,15 +170,15 @@ class GroupBatches {
         for (int64_t line = 0; line < lines; ++line) {
           const float* x = reinterpret_cast<const float*>(x_line);
           write_run<kPastCache>(reinterpret_cast<float*>(y_line), run, [&](auto at) { return formula(at, x); });
-          x_line += from.step();
-          y_line += to.step();
+          x_line += steps.x_line;
+          y_line += steps.y_line;
         }
       } else {
         const int64_t units = chunks_per_segment(plan_);
         normalise_units(set, segment * units, (segment + 1) * units, Statistic{mean, 0, rstd, 1});
       }
-      x_segment += from.segment_step();
-      y_segment += to.segment_step();
+      x_segment += steps.x_segment;
+      y_segment += steps.y_segment;
     }
   }
 

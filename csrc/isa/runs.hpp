@@ -114,30 +114,6 @@ struct SegmentLines {
         line_step(run_step<T>(operand, run)) {}
 };
 
-// The sets of an operand, whose segments lie at equal distances, seen the same way: for loops over many short sets.
-template <class T>
-class SetLines {
- public:
-  SetLines(const Operand& operand, int64_t run)
-      : operand_(operand),
-        base_(operand.data),
-        evenly_(operand.set.rank <= 1),
-        set_step_(operand.set.rank == 1 ? operand.set.stride[0] : 0),
-        step_(run_step<T>(operand, run)),
-        segment_step_(inner_stride(operand.segment)) {}
-  FASTNORM_INLINE char* set(int64_t index) const {
-    return base_ + (evenly_ ? index * set_step_ : operand_.set.offset(index));
-  }
-  int64_t step() const { return step_; }                  // from run to run,
-  int64_t segment_step() const { return segment_step_; }  // from segment to segment, in bytes
-
- private:
-  const Operand& operand_;
-  char* base_;
-  bool evenly_;
-  int64_t set_step_, step_, segment_step_;
-};
-
 // visit(run, offset, first, n) for the runs of [begin, end), cut at multiples of `piece`.
 template <class Visit>
 inline void for_runs(Range range, int64_t length, int64_t piece, const Visit& visit) {

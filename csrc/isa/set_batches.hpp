@@ -63,8 +63,8 @@ class SetBatches {
     with_formula([&](const auto& formula_of) {
       parallel_for(plan_.threads, batches * parts, [&](int64_t i) {
         Batch batch;
-        batch.first = i % batches * size;
-        batch.count = plan_.sets - batch.first < size ? plan_.sets - batch.first : size;
+        const int64_t first = i % batches * size;
+        batch.place(plan_, first, plan_.sets - first < size ? plan_.sets - first : size);
         const int64_t line = i / batches * lines_at_once;
         const int64_t end = line + lines_at_once < lines_ ? line + lines_at_once : lines_;
         bool fit[kMostSets];
@@ -185,10 +185,14 @@ class SetBatches {
   // Sums of all sets of a batch.
   template <bool centred>
   FASTNORM_LOOPS void measure(Batch& batch) const {
-    for (int64_t lane = 0; lane < batch.count; ++lane) {
-      const Line<float> from(plan_.x, batch.first + lane, 0, run_);
+    const int64_t count = batch.count, lines = lines_, step = run_step<float>(plan_.x, run_);
+    const SetPlaces::View xs = batch.x.view();
+    for (int64_t lane = 0; lane < count; ++lane) {
+      const char* x_line = xs[lane];
       PlainSums<centred> sums;
-      for (int64_t line = 0; line < lines_; ++line) add_line(from.at(line, 0), sums);
+      for (int64_t line = 0; line < lines; ++line, x_line += step) {
+        add_line(reinterpret_cast<const float*>(x_line), sums);
+      }
       batch.put(lane, sums);
     }
   }
@@ -220,21 +224,21 @@ class SetBatches {
   [[gnu::noinline]] FASTNORM_LOOPS void normalise_and_measure(const Batch& now, Batch& next,
                                                               const FormulaOf& formula_of) const {
     const int64_t run = run_, lines = lines_, distance = distance_, count = next.count;
-    const SetLines<float> from(plan_.x, run), to(plan_.y, run);
-    const int64_t x_step = from.step(), y_step = to.step();
+    const SetPlaces::View xs = now.x.view(), ys = now.y.view(), next_xs = next.x.view();
+    const int64_t x_step = run_step<float>(plan_.x, run), y_step = run_step<float>(plan_.y, run);
     int64_t lane = 0;
     if (kManyRegisters && lines == 1 && distance == 0) {
       const auto by_twos = [&](auto constant) FASTNORM_LOOPS {
         for (; lane + 2 <= count; lane += 2) {
-          normalise_and_measure_two<centred, decltype(constant)::value>(now, next, lane, from, to, formula_of);
+          normalise_and_measure_two<centred, decltype(constant)::value>(now, next, lane, xs, next_xs, ys, formula_of);
         }
       };
       const bool asks = asks_ && run >= kAskedRun;
       asks ? by_twos(std::true_type{}) : by_twos(std::false_type{});
     }
     for (; lane < count; ++lane) {
-      const char *x_line = from.set(now.first + lane), *coming_line = from.set(next.first + lane);
-      char* y_line = to.set(now.first + lane);
+      const char *x_line = xs[lane], *coming_line = next_xs[lane];
+      char* y_line = ys[lane];
       const auto formula = formula_of(now, lane);
       PlainSums<centred> sums;
       for (int64_t line = 0; line < lines; ++line) {
@@ -259,15 +263,13 @@ class SetBatches {
   // norm of rows of 100: 60 us to 56; instance norm 14 x 14: 51 to 46). Few registers do not hold the sums of both
   // (AVX2: layer norm 512 x 768 83 us instead of 52). kAsks: for what comes a few sets later.
   template <bool centred, bool kAsks, class FormulaOf>
-  FASTNORM_INLINE void normalise_and_measure_two(const Batch& now, Batch& next, int64_t lane,
-                                                 const SetLines<float>& from, const SetLines<float>& to,
+  FASTNORM_INLINE void normalise_and_measure_two(const Batch& now, Batch& next, int64_t lane, const SetPlaces::View& xs,
+                                                 const SetPlaces::View& next_xs, const SetPlaces::View& ys,
                                                  const FormulaOf& formula_of) const {
-    const auto values = [](const SetLines<float>& lines, int64_t set) {
-      return reinterpret_cast<float*>(lines.set(set));
-    };
-    const float *x0 = values(from, now.first + lane), *x1 = values(from, now.first + lane + 1);
-    const float *coming0 = values(from, next.first + lane), *coming1 = values(from, next.first + lane + 1);
-    float *y0 = values(to, now.first + lane), *y1 = values(to, now.first + lane + 1);
+    const auto values = [](char* set) { return reinterpret_cast<float*>(set); };
+    const float *x0 = values(xs[lane]), *x1 = values(xs[lane + 1]);
+    const float *coming0 = values(next_xs[lane]), *coming1 = values(next_xs[lane + 1]);
+    float *y0 = values(ys[lane]), *y1 = values(ys[lane + 1]);
     const auto formula0 = formula_of(now, lane), formula1 = formula_of(now, lane + 1);
     PlainSums<centred> sums0, sums1;
     for_packs(run_, [&](auto at) {
@@ -293,11 +295,12 @@ class SetBatches {
                                                         int64_t end, const FormulaOf& formula_of) const {
     const int64_t run = run_;
     const bool past_cache = args_.past_cache;
-    const SetLines<float> from(plan_.x, run), to(plan_.y, run);
+    const SetPlaces::View xs = batch.x.view(), ys = batch.y.view();
+    const int64_t x_step = run_step<float>(plan_.x, run), y_step = run_step<float>(plan_.y, run);
     for (; line < end; ++line) {
       for (int64_t lane = first; lane < last; ++lane) {
-        const float* x = reinterpret_cast<const float*>(from.set(batch.first + lane) + line * from.step());
-        float* y = reinterpret_cast<float*>(to.set(batch.first + lane) + line * to.step());
+        const float* x = reinterpret_cast<const float*>(xs[lane] + line * x_step);
+        float* y = reinterpret_cast<float*>(ys[lane] + line * y_step);
         const auto formula = formula_of(batch, lane);
         for_stored_packs(past_cache, y, run, [&](auto at, auto out) { out.store(at, y, formula(at, x)); });
       }
@@ -324,16 +327,18 @@ class SetBatches {
   // Stores past the cache are aligned, the lanes of the sums are not: the one runs a few values ahead of the other.
   template <bool centred, class FormulaOf>
   FASTNORM_LOOPS void normalise_past_cache(const Batch& now, Batch& next, const FormulaOf& formula_of) const {
-    const int64_t run = run_, distance = distance_;
-    for (int64_t lane = 0; lane < now.count; ++lane) {
-      const Line<float> from(plan_.x, now.first + lane, 0, run), to(plan_.y, now.first + lane, 0, run);
-      const bool measures = lane < next.count;
-      const Line<float> ahead = measures ? Line<float>(plan_.x, next.first + lane, 0, run) : from;
+    const int64_t run = run_, lines = lines_, distance = distance_, count = now.count, measured = next.count;
+    const int64_t x_step = run_step<float>(plan_.x, run), y_step = run_step<float>(plan_.y, run);
+    const SetPlaces::View xs = now.x.view(), ys = now.y.view(), next_xs = next.x.view();
+    for (int64_t lane = 0; lane < count; ++lane) {
+      const bool measures = lane < measured;
+      const char *x_line = xs[lane], *coming_line = measures ? next_xs[lane] : x_line;
+      char* y_line = ys[lane];
       const auto formula = formula_of(now, lane);
       PlainSums<centred> sums;
-      for (int64_t line = 0; line < lines_; ++line) {
-        const float *x = from.at(line, 0), *coming = ahead.at(line, 0);
-        float* y = to.at(line, 0);
+      for (int64_t line = 0; line < lines; ++line, x_line += x_step, coming_line += x_step, y_line += y_step) {
+        const float *x = reinterpret_cast<const float*>(x_line), *coming = reinterpret_cast<const float*>(coming_line);
+        float* y = reinterpret_cast<float*>(y_line);
         const int64_t unaligned = unaligned_values(y), lead = unaligned < run ? unaligned : run;
         const auto store = [&](auto at) { PastCacheToTheEnds::store(at, y, formula(at, x)); };
         if (lead > 0) store(Partial{0, lead});
