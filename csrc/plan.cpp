@@ -222,7 +222,7 @@ Plan& plan_of_call(const PlanInput& input) {
   return *new (&kept.plan) Plan(make_plan(input));  // in place: it is some kilobytes
 }
 
-void Plan::set_bytes(int64_t bytes, bool exceed_cache) {
+void Plan::take_size(int64_t bytes, bool exceed_cache) {
   far = exceed_cache;
   in_last_cache = !far && exceeds_core(bytes / threads);
 }

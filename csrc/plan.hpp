@@ -120,13 +120,13 @@ struct Plan {
   bool dx_in_place() const { return dx.data == dy.data; }
   // From x to what is to be on its way to the caches when x is done, in bytes of either sign; 0: more of x.
   int64_t ahead = 0;
-  // Do the arrays of the call not fit the caches? Do they fit the last one, but not those of a core? In both cases
-  // loops ask for what they will touch for the first time.
+  // Are the arrays of the call too large for the caches? Or for those of a core alone, which leaves the last one? In
+  // both cases loops ask for what they will touch for the first time (kAheadBytes, kNearestCacheBytes).
   bool far = false, in_last_cache = false;
   int threads = 1;
 
-  // bytes: of all arrays; when `threads` is known.
-  void set_bytes(int64_t bytes, bool exceed_cache);
+  // Sets these two, `bytes` being the size of the arrays together and `threads` known.
+  void take_size(int64_t bytes, bool exceed_cache);
 
   int64_t set_size() const { return segments * elements; }
   int64_t all_sets() const { return sets * columns; }

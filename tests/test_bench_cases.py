@@ -172,16 +172,20 @@ def test_wrong_use_is_told(arguments: list[str], words: str, capsys: pytest.Capt
     assert words in capsys.readouterr().err
 
 
-def test_several_thread_counts_in_one_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("cold", [False, True])
+def test_several_thread_counts_in_one_run(tmp_path: Path, capfd: pytest.CaptureFixture[str], cold: bool) -> None:
     file = tmp_path / "run.json"
     arguments = ["bench", "--plain", "--cases", "layer_norm-64x256", "--seconds", "0", "--peers", "numpy"]
+    arguments += ["--cold"] * cold
     assert main([*arguments, "--threads", "1,2", "--json", str(file)]) == 0
     shown = capfd.readouterr().out
+    assert ("single call" in shown) == cold
     assert "1 thread, fastest round" in shown
     assert "2 threads, fastest round" in shown
     assert shown.count("geometric mean against the best peer") == 2
     content, results = scores.read(file)
     assert content["environment"]["threads"].startswith("1, 2 of ")
+    assert content["command"].endswith("--cold --seconds 0" if cold else "--seconds 0")
     assert [r.threads for r in results if r.contender == scores.OWN_OUT] == [1, 2]
     assert [r.threads for r in results if r.contender == scores.OWN_ONE] == [2]
 

@@ -82,6 +82,20 @@ def test_turns_are_shared_and_the_slow_have_few() -> None:
     assert timings["slow"].fastest >= 4e-3
 
 
+def test_cold_calls_come_one_by_one_after_something_else() -> None:
+    seen: list[str] = []
+    timings = measuring.take_turns(
+        {name: lambda name=name: seen.append(name) for name in "abc"},
+        0, subject="a", pause=False, spoil=lambda: seen.append("-"),
+    )  # fmt: skip
+    turns = "".join(seen[seen.index("-") :])
+    assert turns[::2] == "-" * (len(turns) // 2)
+    rounds = [turns[1::2][i : i + 3] for i in range(0, len(turns) // 2, 3)]
+    assert all(sorted(letters) == ["a", "b", "c"] for letters in rounds)
+    assert len(set(rounds)) > 1  # not always in one order
+    assert {timing.rounds for timing in timings.values()} == {len(rounds)}
+
+
 @pytest.mark.parametrize("reads", [1, 2])
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

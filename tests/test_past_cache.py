@@ -2,8 +2,8 @@
 
 The kernels write a given `out=` past the caches once a call's arrays take half of the last-level one (the forward on
 several threads: two thirds). New results are written into it, but what is read is asked for ahead. Where only a core's
-own caches are too small, results are asked for too. Here caches are taken to have no bytes at all, so that small and
-odd shapes go the ways that larger arrays go.
+own caches are too small, results are asked for too. Here the caches of the one kind or of both are taken to have no
+bytes at all, so that small and odd shapes go the ways that larger arrays go.
 """
 
 from __future__ import annotations
@@ -91,7 +91,14 @@ def test_same_bits_and_nothing_beside_them(function: str, level: str) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_results_of_any_layout(function: str, layout: str) -> None:
-    for shape, dtype in (((3, 6, 5, 21), np.float32), ((4, 6, 130), np.float32), ((3, 4, 19), np.float64)):
+    for shape, dtype in (
+        ((3, 6, 5, 21), np.float32),
+        ((4, 6, 130), np.float32),
+        ((3, 4, 19), np.float64),
+        ((40, 100), np.float64),
+    ):
+        if len(shape) < OPERATIONS[function].min_rank:
+            continue
         call = OPERATIONS[function].make(fn, shape, dtype, layout=LAYOUTS[layout])
         like = call.arguments[call.main]
         found = {}
@@ -118,17 +125,18 @@ def test_new_results_of_what_is_asked_for_ahead(function: str) -> None:
             _assert_same(found, f"{shape}, {dtype}, {threads}")
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("norm", ["layer_norm", "rms_norm"])
 @pytest.mark.parametrize("shape", [(5, 33), (300, 131), (64, 16)])
-def test_both_results_of_the_residual_step(shape: tuple[int, ...], norm: str, threads: int) -> None:
+def test_both_results_of_the_residual_step(shape: tuple[int, ...], norm: str, threads: int, dtype: type) -> None:
     rng = np.random.default_rng(len(norm) + threads)
-    x, residual, dy, ds = (rng.standard_normal(shape).astype(np.float32) for _ in range(4))
+    x, residual, dy, ds = (rng.standard_normal(shape).astype(dtype) for _ in range(4))
     forward, backward = (getattr(fn, f"dropout_add_{norm}_{way}") for way in ("forward", "backward"))
     found = {}
     for place in PLACES:
         _take_arrays_to_lie_in(place)
-        y, s, dx, dresidual = (_strip_of(shape, np.float32, skip)[0] for skip in (4, 1, 0, 7))
+        y, s, dx, dresidual = (_strip_of(shape, dtype, skip)[0] for skip in (4, 1, 0, 7))
         with fn.num_threads(threads):
             _, cache = forward(x, residual, p=0.3, rng=5, out=(y, s))
             gradients = backward(dy, cache, ds=ds, out=(dx, dresidual))

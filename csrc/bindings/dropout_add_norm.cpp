@@ -330,7 +330,7 @@ void run_backward(const Step& step, const Sizes& sizes, const NormCache& cache, 
   Plan plan = rows_plan(step.spec, rows.count, rows.length, sizeof(T), &a.s, nullptr, &a.dy, &g);
   plan.threads = threads;
   const int64_t bytes = 3 * sizes.total * static_cast<int64_t>(sizeof(T));
-  plan.set_bytes(bytes, exceeds_cache(bytes));
+  plan.take_size(bytes, exceeds_cache(bytes));
   // The gradient that goes past the caches is kept near for a block's time, in rows that are used again and again.
   const bool kept_near = threads == 1 && rows.count > rows.block && (a.dresidual ? a.past.second : a.past.first);
   const NearRows memory(kept_near, rows.block * rows.length * static_cast<int64_t>(sizeof(T)));

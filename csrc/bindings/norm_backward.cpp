@@ -95,7 +95,7 @@ py::object run(const NormCache& cache, const Array& x, const Array& dy, py::obje
   args.centred = spec.kind != Kind::rms;
   args.constant_stats = !cache.training;
   const int64_t bytes = 3 * total * x.itemsize();
-  plan.set_bytes(bytes, exceeds_cache(bytes));
+  plan.take_size(bytes, exceeds_cache(bytes));
   args.past_cache = reused && result.data() != dy.data() && plan.far;
   args.from_memory = args.past_cache && exceeds_cache(total * x.itemsize());
   args.mean = cache.mean;

@@ -39,7 +39,7 @@ void run(const Settings& settings, Pass pass, const Array& x, const Array& y, co
   args.centred = spec.kind != Kind::rms;
   // In place, x has brought the lines to the caches.
   const int64_t bytes = 2 * total * x.itemsize();
-  plan.set_bytes(bytes, forward_exceeds_cache(bytes, plan.threads));
+  plan.take_size(bytes, forward_exceeds_cache(bytes, plan.threads));
   args.past_cache = reused && y.data() != x.data() && plan.far;
   args.mean = statistics.mean;
   args.mean_lo = statistics.mean_lo;

@@ -173,7 +173,7 @@ constexpr int64_t kGradientSets = 32;
 constexpr int64_t kGradientBatchBytes = 16 << 10, kFarBatchBytes = 128 << 10;
 // The same of float32 data where dx and the next batch are asked for as well (kNearestCacheBytes). Sets of several
 // lines took 10 % more for it, float64 data 5 %.
-constexpr int64_t kAskedBatchBytes = 8 << 10;
+constexpr int64_t kAskedBatchBytes = 8 << 10, kAskedSetBytes = 2 << 10;
 
 // The sets of a batch are neighbours along the innermost axis of sets: everything of theirs lies at equal distances.
 template <class T>
@@ -184,7 +184,8 @@ class ChannelBatches {
         args_(args),
         run_(run),
         lines_(plan.elements / run),
-        asks_(!kMayOverflow<T> && plan.in_last_cache && lines_ == 1 && !args.past_cache),
+        asks_(!kMayOverflow<T> && plan.in_last_cache && lines_ == 1 && !args.past_cache &&
+              plan.set_size() * static_cast<int64_t>(sizeof(T)) <= kAskedSetBytes),
         sums_(sums) {}
 
   // Can all segments be read in place, each at one go?
@@ -207,8 +208,9 @@ class ChannelBatches {
       cut.with_rest([&](auto rest) {
         constexpr int kRest = decltype(rest)::value;
         if (reading_ahead<T>(plan_, plan_.x, run_) > 0) return measure<kRest, false>(cut, ReadAhead<T>(plan_, run_));
-        if (asks_) return measure<kRest, false>(cut, ResultsAhead{});
-        if constexpr (kMayOverflow<T>) {  // sets of several lines gain nothing by asking
+        if constexpr (!kMayOverflow<T>) {
+          if (asks_) return measure<kRest, false>(cut, ResultsAhead{});
+        } else {  // sets of several lines gain nothing by asking
           const ReadAhead<T> near(kNearAheadBytes);
           if (lines_ == 1)
             return cut.is_one_tree() ? measure<kRest, true>(cut, near) : measure<kRest, false>(cut, near);
@@ -283,6 +285,11 @@ class ChannelBatches {
     char* set(int64_t i) const { return this->base + i * set_step; }
   };
 
+  // From a set of the batch to one of the next, in bytes.
+  int64_t distance_to_next(const Operand& operand) const {
+    return operand.set.offset(first_ + count_) - operand.set.offset(first_);
+  }
+
   const T* weight_of(int64_t i, int64_t segment) const {
     return weights_ + i * weight_step_ + (args_.weight ? segment : 0);
   }
@@ -317,8 +324,10 @@ class ChannelBatches {
     for (int64_t i = 0; i < count; ++i) {
       const Pack<T> pivots(pivot_[i]);
       const char *x_segment = x.set(i), *dy_segment = dy.set(i);
-      if constexpr (std::is_same<Ahead, ResultsAhead>::value) ahead.distance = bytes_between(x_segment, dx.set(i));
       for (int64_t segment = 0; segment < segments; ++segment) {
+        if constexpr (std::is_same<Ahead, ResultsAhead>::value) {
+          ahead.distance = bytes_between(x_segment, dx.set(i) + segment * dx.segment_step);
+        }
         TreeGradientSums<T> sums;
         if constexpr (kOneTree) {
           take_run<kRest>(sums, reinterpret_cast<const T*>(x_segment), reinterpret_cast<const T*>(dy_segment), cut,
@@ -491,8 +500,8 @@ class ChannelBatches {
     const int64_t count = count_, segments = plan_.segments, run = run_;
     const Runs x(plan_.x, first_, run), dy(plan_.dy, first_, run), dx(plan_.dx, first_, run);
     const int64_t weight_step = args_.weight ? 1 : 0;
-    const bool asks = asks_;
-    const int64_t next_x = count * x.set_step, next_dy = count * dy.set_step;
+    const bool asks = asks_ && first_ + count < plan_.sets;
+    const int64_t next_x = asks ? distance_to_next(plan_.x) : 0, next_dy = asks ? distance_to_next(plan_.dy) : 0;
     for (int64_t i = 0; i < count; ++i) {
       if (plain_[i] == 0) continue;
       Gradient gradient(pivot_[i], rstd_[i], factor_a_[i], factor_b_[i]);

@@ -187,11 +187,14 @@ class DoubleRowTiles {
           prefetch<later>(group.x[r] + i, ahead_.summed);
           prefetch<later>(group.dy[r] + i, ahead_.summed);
         }
-        if (results) for_constants<kRows>([&](auto r) { prefetch(group.x[r] + i, group.to_dx[r]); });
+        if (results) ask_for_results<kRows>(group, i);
         add_pack<kRows>(group, chains, Whole{i});
       }
       const bool last = i == whole;
-      if (last && whole < n) add_pack<kRows>(group, chains, Partial{whole, n - whole});
+      if (last && whole < n) {
+        if (results) ask_for_results<kRows>(group, whole);
+        add_pack<kRows>(group, chains, Partial{whole, n - whole});
+      }
       if (first_tile) {
         sums = chains;
       } else {
@@ -208,6 +211,11 @@ class DoubleRowTiles {
       rows.product_lanes[row] = sums.product[r];
       rows.product_lost_lanes[row] = lost.product[r];
     });
+  }
+
+  template <int kRows>
+  FASTNORM_INLINE static void ask_for_results(const Group<kRows>& group, int64_t i) {
+    for_constants<kRows>([&](auto r) { prefetch(group.x[r] + i, group.to_dx[r]); });
   }
 
   // A pack of all rows.

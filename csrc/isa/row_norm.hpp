@@ -57,8 +57,9 @@ struct RowKernels<float> {
 
   static bool suit(int64_t elements) { return elements >= kPack && elements <= kBlock * kChunkBlocks; }
   static int side_by_side(int64_t elements) { return elements <= 1280 ? kMostRows : 2; }
-  static int together(int64_t elements, bool) {
-    return elements <= 200 ? Rows::kMost : elements <= 256 ? 8 : side_by_side(elements);
+  // near: is dx not asked for? Else there has to be room for it, and for the next rows (kNearestCacheBytes).
+  static int together(int64_t elements, bool near) {
+    return elements <= (near ? 200 : 150) ? Rows::kMost : elements <= 256 ? 8 : side_by_side(elements);
   }
   static bool asked(int64_t) { return false; }
   static bool suits(float weight) { return tile_weight(weight); }
@@ -73,7 +74,6 @@ struct RowKernels<double> {
 
   static bool suit(int64_t elements) { return elements <= kLongestDoubleRow; }
   static int side_by_side(int64_t) { return kMostRows; }
-  // near: is dx not asked for, nor the next rows? Else there has to be room for them (kNearestCacheBytes).
   static int together(int64_t elements, bool near) {
     const int64_t most = near ? 2048 : 1024;
     return elements * Rows::kMost <= most ? Rows::kMost : elements * 8 <= most ? 8 : kMostRows;
@@ -109,8 +109,10 @@ class RowBackward {
     // The next rows, while the gradients of these are written: those that are read when all of these are (65536 x 100:
     // 5.7 ms to 3.6). Short rows from memory are asked for once: twice, and held back, they took 3 to 20 % longer.
     const bool twice = args.from_memory && together_ < Rows::kMost;
-    const int64_t bytes = together_ * plan.elements * static_cast<int64_t>(sizeof(T));
-    ahead_.results = plan.in_last_cache && !args.past_cache && 5 * bytes <= kNearestCacheBytes;
+    const int64_t row = plan.elements * static_cast<int64_t>(sizeof(T)), bytes = together_ * row;
+    constexpr int kOperands = 5;  // x, dy, dx; x and dy of the next rows
+    ahead_.results = plan.in_last_cache && !args.past_cache && in_place_ && kOperands * bytes <= kNearestCacheBytes &&
+                     follow_each_other(plan.x, row) && follow_each_other(plan.dy, row);
     const bool next_rows = ahead_.results || Kernels::asked(plan.elements) || reading_ahead<T>(plan, plan.x, run_) != 0;
     if (in_place_ && (twice || next_rows)) {
       ahead_.written = bytes;

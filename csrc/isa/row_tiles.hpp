@@ -306,13 +306,16 @@ class RowTiles {
     const bool results = ahead_.results;
     bool first_tile = column == 0, second = false;
     Chains<kRows> chains{}, kept;
-    if (rest > 0) add_pack<kRows, kFirst, kAll>(group, chains, Partial{n - rest, rest});
+    if (rest > 0) {
+      if (results) ask_for_results<kRows>(group, n - rest);
+      add_pack<kRows, kFirst, kAll>(group, chains, Partial{n - rest, rest});
+    }
     for (int64_t k = 0, stop = rest > 0 ? kChain - 1 : kChain;; stop += kChain) {
       const int64_t end = stop < whole ? stop : whole;
 #pragma GCC unroll 1  // unrolled, the packs of four rows spill registers
       for (; k < end; ++k) {
         if constexpr (kAhead) ask_for_later<kRows>(group, k * kPack);
-        if (results) for_constants<kRows>([&](auto r) { prefetch(group.x[r] + k * kPack, group.to_dx[r]); });
+        if (results) ask_for_results<kRows>(group, k * kPack);
         add_pack<kRows, kFirst, kAll>(group, chains, Whole{k * kPack});
       }
       if (k == whole) break;
@@ -351,6 +354,11 @@ class RowTiles {
       prefetch<later>(group.x[r] + i, ahead_.summed);
       prefetch<later>(group.dy[r] + i, ahead_.summed);
     });
+  }
+
+  template <int kRows>
+  FASTNORM_INLINE static void ask_for_results(const Group<kRows>& group, int64_t i) {
+    for_constants<kRows>([&](auto r) { prefetch(group.x[r] + i, group.to_dx[r]); });
   }
 
   // A pack of all rows: a row's packs are read by one instruction, which the processor's reading ahead relies on.

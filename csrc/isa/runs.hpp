@@ -28,16 +28,24 @@ constexpr int64_t kAheadBytes = 8192;
 
 // What the caches do hold is asked for in places where sets are read in the order of memory, a few lines ahead: where
 // it comes from the last cache this saves 3 to 15 % of a call (instance norm 14 x 14: 48 us to 43; float64 rows of 30:
-// 143 to 130), where from a nearer one it costs nothing. (1024 and 4096 bytes do the same.)
-constexpr int64_t kNearAheadBytes = 2048;
+// 143 to 130), where from a nearer one it costs nothing. (1024 and 2048 bytes do the same there; where other work has
+// pushed the arrays out of the last cache too, 2048 took 5 to 10 % longer.)
+constexpr int64_t kNearAheadBytes = 4096;
 
-// Where only the last cache holds the arrays (Plan::in_last_cache), results are asked for as well: a loop that reads
-// some sets and then writes them would have memory wait for stores in one half and for loads in the other. So results
-// are asked for while their sets are read, and the next sets while results are written; a batch is as large as leaves
-// room for all of that in the nearest cache. Little is gained by a call that is repeated at once, whose arrays are in
-// the last cache indeed, and 10 to 25 % by one that comes after others have used it (first call, layer norm of 4096 x
-// 100 float64: 189 us to 145, RMS norm 191 to 139, its backward 280 to 217).
+// Where only the last cache is large enough for the arrays (Plan::in_last_cache), results are asked for as well: a loop
+// that reads some sets and then writes them would wait for loads in one half and for stores in the other. So results
+// are asked for while their sets are read, and the next sets while results are written, or both a few lines ahead where
+// one loop does both. A call that is repeated at once gains little, one that comes after others have used the caches 10
+// to 25 % (layer norm of 4096 x 100 float64: 189 us to 145, RMS norm 191 to 139, its backward 280 to 217).
+//
+// This has to have room in the nearest cache: what a batch reads and writes, and what the next one will read.
 constexpr int64_t kNearestCacheBytes = 48 << 10;
+
+// Do the sets of an operand, of `bytes` each, follow each other? Where they do not, what lies some bytes ahead may be
+// nothing of theirs.
+inline bool follow_each_other(const Operand& operand, int64_t bytes) {
+  return operand.set.rank == 0 || (operand.set.rank == 1 && operand.set.stride[0] == bytes);
+}
 
 // The distance for what they do not hold along an operand, in bytes; 0 if they do.
 template <class T>

@@ -17,7 +17,7 @@ constexpr int64_t kAppliedElements = 65536;
 // registers (AVX2) layer norm of rows of 768 takes 5 % more, of 1024 2 % less.
 constexpr int64_t kLongSet = kManyRegisters ? 512 : 1024;
 
-// Sets from this length on, if they go by twos, are asked for (kNearAheadBytes). Rows of 30 take 2 to 4 % longer for
+// Sets from this length on, if they go by twos, are asked for, and their results. Rows of 30 take 2 to 4 % longer for
 // it, and sets of several lines (batch norm) gain nothing, however far ahead.
 constexpr int64_t kAskedRun = 4 * kPack;
 
@@ -30,7 +30,9 @@ class SetBatches {
         lines_(plan.elements / run),
         additions_(lines_ * ((run + kPack - 1) / kPack)),
         distance_(reading_ahead<float>(plan, plan.x, run)),
-        asks_(plan.in_last_cache && !args.past_cache) {}
+        asks_(plan.in_last_cache && !args.past_cache && lines_ == 1 &&
+              follow_each_other(plan.x, run * static_cast<int64_t>(sizeof(float))) &&
+              follow_each_other(plan.y, run * static_cast<int64_t>(sizeof(float)))) {}
 
   // Can the sets be read in place? A weight per value wants all values in one run.
   static bool in_place(const Plan& plan, int64_t run) {
@@ -166,7 +168,7 @@ class SetBatches {
           PlainSums<centred> inner;
           for_packs(run, [&](auto at) {
             if (asks) {
-              prefetch(coming + at.start, 2 * kNearAheadBytes);
+              prefetch(coming + at.start, kNearAheadBytes);
               prefetch(y + at.start, kNearAheadBytes);
             }
             inner.add(at, coming);
@@ -228,9 +230,9 @@ class SetBatches {
     const int64_t x_step = run_step<float>(plan_.x, run), y_step = run_step<float>(plan_.y, run);
     int64_t lane = 0;
     if (kManyRegisters && lines == 1 && distance == 0) {
-      const auto by_twos = [&](auto constant) FASTNORM_LOOPS {
+      const auto by_twos = [&](auto asking) FASTNORM_LOOPS {
         for (; lane + 2 <= count; lane += 2) {
-          normalise_and_measure_two<centred, decltype(constant)::value>(now, next, lane, xs, next_xs, ys, formula_of);
+          normalise_and_measure_two<centred, decltype(asking)::value>(now, next, lane, xs, next_xs, ys, formula_of);
         }
       };
       const bool asks = asks_ && run >= kAskedRun;
@@ -261,7 +263,7 @@ class SetBatches {
 
   // Two sets of one line each: every sum is a chain of additions that wait for each other, and two chains do not (RMS
   // norm of rows of 100: 60 us to 56; instance norm 14 x 14: 51 to 46). Few registers do not hold the sums of both
-  // (AVX2: layer norm 512 x 768 83 us instead of 52). kAsks: for what comes a few sets later.
+  // (AVX2: layer norm 512 x 768 83 us instead of 52). kAsks: as asks_.
   template <bool centred, bool kAsks, class FormulaOf>
   FASTNORM_INLINE void normalise_and_measure_two(const Batch& now, Batch& next, int64_t lane, const SetPlaces::View& xs,
                                                  const SetPlaces::View& next_xs, const SetPlaces::View& ys,
@@ -364,7 +366,7 @@ class SetBatches {
   int64_t run_, lines_;
   int64_t additions_;  // in the longest chain of a sum
   int64_t distance_;
-  bool asks_;
+  bool asks_;  // for what comes, and for the results, a few lines ahead?
 };
 
 }  // namespace

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 import fastnorm
+from fastnorm import _core
 from fastnorm.cli import compare, measuring, peers, pictures, scores
 from fastnorm.cli.calls import Arrays, bind, make_arrays
 from fastnorm.cli.cases import Case, select_cases
@@ -42,6 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--threads", default=None, help="for every contender, e.g. 1 or 1,2 (default: what fastnorm uses)"
     )
     parser.add_argument("--seconds", type=float, default=1.0, help="time for the rounds of one case (default: 1)")
+    parser.add_argument(
+        "--cold", action="store_true", help="time single calls, each after the caches were filled with something else"
+    )
     parser.add_argument("--peers", default=None, help=f"default: every installed one of {','.join(peers.NAMES)}")
     parser.add_argument("--list", action="store_true", help="name the cases and stop")
     parser.add_argument("--json", metavar="FILE", help="write every number to FILE")
@@ -74,13 +78,14 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
     command = "python -m fastnorm bench " + shlex.join(_arguments(options, options.threads))
     if len(counts) == 1:
         with fastnorm.num_threads(counts[0]):
-            results = measure_all(cases, names, counts[0], options.seconds, screen)
+            results = measure_all(cases, names, counts[0], options, screen)
             environment = facts() | machine() | {f"peer {name}": peers.installed()[name] for name in names}
         _show(results, screen)
     else:
         environment, results = _in_processes(counts, options)
     if not options.part:
-        for line in ("", *scores.summary(results)):
+        cold = ["", "Each time is that of a single call, after the caches were filled with something else."]
+        for line in (*cold * options.cold, "", *scores.summary(results)):
             screen.line(line)
     if options.json:
         scores.write(Path(options.json), environment, command.strip(), results)
@@ -108,6 +113,7 @@ def _arguments(options: argparse.Namespace, threads: str | None) -> list[str]:
     given = {"cases": options.cases, "dtypes": options.dtypes, "threads": threads, "peers": options.peers}
     usual = {"cases": "*", "dtypes": "float32", "threads": None, "peers": None}
     words = [word for name, value in given.items() if value != usual[name] for word in (f"--{name}", value)]
+    words += ["--cold"] * options.cold
     return words if options.seconds == 1.0 else [*words, "--seconds", f"{options.seconds:g}"]
 
 
@@ -190,9 +196,17 @@ def contenders(case: Case, names: Iterable[str], threads: int, pool: ThreadPoolE
 # Measuring and showing
 
 
-def measure(case: Case, calls: dict[str, Call], seconds: float, threads: int) -> list[Result]:
+def spoiler() -> Call:
+    """Fills the caches with something else."""
+    memory = np.zeros(2 * _core.cache_bytes() // 8)
+    return partial(np.add, memory, 1, out=memory)
+
+
+def measure(
+    case: Case, calls: dict[str, Call], seconds: float, threads: int, spoil: Call | None = None
+) -> list[Result]:
     subject = OWN_OUT if OWN_OUT in calls else OWN
-    timings = measuring.take_turns(calls, seconds, subject=subject, pause=threads > 1)
+    timings = measuring.take_turns(calls, seconds, subject=subject, pause=threads > 1, spoil=spoil)
     given = case.elements * np.dtype(case.dtype).itemsize
     own_bytes, copied = case.bytes_moved, given * (_ceiling_reads(case) + 1)
     return [
@@ -205,19 +219,20 @@ def measure(case: Case, calls: dict[str, Call], seconds: float, threads: int) ->
 
 
 def measure_all(
-    cases: Sequence[Case], names: Sequence[str], threads: int, seconds: float, screen: Screen
+    cases: Sequence[Case], names: Sequence[str], threads: int, options: argparse.Namespace, screen: Screen
 ) -> list[Result]:
     # Before any peer starts its OpenMP: its idle threads shall not spin into the turn of the next contender.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     if {"torch", "jax"} & set(names):
         keep_freed_memory()
     results: list[Result] = []
+    spoil = spoiler() if options.cold else None
     with (
         ThreadPoolExecutor(threads) as pool,
         screen.progress(f"bench, {counted(threads, 'thread')}", len(cases)) as step,
     ):
         for case in cases:
-            measured = measure(case, contenders(case, names, threads, pool), seconds, threads)
+            measured = measure(case, contenders(case, names, threads, pool), options.seconds, threads, spoil)
             results += measured
             own = scores.cells(measured)[0].own
             step(f"{case.name} {case.dtype}: {own.rate:.1f} GB/s")

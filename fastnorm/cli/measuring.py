@@ -6,6 +6,7 @@ The fastest of many short samples says what the machine can do; the median says 
 from __future__ import annotations
 
 import gc
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -49,16 +50,24 @@ def _no_collections() -> Iterator[None]:
             gc.enable()
 
 
-def take_turns(calls: dict[str, Call], seconds: float, *, subject: str, pause: bool) -> dict[str, Timing]:
-    """All contenders in turn for about `seconds`. A turn starts with a call that is not timed and fills the caches."""
+def take_turns(
+    calls: dict[str, Call], seconds: float, *, subject: str, pause: bool, spoil: Call | None = None
+) -> dict[str, Timing]:
+    """All contenders in turn for about `seconds`. A turn starts with a call that is not timed and fills the caches.
+
+    With `spoil`, which is to fill them with something else, a turn is that and a single call.
+    """
     once = {}
     for name, call in calls.items():
         call()  # compiles, faults pages in, starts threads
         once[name] = min(sample(call, 1) for _ in range(3))
-    repeats = {name: max(1, round(_SAMPLE_SECONDS / max(time_, 1e-7))) for name, time_ in once.items()}
+    repeats = dict.fromkeys(calls, 1)
+    if spoil is None:
+        repeats = {name: max(1, round(_SAMPLE_SECONDS / max(time_, 1e-7))) for name, time_ in once.items()}
     patience = _SLOW * once[subject]
     samples: dict[str, list[float]] = {name: [] for name in calls}
     order = list(calls)
+    shuffle = random.Random(0).shuffle
     rounds = 0
     end = time.perf_counter() + seconds
     with _no_collections():
@@ -68,8 +77,8 @@ def take_turns(calls: dict[str, Call], seconds: float, *, subject: str, pause: b
                     continue
                 if pause:
                     time.sleep(_PAUSE_SECONDS)
-                calls[name]()
+                (spoil or calls[name])()
                 samples[name].append(sample(calls[name], repeats[name]))
-            order.append(order.pop(0))  # nobody always follows the same neighbour
+            shuffle(order)  # nobody always follows the same neighbour, whose arrays fill the caches
             rounds += 1
     return {name: Timing(min(times), statistics.median(times), len(times)) for name, times in samples.items()}
