@@ -128,7 +128,7 @@ constexpr double kMostSquares = 1.5, kMostSquaresOfSet = 1.7;
 // Squares that vanish say nothing of that, and a constant set wants every digit of its mean.
 constexpr double kLeastSquares = 0x1p-960;
 inline bool near_mean(const Moments& moments, const Sum& sum, const Sum& squares) {
-  const bool told = squares.hi >= kLeastSquares || sum.hi == 0;
+  const bool told = squares.hi >= kLeastSquares || sum.hi + sum.lo == 0;
   return told && moments.m2.value() * kMostSquaresOfSet >= squares.hi;
 }
 
