@@ -171,9 +171,9 @@ constexpr int64_t kGradientSets = 32;
 // Bytes of x of the sets of a batch: x and dy of the one size fit the nearest cache; up to the other, which fit the
 // next, where fewer segments than are folded together would else make a batch.
 constexpr int64_t kGradientBatchBytes = 16 << 10, kFarBatchBytes = 128 << 10;
-// The same of float32 data where dx and the next batch are asked for as well (kNearestCacheBytes). Sets of several
-// lines took 10 % more for it, float64 data 5 %.
-constexpr int64_t kAskedBatchBytes = 8 << 10, kAskedSetBytes = 2 << 10;
+// The same of float32 data where dx and the next batch are asked for as well (kNearestCacheBytes), and what runs and
+// sets are for that. Sets of several lines took 10 % more for it, float64 data 5 %, planes of 7 x 7 12 % in the caches.
+constexpr int64_t kAskedBatchBytes = 8 << 10, kAskedSetBytes = 2 << 10, kAskedPlane = 4 * kPack;
 
 // The sets of a batch are neighbours along the innermost axis of sets: everything of theirs lies at equal distances.
 template <class T>
@@ -184,7 +184,7 @@ class ChannelBatches {
         args_(args),
         run_(run),
         lines_(plan.elements / run),
-        asks_(!kMayOverflow<T> && plan.in_last_cache && lines_ == 1 && !args.past_cache &&
+        asks_(!kMayOverflow<T> && plan.in_last_cache && lines_ == 1 && run >= kAskedPlane && !args.past_cache &&
               plan.set_size() * static_cast<int64_t>(sizeof(T)) <= kAskedSetBytes),
         sums_(sums) {}
 
@@ -210,8 +210,8 @@ class ChannelBatches {
         if (reading_ahead<T>(plan_, plan_.x, run_) > 0) return measure<kRest, false>(cut, ReadAhead<T>(plan_, run_));
         if constexpr (!kMayOverflow<T>) {
           if (asks_) return measure<kRest, false>(cut, ResultsAhead{});
-        } else {  // sets of several lines gain nothing by asking
-          const ReadAhead<T> near(kNearAheadBytes);
+        } else {                                         // sets of several lines gain nothing by asking
+          const ReadAhead<T> near(kNearAheadBytes / 2);  // (the whole: 2 to 5 % longer)
           if (lines_ == 1)
             return cut.is_one_tree() ? measure<kRest, true>(cut, near) : measure<kRest, false>(cut, near);
         }
@@ -285,8 +285,9 @@ class ChannelBatches {
     char* set(int64_t i) const { return this->base + i * set_step; }
   };
 
-  // From a set of the batch to one of the next, in bytes.
+  // From a set of the batch to one of the next, in bytes; behind the last there is nothing to ask for.
   int64_t distance_to_next(const Operand& operand) const {
+    if (first_ + count_ >= plan_.sets) return 0;
     return operand.set.offset(first_ + count_) - operand.set.offset(first_);
   }
 
@@ -318,14 +319,16 @@ class ChannelBatches {
     Lanes lanes;
     const TreeCut cut = cut_of_run;
     Ahead ahead = ahead_of;
+    constexpr bool kResults = std::is_same<Ahead, ResultsAhead>::value;
     const int64_t count = count_, segments = plan_.segments, all = count * segments, lines = lines_;
-    const Runs x(plan_.x, first_, run_), dy(plan_.dy, first_, run_), dx(plan_.dx, first_, run_);
+    const Runs x(plan_.x, first_, run_), dy(plan_.dy, first_, run_);
+    [[maybe_unused]] const Runs dx(kResults ? plan_.dx : plan_.x, first_, run_);
     int64_t lane = 0, done = 0;
     for (int64_t i = 0; i < count; ++i) {
       const Pack<T> pivots(pivot_[i]);
       const char *x_segment = x.set(i), *dy_segment = dy.set(i);
       for (int64_t segment = 0; segment < segments; ++segment) {
-        if constexpr (std::is_same<Ahead, ResultsAhead>::value) {
+        if constexpr (kResults) {
           ahead.distance = bytes_between(x_segment, dx.set(i) + segment * dx.segment_step);
         }
         TreeGradientSums<T> sums;
@@ -488,20 +491,23 @@ class ChannelBatches {
     write_mending<T>(plan_.dx_in_place(), [&](auto mends) {
       constexpr bool kMends = decltype(mends)::value;
       if constexpr (kPastCache || kMends) {
-        write<kPastCache, kMends, kAnyRun>(lines);
+        write<kPastCache, kMends, kAnyRun, false>(lines);
       } else {
-        with_short_run(true, run_, [&](auto packs) { write<false, false, packs>(lines); });
+        if constexpr (!kMayOverflow<T>) {
+          if (asks_) return write<false, false, kAnyRun, true>(lines);
+        }
+        with_short_run(true, run_, [&](auto packs) { write<false, false, packs, false>(lines); });
       }
     });
   }
 
-  template <bool kPastCache, bool kMends, int kPacks, class Lines>
+  template <bool kPastCache, bool kMends, int kPacks, bool kAsks, class Lines>
   [[gnu::noinline]] FASTNORM_LOOPS void write(const Lines& lines) const {
     const int64_t count = count_, segments = plan_.segments, run = run_;
     const Runs x(plan_.x, first_, run), dy(plan_.dy, first_, run), dx(plan_.dx, first_, run);
     const int64_t weight_step = args_.weight ? 1 : 0;
-    const bool asks = asks_ && first_ + count < plan_.sets;
-    const int64_t next_x = asks ? distance_to_next(plan_.x) : 0, next_dy = asks ? distance_to_next(plan_.dy) : 0;
+    [[maybe_unused]] const int64_t next_x = kAsks ? distance_to_next(plan_.x) : 0;
+    [[maybe_unused]] const int64_t next_dy = kAsks ? distance_to_next(plan_.dy) : 0;
     for (int64_t i = 0; i < count; ++i) {
       if (plain_[i] == 0) continue;
       Gradient gradient(pivot_[i], rstd_[i], factor_a_[i], factor_b_[i]);
@@ -515,22 +521,17 @@ class ChannelBatches {
         for (int64_t line = 0; line < lines.count; ++line) {
           const T *from = reinterpret_cast<const T*>(x_line), *dy_from = reinterpret_cast<const T*>(dy_line);
           T* const to = reinterpret_cast<T*>(dx_line);
-          const auto ask = [&](auto at) {
-            if (!asks) return;
-            prefetch(from + at.start, next_x);
-            prefetch(dy_from + at.start, next_dy);
-          };
+          if constexpr (kAsks) {
+            ask_for(from, run, next_x);
+            ask_for(dy_from, run, next_dy);
+          }
           if constexpr (kPacks == kAnyRun) {
             write_run<kPastCache>(to, run, [&](auto at) {
-              ask(at);
               return mended<kMends>(gradient(at, from, dy_from),
                                     [&] { return careful(i, segment)(at, from, dy_from); });
             });
           } else {
-            write_short_run<kPacks>(to, run, [&](int, Whole at) {
-              ask(at);
-              return gradient(at, from, dy_from);
-            });
+            write_short_run<kPacks>(to, run, [&](int, Whole at) { return gradient(at, from, dy_from); });
           }
           x_line += x.line_step;
           dy_line += dy.line_step;
