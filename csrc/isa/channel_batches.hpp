@@ -171,9 +171,9 @@ constexpr int64_t kGradientSets = 32;
 // Bytes of x of the sets of a batch: x and dy of the one size fit the nearest cache; up to the other, which fit the
 // next, where fewer segments than are folded together would else make a batch.
 constexpr int64_t kGradientBatchBytes = 16 << 10, kFarBatchBytes = 128 << 10;
-// The same of float32 data where dx and the next batch are asked for as well (kNearestCacheBytes), and what runs and
-// sets are for that. Sets of several lines took 10 % more for it, float64 data 5 %, planes of 7 x 7 12 % in the caches.
-constexpr int64_t kAskedBatchBytes = 8 << 10, kAskedSetBytes = 2 << 10, kAskedPlane = 4 * kPack;
+// The same of float32 data where dx and the next batch are asked for as well (kNearestCacheBytes), and the largest sets
+// for that. Sets of several lines took 10 % more for it, float64 data 5 %, planes of 7 x 7 12 % in the caches.
+constexpr int64_t kAskedBatchBytes = 8 << 10, kAskedSetBytes = 2 << 10;
 
 // The sets of a batch are neighbours along the innermost axis of sets: everything of theirs lies at equal distances.
 template <class T>
@@ -184,8 +184,8 @@ class ChannelBatches {
         args_(args),
         run_(run),
         lines_(plan.elements / run),
-        asks_(!kMayOverflow<T> && plan.in_last_cache && lines_ == 1 && run >= kAskedPlane && !args.past_cache &&
-              plan.set_size() * static_cast<int64_t>(sizeof(T)) <= kAskedSetBytes),
+        asks_(!kMayOverflow<T> && plan.in_last_cache && lines_ == 1 && run >= kAskedRun && !args.past_cache &&
+              !plan.dx_in_place() && plan.set_size() * static_cast<int64_t>(sizeof(T)) <= kAskedSetBytes),
         sums_(sums) {}
 
   // Can all segments be read in place, each at one go?
@@ -322,7 +322,7 @@ class ChannelBatches {
     constexpr bool kResults = std::is_same<Ahead, ResultsAhead>::value;
     const int64_t count = count_, segments = plan_.segments, all = count * segments, lines = lines_;
     const Runs x(plan_.x, first_, run_), dy(plan_.dy, first_, run_);
-    [[maybe_unused]] const Runs dx(kResults ? plan_.dx : plan_.x, first_, run_);
+    [[maybe_unused]] const Runs dx(plan_.dx, first_, run_);
     int64_t lane = 0, done = 0;
     for (int64_t i = 0; i < count; ++i) {
       const Pack<T> pivots(pivot_[i]);

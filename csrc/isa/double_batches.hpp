@@ -149,12 +149,10 @@ class DoubleBatches {
       if (args_.weight) return rows_one_by_one(begin, end, [&](int64_t p) { return Each<double>{args_.weight + p}; });
       return rows_one_by_one(begin, end, [](int64_t) { return None{}; });
     }
+    const int64_t elements = one_run_ ? kRowsElements : kPlanesElements;
     for_batches<DoubleBatch>(
-        plan_,
-        asks_      ? kAskedElements
-        : one_run_ ? kRowsElements
-                   : kPlanesElements,
-        begin, end, [&](DoubleBatch& batch) { measure<kCentred>(batch); }, [&](DoubleBatch& batch) { finish(batch); },
+        plan_, asks_ ? kAskedElements : elements, begin, end, [&](DoubleBatch& batch) { measure<kCentred>(batch); },
+        [&](DoubleBatch& batch) { finish(batch); },
         [&](const DoubleBatch& now, DoubleBatch& next) {
           if (now.plain) return with_parameters<kCentred>(now, next);
           for (int64_t lane = 0; lane < now.count; ++lane) normalise_units(now.first + lane, now.statistic(lane));

@@ -17,10 +17,6 @@ constexpr int64_t kAppliedElements = 65536;
 // registers (AVX2) layer norm of rows of 768 takes 5 % more, of 1024 2 % less.
 constexpr int64_t kLongSet = kManyRegisters ? 512 : 1024;
 
-// Sets from this length on, if they go by twos, are asked for, and their results. Rows of 30 take 2 to 4 % longer for
-// it, and sets of several lines (batch norm) gain nothing, however far ahead.
-constexpr int64_t kAskedRun = 4 * kPack;
-
 class SetBatches {
  public:
   SetBatches(const Plan& plan, const NormArgs<float>& args, int64_t run)
