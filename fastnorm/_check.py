@@ -37,6 +37,7 @@ def as_ndarray(name: str, value: Any) -> np.ndarray[Any, Any]:
         except (BufferError, RuntimeError, TypeError, ValueError) as error:
             raise TypeError(
                 f"{name} of type {type(value).__name__} could not be taken through DLPack: {error}"
+                + _dlpack_dtype(name, value, str(error))
             ) from error
     try:
         return np.asarray(value)
@@ -44,7 +45,15 @@ def as_ndarray(name: str, value: Any) -> np.ndarray[Any, Any]:
         raise TypeError(f"{name} could not be read as an array ({error}); expected float32 or float64") from error
 
 
-def _conversion(name: str, value: Any, dtype: str) -> str:
+def _dlpack_dtype(name: str, value: Any, error: str) -> str:
+    """What to add to an error of `numpy.from_dlpack` that is about the dtype, which it does not name."""
+    if "dtype" not in error.lower() or not hasattr(value, "dtype"):
+        return ""
+    call = "float()" if hasattr(value, "float") else "astype('float32')"
+    return f" ({name} has dtype {value.dtype}; expected float32 or float64: use {name}.{call})"
+
+
+def conversion(name: str, value: Any, dtype: str) -> str:
     """The call that converts: a list has no astype."""
     return f"{name}.astype({dtype})" if hasattr(value, "astype") else f"np.asarray({name}, dtype={dtype})"
 
@@ -61,12 +70,15 @@ def array(name: str, value: Any, like: np.dtype[Any] | None = None) -> np.ndarra
         elif dtype == np.dtype(np.float16) or dtype.name == "bfloat16":
             want, to = "float32 or float64 (half precision is not supported yet)", "np.float32"
         elif dtype.kind == "c":
-            want = f"real numbers of float32 or float64 ({name}.real, or both parts)"
+            raise TypeError(
+                f"{name} has dtype {dtype}; expected real numbers of float32 or float64: use "
+                f"np.real({name}).astype(np.{like or 'float64'}), or both parts"
+            )
         if like is not None and to.startswith("np."):
             to = f"np.{like}"
         raise TypeError(
             f"{name} has dtype {dtype.str if dtype.byteorder == '>' else dtype}; expected {want}: "
-            f"use {_conversion(name, value, to)}"
+            f"use {conversion(name, value, to)}"
         )
     if found.ndim > MAX_RANK:
         raise ValueError(f"{name} has {found.ndim} axes; expected at most {MAX_RANK}")
@@ -79,7 +91,7 @@ def same(name: str, value: Any, shape: tuple[int, ...], dtype: np.dtype[Any], of
     if found.dtype != dtype:
         raise TypeError(
             f"{name} has dtype {found.dtype}; expected {dtype}, the dtype of {of}: "
-            f"use {_conversion(name, value, f'np.{dtype}')}"
+            f"use {conversion(name, value, f'np.{dtype}')}"
         )
     if found.shape != shape:
         raise ValueError(f"{name} has shape {_shape(found.shape)}; expected {_shape(shape)}, the shape of {of}")
@@ -98,7 +110,7 @@ def parameter(
     if found.dtype != dtype:
         raise TypeError(
             f"{name} has dtype {found.dtype}; expected {dtype}, the dtype of x: "
-            f"use {_conversion(name, value, f'np.{dtype}')}"
+            f"use {conversion(name, value, f'np.{dtype}')}"
         )
     return found
 
@@ -110,10 +122,21 @@ def channels(name: str, value: Any, size: int, dtype: np.dtype[Any]) -> np.ndarr
         either = "" if dtype == np.float64 else ", or float64"
         raise TypeError(
             f"{name} has dtype {found.dtype}; expected {dtype}, the dtype of x{either}: "
-            f"use {_conversion(name, value, f'np.{dtype}')}"
+            f"use {conversion(name, value, f'np.{dtype}')}"
         )
     if found.shape != (size,):
         raise ValueError(f"{name} has shape {_shape(found.shape)}; expected ({size},), one value per channel")
+    return found
+
+
+def float_dtype(name: str, value: Any) -> np.dtype[Any]:
+    """float32 or float64, from whatever NumPy takes for a dtype."""
+    try:
+        found: np.dtype[Any] = np.dtype(value)
+    except TypeError as error:
+        raise TypeError(f"{name} is {value!r}; expected np.float32 or np.float64") from error
+    if value is None or found not in FLOATS:
+        raise TypeError(f"{name} is {value if value is None else found.str}; expected np.float32 or np.float64")
     return found
 
 
@@ -171,8 +194,10 @@ def axes(name: str, value: Any, rank: int) -> tuple[int, ...]:
         given = (value,) if isinstance(value, str) else tuple(value)
     except TypeError:
         given = (value,)
-    if not all(isinstance(a, (int, np.integer)) and not isinstance(a, bool) for a in given):
-        raise TypeError(f"{name} is {value!r}; expected an axis or a tuple of axes (integers)")
+    try:
+        given = tuple(integer(name, a) for a in given)
+    except TypeError as error:
+        raise TypeError(f"{name} is {value!r}; expected an axis or a tuple of axes (integers)") from error
     if not all(-rank <= a < rank for a in given):
         raise ValueError(f"{name} is {value!r}; expected {-rank} <= axis < {rank} for an array of {rank} axes")
     found = tuple(sorted(int(a) % rank for a in given))

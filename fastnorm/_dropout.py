@@ -280,7 +280,9 @@ def dropout_mask(
         As in `dropout`; a negative extent; a range outside the mask; 2^63 elements or more.
     """
     try:
-        given = tuple(shape) if not hasattr(shape, "__index__") else (shape,)
+        # Arrays of any rank have __index__.
+        one = hasattr(shape, "__index__") and getattr(shape, "ndim", 0) == 0
+        given = (shape,) if one else tuple(shape)  # type: ignore[arg-type]
     except TypeError as error:
         raise TypeError(
             f"shape is {shape!r} of type {type(shape).__name__}; expected an int or a tuple of int"

@@ -8,7 +8,7 @@ by the kernels, from (seed, offset) alone: docs/dropout.md.
 from __future__ import annotations
 
 import operator
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, Union
 
 import numpy as np
 
@@ -110,7 +110,8 @@ class Philox:
 
 _core.set_stream_type(Philox)  # what the compiled entries accept besides an int
 
-Rng: TypeAlias = "int | np.random.Generator | Philox"
+# In quotes what importing this must not import; typing.get_type_hints reads them where the alias is used.
+Rng: TypeAlias = Union[int, "np.random.Generator", "Philox"]
 
 
 def require(rng: Any) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import os
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -26,6 +27,7 @@ from .reference._norm import WIDE, Exact
 __all__ = ["VerificationError", "VerificationWarning", "active", "run", "verify"]
 
 R = TypeVar("R")
+_PACKAGE = os.path.dirname(__file__) + os.sep
 
 
 @dataclass
@@ -187,8 +189,16 @@ def run(function: str, kernel: Callable[[], R], args: tuple[Any, ...], kwargs: d
             mode = _entered[-1][0] if _entered else "raise"
         if mode == "raise":
             raise VerificationError(misses)
-        warnings.warn(str(VerificationError(misses)), VerificationWarning, stacklevel=3)
+        warnings.warn(str(VerificationError(misses)), VerificationWarning, stacklevel=_frames_of_the_package())
     return result
+
+
+def _frames_of_the_package() -> int:
+    """The `stacklevel` that, from the function that calls this, leads to the first line outside the package."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def _expected(function: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Exact | None]:

@@ -52,16 +52,6 @@ class IncompatibleKeys(NamedTuple):
     unexpected_keys: list[str]
 
 
-def _dtype(dtype: Any) -> np.dtype[Any]:
-    try:
-        found: np.dtype[Any] = np.dtype(dtype)
-    except TypeError as error:
-        raise TypeError(f"dtype is {dtype!r}; expected np.float32 or np.float64") from error
-    if dtype is None or found not in _check.FLOATS:
-        raise TypeError(f"dtype is {dtype if dtype is None else found.str}; expected np.float32 or np.float64")
-    return found
-
-
 def _size(name: str, value: Any) -> int:
     found = _check.integer(name, value)
     if found < 1:
@@ -83,13 +73,13 @@ def _eps(value: Any) -> float:
 
 
 def _input(x: Any, *parameters: Array | None) -> Array:
-    """x as an array, of the dtype of the layer's parameters where it has any."""
+    """x as an array, of the dtype of the layer's parameters and running statistics where it has any."""
     given = _check.array("x", x)
     wanted = next((a.dtype for a in parameters if a is not None), given.dtype)
     if given.dtype != wanted:
         raise TypeError(
-            f"x has dtype {given.dtype}; expected {wanted}, the dtype of the layer: use x.astype(np.{wanted}), "
-            f"or make the layer with dtype=np.{given.dtype}"
+            f"x has dtype {given.dtype}; expected {wanted}, the dtype of the layer: use "
+            f"{_check.conversion('x', x, f'np.{wanted}')}, or make the layer with dtype=np.{given.dtype}"
         )
     return given
 
@@ -277,7 +267,7 @@ class _Norm(Layer):
     def __init__(self, shape: tuple[int, ...], weight: bool, bias: bool, eps: Any, dtype: Any) -> None:
         super().__init__()
         self.eps = _eps(eps)
-        self.dtype = _dtype(dtype)
+        self.dtype = _check.float_dtype("dtype", dtype)
         self.weight = np.ones(shape, self.dtype) if weight else None
         self.bias = np.zeros(shape, self.dtype) if bias else None
 
@@ -318,7 +308,7 @@ class _ChannelNorm(_Norm):
             self.running_mean[...], self.running_var[...], self.num_batches_tracked = 0, 1, 0
 
     def _checked(self, x: Any) -> tuple[Array, int]:
-        x = _input(x, self.weight)
+        x = _input(x, self.weight, self.running_mean)
         return _channels(x, self._least_rank, self.channel_axis, "num_features", self.num_features)
 
     def _with_running_statistics(self, x: Array) -> Array:

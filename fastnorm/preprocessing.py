@@ -115,6 +115,16 @@ def _merged(before: _Moments, new: _Moments) -> _Moments:
     return _one_count(total), both_mean, both_m2
 
 
+def _refuse_overflow(numbers: Array, known: Any, what: str) -> None:
+    """Raises where a column has values and yet no finite number, by which it would be scaled to nothing."""
+    beyond = np.flatnonzero(~np.isfinite(numbers) & known)
+    if beyond.size:
+        raise ValueError(
+            f"X has column {int(beyond[0])}, whose {what} is beyond {numbers.dtype}; expected smaller values: "
+            "divide them by some power of ten"
+        )
+
+
 def _extremes(X: Array) -> tuple[Array, Array]:
     """Minimum and maximum of each column's values that are not NaN; NaN for a column without any."""
     low, high = np.fmin.reduce(X, axis=0), np.fmax.reduce(X, axis=0)
@@ -299,8 +309,8 @@ class _Scaler:
         TypeError
             X is sparse, or holds what is no number.
         ValueError
-            X does not have two axes, holds no values, complex ones or infinity; a constructor's argument is out of
-            range. The scaler is then as it was.
+            X does not have two axes, holds no values, complex ones or infinity, or a column whose variance or range is
+            beyond the largest float; a constructor's argument is out of range. The scaler is then as it was.
         """
         return self._learn(X, first=True)
 
@@ -419,6 +429,10 @@ class StandardScaler(_Scaler):
         count, mean, m2 = _column_moments(table)
         if not first:
             count, mean, m2 = _merged(self._seen_, (count, mean, m2))
+        with np.errstate(all="ignore"):
+            var = m2 / count
+        if self.with_std:
+            _refuse_overflow(var, np.greater(count, 0), "variance")
         remember()
         self._seen_ = count, mean, m2
         self.n_samples_seen_ = count
@@ -426,7 +440,6 @@ class StandardScaler(_Scaler):
         self.var_ = self.scale_ = None
         if self.with_std:
             with np.errstate(all="ignore"):
-                var = m2 / count
                 # The error that a two-pass variance may have: less than that is not told from a constant.
                 unit = np.finfo(np.float64).eps
                 constant = var <= count * unit * var + (count * mean * unit) ** 2
@@ -559,11 +572,13 @@ class MinMaxScaler(_Scaler):
         if not first:
             data_min, data_max = np.fmin(self.data_min_, data_min), np.fmax(self.data_max_, data_max)
             count += self.n_samples_seen_
+        with np.errstate(all="ignore"):
+            data_range = data_max - data_min
+        _refuse_overflow(data_range, ~np.isnan(data_min), "range")
         remember()
         self.n_samples_seen_ = count
-        self.data_min_, self.data_max_ = data_min, data_max
+        self.data_min_, self.data_max_, self.data_range_ = data_min, data_max, data_range
         with np.errstate(all="ignore"):
-            self.data_range_ = data_max - data_min
             kind = self.data_range_.dtype.type
             narrow = self.data_range_ < 10 * np.finfo(kind).eps
             self.scale_ = (kind(high) - kind(low)) / np.where(narrow, kind(1), self.data_range_)

@@ -63,7 +63,7 @@ def l1_penalty(weight: Any, strength: float) -> tuple[float, Array]:
     """
     weight, strength = _check.array("weight", weight), _finite("strength", strength)
     value = strength * float(np.abs(weight).sum(dtype=np.float64))
-    return value, np.sign(weight) * weight.dtype.type(strength)
+    return value, np.asarray(np.sign(weight) * weight.dtype.type(strength))
 
 
 def l2_penalty(weight: Any, strength: float) -> tuple[float, Array]:
@@ -97,7 +97,7 @@ def l2_penalty(weight: Any, strength: float) -> tuple[float, Array]:
     """
     weight, strength = _check.array("weight", weight), _finite("strength", strength)
     value = 0.5 * strength * float(np.square(weight, dtype=np.float64).sum())
-    return value, weight * weight.dtype.type(strength)
+    return value, np.asarray(weight * weight.dtype.type(strength))
 
 
 def weight_decay_(weight: Any, strength: float, learning_rate: float) -> Array:
@@ -185,8 +185,7 @@ def label_smoothing(labels: Any, num_classes: int, eps: float = 0.1, *, dtype: A
     if classes < 2:
         raise ValueError(f"num_classes is {classes}; expected at least 2")
     eps = _check.number("eps", eps, 0.0, 1.0)
-    if dtype is None or np.dtype(dtype) not in _check.FLOATS:
-        raise TypeError(f"dtype is {dtype!r}; expected np.float32 or np.float64")
+    dtype = _check.float_dtype("dtype", dtype)
     outside = found[(found < 0) | (found >= classes)]
     if outside.size:
         raise ValueError(f"labels holds {outside.flat[0]}; expected 0 <= label < {classes}, the num_classes")
@@ -227,7 +226,7 @@ def fgsm_perturbation(x: Any, dx: Any, eps: float) -> Array:
     """
     x = _check.array("x", x)
     dx = _check.same("dx", dx, x.shape, x.dtype)
-    step: Array = np.sign(dx)
+    step: Array = np.asarray(np.sign(dx))  # of no axes it would be a scalar
     step *= x.dtype.type(_finite("eps", eps))
     step += x
     return step

@@ -9,6 +9,7 @@ import ast
 import inspect
 import re
 import subprocess
+import typing
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,7 @@ def test_public_functions_are_typed(name: str) -> None:
     signature = inspect.signature(getattr(fn, name))
     assert signature.return_annotation is not inspect.Signature.empty
     assert [p.name for p in signature.parameters.values() if p.annotation is inspect.Parameter.empty] == []
+    assert typing.get_type_hints(getattr(fn, name)).keys() >= {*signature.parameters, "return"}
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

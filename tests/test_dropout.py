@@ -463,6 +463,17 @@ def test_in_place() -> None:
     assert_same_bits(x, expected)
 
 
+def test_shapes_and_axes_may_be_arrays() -> None:
+    keep = fn.dropout_mask((2, 3), 0.5, rng=1, shared_axes=1)
+    np.testing.assert_array_equal(
+        fn.dropout_mask(np.array([2, 3]), 0.5, rng=1, shared_axes=np.array(1)),  # type: ignore[arg-type]
+        keep,
+    )
+    np.testing.assert_array_equal(fn.dropout_mask(np.array(7), 0.5, rng=1), fn.dropout_mask(7, 0.5, rng=1))
+    with pytest.raises(TypeError, match="expected an integer"):
+        fn.dropout_mask(np.array([2.5, 3]), 0.5, rng=1)  # type: ignore[arg-type]
+
+
 def test_empty() -> None:
     for shape in [(0,), (3, 0), (0, 4, 5)]:
         x = np.empty(shape, np.float32)

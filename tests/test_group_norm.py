@@ -64,6 +64,21 @@ def test_channels_last_groups_of_every_width(width: int, num_groups: int, dtype:
         np.testing.assert_array_equal(result[~inside], before[~inside])
 
 
+@pytest.mark.parametrize("module", [fn, fn.reference])
+def test_nothing_may_have_no_channels(module: Any) -> None:
+    """A batch of size 0 gives an empty result; examples without a channel have nothing to normalise."""
+    none = np.zeros(0, np.float32)
+    for shape, axis in (((0, 0), 1), ((0, 0, 5), 1), ((0, 4, 0), 2), ((0, 0), 0)):
+        x = np.zeros(shape, np.float32)
+        y, cache = module.group_norm_forward(x, 2, none, none, channel_axis=axis)
+        assert y.shape == module.group_norm(x, 2, channel_axis=axis).shape == shape
+        grads = module.group_norm_backward(y, cache)
+        assert (grads.dx.shape, grads.dweight.shape, grads.dbias.shape) == (shape, (0,), (0,))
+    for shape in ((3, 0), (3, 0, 4), (3, 4, 0)):
+        with pytest.raises(ValueError, match="nothing to normalise"):
+            module.group_norm(np.zeros(shape, np.float32), 2)
+
+
 def test_is_instance_norm_with_a_group_for_each_channel() -> None:
     x = np.random.default_rng(1).normal(size=(4, 6, 9, 2)).astype(np.float32)
     assert_close({"y": fn.group_norm(x, 6)}, expected("instance_norm", x=x))

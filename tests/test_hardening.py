@@ -302,3 +302,21 @@ def test_a_weight_changes_no_other_group(strange: float) -> None:
         _, cache = fn.group_norm_forward(x, 2, weight)
         results.append(fn.group_norm_backward(dy, cache).dx[:, 32:])
     assert results[0].tobytes() == results[1].tobytes()
+
+
+def test_a_dtype_that_dlpack_cannot_carry_is_named() -> None:
+    """NumPy's own error does not say which it was."""
+
+    class Tensor:
+        dtype = "other.bfloat16"
+
+        def float(self) -> None: ...
+
+        def __dlpack__(self, **_: Any) -> Any:
+            raise BufferError("Unsupported dtype in DLTensor.")
+
+        def __dlpack_device__(self) -> tuple[int, int]:
+            return 1, 0
+
+    with pytest.raises(TypeError, match=r"x of type Tensor .*\(x has dtype other\.bfloat16; expected .* x\.float\(\)"):
+        fn.layer_norm(Tensor())

@@ -351,8 +351,16 @@ def message(call: Callable[[], Any]) -> tuple[type, str]:
 
 @pytest.mark.parametrize(
     "layer",
-    [nn.BatchNorm(6), nn.InstanceNorm(6, affine=True), nn.GroupNorm(2, 6), nn.LayerNorm((6, 5)), nn.RMSNorm((6, 5))],
-    ids=lambda layer: type(layer).__name__,
+    [
+        nn.BatchNorm(6),
+        nn.BatchNorm(6, affine=False),
+        nn.InstanceNorm(6, affine=True),
+        nn.InstanceNorm(6, track_running_stats=True),
+        nn.GroupNorm(2, 6),
+        nn.LayerNorm((6, 5)),
+        nn.RMSNorm((6, 5)),
+    ],
+    ids=lambda layer: f"{type(layer).__name__}-{'weight' if layer.weight is not None else 'statistics'}",
 )
 def test_x_that_does_not_fit_the_layer_is_blamed_itself(layer: nn.Layer) -> None:
     """Not the weight, which the caller has never seen."""
@@ -362,6 +370,10 @@ def test_x_that_does_not_fit_the_layer_is_blamed_itself(layer: nn.Layer) -> None
     kind, told = message(lambda: layer(np.ones((4, 6, 5))))
     assert kind is TypeError
     assert all(word in told for word in ("x has dtype float64; expected float32", "x.astype(np.float32)", "dtype="))
+    _, told = message(lambda: layer(np.ones((4, 6, 5)).tolist()))
+    assert "np.asarray(x, dtype=np.float32)" in told  # a list has no astype
+    if getattr(layer, "running_mean", None) is not None:
+        assert layer.running_mean.tolist() == [0] * 6  # type: ignore[attr-defined]
 
 
 def test_wrong_input_gets_the_functions_own_messages() -> None:

@@ -394,6 +394,28 @@ def test_wrong_tables_are_refused_and_change_nothing(scaler: Any, x: Any, error:
         np.testing.assert_equal(getattr(fitted, name), value)
 
 
+def test_columns_beyond_the_largest_float_are_refused_and_change_nothing() -> None:
+    """They were scaled by 1 or 0 without a word."""
+    wide = np.array([[1.0, 1e160], [0.0, -1e160], [2.0, 0.0]])
+    cases = [
+        (StandardScaler, wide, "column 1, whose variance is beyond float64"),
+        (MinMaxScaler, wide * 1.5e148, "column 1, whose range is beyond float64"),
+        (MinMaxScaler, np.array([[3e38], [-3e38]], np.float32), "column 0, whose range is beyond float32"),
+    ]
+    for scaler, x, words in cases:
+        fitted = scaler().fit(x[:1])
+        before = {k: copy.copy(v) for k, v in vars(fitted).items()}
+        for call in (fitted.fit, fitted.partial_fit):
+            with pytest.raises(ValueError, match=words):
+                call(x)
+        for name, value in before.items():
+            np.testing.assert_equal(getattr(fitted, name), value)
+    mean = StandardScaler(with_std=False).fit(wide).mean_
+    assert mean is not None
+    assert mean.tolist() == [1, 0]
+    np.testing.assert_allclose(StandardScaler().fit_transform(wide * 1e-10).std(axis=0), 1)
+
+
 def test_sparse_matrices_are_refused(sk: Any) -> None:
     from scipy import sparse
 

@@ -40,7 +40,8 @@ def test_penalties_have_their_value_and_gradient(shape: tuple[int, ...], dtype: 
             step = np.zeros(shape)
             step[place] = 1e-6
             numeric[place] = (formula(exact + step) - formula(exact - step)) / 2e-6
-        assert np.asarray(gradient).dtype == dtype
+        assert isinstance(gradient, np.ndarray)
+        assert gradient.dtype == dtype
         np.testing.assert_allclose(gradient, numeric, rtol=max(1e-7, rtol), atol=1e-9)
 
 
@@ -165,6 +166,7 @@ def read_only() -> np.ndarray:
         (lambda: label_smoothing([0], 2.0), TypeError, "num_classes is 2.0"),
         (lambda: label_smoothing([0], 2, 1.1), ValueError, "eps is 1.1"),
         (lambda: label_smoothing([0], 2, dtype=np.float16), TypeError, "dtype is"),
+        (lambda: label_smoothing([0], 2, dtype="single float"), TypeError, "dtype is 'single float'; expected"),
         (lambda: fgsm_perturbation(np.ones(3), np.ones(4), 0.1), ValueError, "dx has shape (4,); expected (3,)"),
         (lambda: fgsm_perturbation(np.ones(3), np.ones(3, np.float32), 0.1), TypeError, "dx has dtype float32"),
         (lambda: fgsm_perturbation(np.ones(3), np.ones(3), -0.1), ValueError, "eps is -0.1"),

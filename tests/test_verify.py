@@ -244,6 +244,13 @@ def test_warn_returns_the_result() -> None:
         np.testing.assert_array_equal(wrong_call(), np.ones((2, 3)))
 
 
+def test_a_warning_is_about_the_line_that_called() -> None:
+    """Else Python, which shows one warning a line, would show one for all calls of a program."""
+    with fn.verify("warn"), pytest.warns(fn.VerificationWarning) as caught:
+        wrong_call()
+    assert [warning.filename for warning in caught] == [__file__]
+
+
 def test_nested_blocks_restore_the_state_before_them() -> None:
     assert not _verify.active()
     with fn.verify("warn"):

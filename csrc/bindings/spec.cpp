@@ -30,9 +30,9 @@ bool make_spec(Kind kind, const Array& x, py::handle axis_object, py::handle gro
   if (!spec.by_row() && x.rank() < (kind == Kind::instance ? 3 : 2)) return false;
   if (kind == Kind::group) {
     const int64_t channels = x.size(spec.axis);
-    if (!as_integer(groups_object, &spec.groups) || spec.groups < 1 || spec.groups > channels) return false;
-    if (channels % spec.groups != 0) return false;
-    if (x.rank() == kMaxRank) return false;  // the channel axis is split in two
+    if (!as_integer(groups_object, &spec.groups) || spec.groups < 1 || channels % spec.groups != 0) return false;
+    if (channels == 0 && x.size(spec.batch_axis()) > 0) return false;  // any number of groups, of nothing
+    if (x.rank() == kMaxRank) return false;                            // the channel axis is split in two
   }
   *to = spec;
   return true;

@@ -152,7 +152,7 @@ def _per_group(x: Array, channel_axis: int, num_groups: int) -> _Sets:
         raise ValueError(f"num_groups is {num_groups}, expected a divisor of the {channels} channels")
     shape = (batch, num_groups, channels // num_groups, *spatial)
     axes = tuple(range(2, len(shape)))
-    return _Sets(order, shape, axes, (channels,), (*shape[1:3], *(1,) * len(spatial)), _void(whole[:2], whole[2:]))
+    return _Sets(order, shape, axes, (channels,), (*shape[1:3], *(1,) * len(spatial)), _void(whole[:1], shape[2:]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
