@@ -347,6 +347,20 @@ inline void hand_out(const Columns<T>& columns, int64_t outer, double* to, const
   }
 }
 
+// The same of those of `sets` sets alone for which `taken` has a 1.
+inline void hand_out_some(const Columns<double>& columns, int64_t outer, double* to, const double* from,
+                          const double* taken, int64_t sets) {
+  if (to == nullptr) return;
+  double* const first = to + columns.stat(outer, 0);
+  const int64_t step = columns.plan().column_stat;
+  if (step == 1) {
+#pragma omp simd
+    for (int64_t set = 0; set < sets; ++set) first[set] = taken[set] != 0 ? from[set] : first[set];
+  } else {
+    for (int64_t set = 0; set < sets; ++set) first[set * step] = taken[set] != 0 ? from[set] : first[set * step];
+  }
+}
+
 // The statistic of a set from its moments, kept in the space and for the caller.
 template <class T>
 inline void finish_column_set(const Columns<T>& columns, int64_t outer, const ColumnSpace<T>& space, int64_t set,
@@ -412,33 +426,33 @@ inline void finish_sets(const Columns<double>& columns, int64_t outer, const Col
     plain[set] *= near[set] * (1 - space.done[set]);
     taken += plain[set];
   }
-  const auto take = [&](int64_t set) {
-    space.mean[set] = mean[set];
-    space.mean_lo[set] = std::fabs(mean_lo[set]) * rstd[set] < 0x1p-56 ? 0 : mean_lo[set];  // drop_negligible
-    space.rstd[set] = rstd[set];
-    space.rstd_lo[set] = rstd_lo[set];
-    space.var[set] = var[set];
-    space.scale[set] = space.done[set] = 1;
-  };
-  const auto hand_out_all = [&](int64_t begin, int64_t end) {
-    hand_out(columns, outer, args.mean, mean, begin, end);
-    hand_out(columns, outer, args.mean_lo, mean_lo, begin, end);
-    hand_out(columns, outer, args.var, var, begin, end);
-    hand_out(columns, outer, args.rstd, rstd, begin, end);
-    hand_out(columns, outer, args.rstd_lo, rstd_lo, begin, end);
-  };
-  if (taken == static_cast<double>(sets)) {
 #pragma omp simd
-    for (int64_t set = 0; set < sets; ++set) take(set);
-    return hand_out_all(0, sets);
-  }
   for (int64_t set = 0; set < sets; ++set) {
-    if (plain[set] != 0) {
-      take(set);
-      hand_out_all(set, set + 1);
-    } else if (space.done[set] == 0 && near[set] == 0) {
+    const bool now = plain[set] != 0;
+    const double lo = std::fabs(mean_lo[set]) * rstd[set] < 0x1p-56 ? 0 : mean_lo[set];  // drop_negligible
+    space.mean[set] = now ? mean[set] : space.mean[set];
+    space.mean_lo[set] = now ? lo : space.mean_lo[set];
+    space.rstd[set] = now ? rstd[set] : space.rstd[set];
+    space.rstd_lo[set] = now ? rstd_lo[set] : space.rstd_lo[set];
+    space.var[set] = now ? var[set] : space.var[set];
+    space.scale[set] = now ? 1 : space.scale[set];
+    space.done[set] = now ? 1 : space.done[set];
+  }
+  const auto hand_out_taken = [&](double* to, const double* from) {
+    taken == static_cast<double>(sets) ? hand_out(columns, outer, to, from, 0, sets)
+                                       : hand_out_some(columns, outer, to, from, plain, sets);
+  };
+  hand_out_taken(args.mean, mean);
+  hand_out_taken(args.mean_lo, mean_lo);
+  hand_out_taken(args.var, var);
+  hand_out_taken(args.rstd, rstd);
+  hand_out_taken(args.rstd_lo, rstd_lo);
+  if (taken == static_cast<double>(sets)) return;
+  for (int64_t set = 0; set < sets; ++set) {
+    if (space.done[set] != 0) continue;
+    if (near[set] == 0) {
       space.pivot[set] = short_mean_of(mean[set], var[set]);
-    } else if (space.done[set] == 0) {
+    } else {
       Moments moments = moments_about(space.pivot[set], count, {first.sum[set], first.lost[set]},
                                       {second.sum[set], second.lost[set]});
       finish_column_set(columns, outer, space, set, moments);
