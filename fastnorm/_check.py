@@ -9,12 +9,23 @@ from __future__ import annotations
 
 import math
 import operator
+import os
+import sys
 from typing import Any
 
 import numpy as np
 
 FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
 MAX_RANK = 32
+_PACKAGE = os.path.dirname(__file__) + os.sep
+
+
+def frames_of_the_package() -> int:
+    """The `stacklevel` of a warning, in the function that calls this, to name the first line outside the package."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def _shape(shape: tuple[int, ...]) -> str:
@@ -37,7 +48,7 @@ def as_ndarray(name: str, value: Any) -> np.ndarray[Any, Any]:
         except (BufferError, RuntimeError, TypeError, ValueError) as error:
             raise TypeError(
                 f"{name} of type {type(value).__name__} could not be taken through DLPack: {error}"
-                + _dlpack_dtype(name, value, str(error))
+                + (f" ({name} has dtype {value.dtype})" if _about_dtype(error, value) else "")
             ) from error
     try:
         return np.asarray(value)
@@ -45,12 +56,9 @@ def as_ndarray(name: str, value: Any) -> np.ndarray[Any, Any]:
         raise TypeError(f"{name} could not be read as an array ({error}); expected float32 or float64") from error
 
 
-def _dlpack_dtype(name: str, value: Any, error: str) -> str:
-    """What to add to an error of `numpy.from_dlpack` that is about the dtype, which it does not name."""
-    if "dtype" not in error.lower() or not hasattr(value, "dtype"):
-        return ""
-    call = "float()" if hasattr(value, "float") else "astype('float32')"
-    return f" ({name} has dtype {value.dtype}; expected float32 or float64: use {name}.{call})"
+def _about_dtype(error: BaseException | None, value: Any) -> bool:
+    """Is an error of `numpy.from_dlpack` about the dtype, which it does not name?"""
+    return "dtype" in str(error).lower() and hasattr(value, "dtype")
 
 
 def conversion(name: str, value: Any, dtype: str) -> str:
@@ -60,7 +68,13 @@ def conversion(name: str, value: Any, dtype: str) -> str:
 
 def array(name: str, value: Any, like: np.dtype[Any] | None = None) -> np.ndarray[Any, Any]:
     """`value` as an ndarray of float32 or float64 in native byte order; `like`: the dtype that is wanted in the end."""
-    found = as_ndarray(name, value)
+    try:
+        found = as_ndarray(name, value)
+    except TypeError as error:
+        if not _about_dtype(error.__cause__, value):
+            raise
+        call = "float()" if hasattr(value, "float") else "astype('float32')"
+        raise TypeError(f"{error}; expected float32 or float64: use {name}.{call}") from error.__cause__
     dtype = found.dtype
     if dtype not in FLOATS:
         want, to = "float32 or float64", "np.float64" if dtype.kind not in "biu" else "np.float32"
@@ -72,7 +86,7 @@ def array(name: str, value: Any, like: np.dtype[Any] | None = None) -> np.ndarra
         elif dtype.kind == "c":
             raise TypeError(
                 f"{name} has dtype {dtype}; expected real numbers of float32 or float64: use "
-                f"np.real({name}).astype(np.{like or 'float64'}), or both parts"
+                f"np.asarray({name}).real.astype(np.{like or 'float64'}), or both parts"
             )
         if like is not None and to.startswith("np."):
             to = f"np.{like}"
@@ -133,10 +147,11 @@ def float_dtype(name: str, value: Any) -> np.dtype[Any]:
     """float32 or float64, from whatever NumPy takes for a dtype."""
     try:
         found: np.dtype[Any] = np.dtype(value)
-    except TypeError as error:
+    except (TypeError, ValueError, SyntaxError) as error:  # the last of text that nearly is one
         raise TypeError(f"{name} is {value!r}; expected np.float32 or np.float64") from error
     if value is None or found not in FLOATS:
-        raise TypeError(f"{name} is {value if value is None else found.str}; expected np.float32 or np.float64")
+        shown = None if value is None else found.str if found.byteorder == ">" else found
+        raise TypeError(f"{name} is {shown}; expected np.float32 or np.float64")
     return found
 
 

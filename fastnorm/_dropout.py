@@ -8,7 +8,7 @@ before the random stream moves. Refuses to draw without `rng`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -246,7 +246,7 @@ def dropout_backward(dy: Any, cache: DropoutCache, *, out: Array | None = None) 
 
 
 def dropout_mask(
-    shape: int | tuple[int, ...],
+    shape: int | Sequence[int] | Array,
     p: float = 0.5,
     *,
     rng: Rng,
@@ -258,7 +258,7 @@ def dropout_mask(
 
     Parameters
     ----------
-    shape : int or tuple of int
+    shape : int, or sequence or array of int
     p, rng, shared_axes :
         As in `dropout`; the same arguments give the same mask.
     index_range : (start, stop), optional
@@ -282,10 +282,10 @@ def dropout_mask(
     try:
         # Arrays of any rank have __index__.
         one = hasattr(shape, "__index__") and getattr(shape, "ndim", 0) == 0
-        given = (shape,) if one else tuple(shape)  # type: ignore[arg-type]
+        given: tuple[Any, ...] = (shape,) if one else tuple(cast("Sequence[int]", shape))
     except TypeError as error:
         raise TypeError(
-            f"shape is {shape!r} of type {type(shape).__name__}; expected an int or a tuple of int"
+            f"shape is {shape!r} of type {type(shape).__name__}; expected an int or a sequence of int"
         ) from error
     extents = tuple(_check.integer("shape", n) for n in given)
     if any(n < 0 for n in extents) or len(extents) > _check.MAX_RANK:

@@ -110,8 +110,8 @@ class Philox:
 
 _core.set_stream_type(Philox)  # what the compiled entries accept besides an int
 
-# In quotes what importing this must not import; typing.get_type_hints reads them where the alias is used.
-Rng: TypeAlias = Union[int, "np.random.Generator", "Philox"]
+# In quotes what importing this must not import; typing.get_type_hints reads it where the alias is used.
+Rng: TypeAlias = Union[int, "np.random.Generator", Philox]
 
 
 def require(rng: Any) -> None:

@@ -93,6 +93,8 @@ def forward(
             raise ValueError(f"num_groups is {count}; expected at least 1")
         if x.ndim == _check.MAX_RANK:
             raise ValueError(f"x has {x.ndim} axes; expected at most {_check.MAX_RANK - 1} for group_norm")
+        if x.shape[axis] == 0 and count >= 2**31:
+            raise ValueError(f"num_groups is {count}; expected less than 2**31")
         if x.shape[axis] % count != 0:
             raise ValueError(f"num_groups is {count}; expected a divisor of the number of channels, {x.shape[axis]}")
         groups = (count,)

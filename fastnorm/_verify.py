@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import os
-import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -20,14 +19,13 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from . import _core, reference
+from . import _check, _core, reference
 from ._results import Array, NormGrads
 from .reference._norm import WIDE, Exact
 
 __all__ = ["VerificationError", "VerificationWarning", "active", "run", "verify"]
 
 R = TypeVar("R")
-_PACKAGE = os.path.dirname(__file__) + os.sep
 
 
 @dataclass
@@ -189,16 +187,8 @@ def run(function: str, kernel: Callable[[], R], args: tuple[Any, ...], kwargs: d
             mode = _entered[-1][0] if _entered else "raise"
         if mode == "raise":
             raise VerificationError(misses)
-        warnings.warn(str(VerificationError(misses)), VerificationWarning, stacklevel=_frames_of_the_package())
+        warnings.warn(str(VerificationError(misses)), VerificationWarning, stacklevel=_check.frames_of_the_package())
     return result
-
-
-def _frames_of_the_package() -> int:
-    """The `stacklevel` that, from the function that calls this, leads to the first line outside the package."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
-        level, frame = level + 1, frame.f_back
-    return level
 
 
 def _expected(function: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Exact | None]:

@@ -72,11 +72,10 @@ def _eps(value: Any) -> float:
     return found
 
 
-def _input(x: Any, *parameters: Array | None) -> Array:
-    """x as an array, of the dtype of the layer's parameters and running statistics where it has any."""
+def _input(x: Any, wanted: np.dtype[Any] | None) -> Array:
+    """x as an array, of the dtype that is wanted, if any is."""
     given = _check.array("x", x)
-    wanted = next((a.dtype for a in parameters if a is not None), given.dtype)
-    if given.dtype != wanted:
+    if wanted is not None and given.dtype != wanted:
         raise TypeError(
             f"x has dtype {given.dtype}; expected {wanted}, the dtype of the layer: use "
             f"{_check.conversion('x', x, f'np.{wanted}')}, or make the layer with dtype=np.{given.dtype}"
@@ -271,6 +270,9 @@ class _Norm(Layer):
         self.weight = np.ones(shape, self.dtype) if weight else None
         self.bias = np.zeros(shape, self.dtype) if bias else None
 
+    def _of_weight(self) -> np.dtype[Any] | None:
+        return None if self.weight is None else self.weight.dtype
+
     def _keep(self, grads: tuple[Array, Array | None, Array | None]) -> Array:
         dx, self._gradients["weight"], self._gradients["bias"] = grads
         return dx
@@ -308,7 +310,8 @@ class _ChannelNorm(_Norm):
             self.running_mean[...], self.running_var[...], self.num_batches_tracked = 0, 1, 0
 
     def _checked(self, x: Any) -> tuple[Array, int]:
-        x = _input(x, self.weight, self.running_mean)
+        # Running statistics may be kept more precisely than x.
+        x = _input(x, self._of_weight() or (None if self.running_mean is None else self.dtype))
         return _channels(x, self._least_rank, self.channel_axis, "num_features", self.num_features)
 
     def _with_running_statistics(self, x: Array) -> Array:
@@ -571,7 +574,7 @@ class GroupNorm(_Norm):
 
     def forward(self, x: Any) -> Array:
         """Normalise x of shape (N, C, ...), or with the channels on `channel_axis`."""
-        x = _input(x, self.weight)
+        x = _input(x, self._of_weight())
         x, _ = _channels(x, 2, self.channel_axis, "num_channels", self.num_channels)
         y, self._cache = group_norm_forward(
             x, self.num_groups, self.weight, self.bias, channel_axis=self.channel_axis, eps=self.eps
@@ -601,7 +604,7 @@ class _RowNorm(_Norm):
 
     def _checked(self, x: Any) -> tuple[Array, int]:
         """x, and its first normalised axis."""
-        x = _input(x, self.weight)
+        x = _input(x, self._of_weight())
         axis = -len(self.normalized_shape)
         if x.ndim < -axis or x.shape[axis:] != self.normalized_shape:
             ending = ", ".join(map(str, self.normalized_shape))

@@ -119,9 +119,10 @@ def _refuse_overflow(numbers: Array, known: Any, what: str) -> None:
     """Raises where a column has values and yet no finite number, by which it would be scaled to nothing."""
     beyond = np.flatnonzero(~np.isfinite(numbers) & known)
     if beyond.size:
+        wider = ", or use float64" if numbers.dtype == np.float32 else ""
         raise ValueError(
-            f"X has column {int(beyond[0])}, whose {what} is beyond {numbers.dtype}; expected smaller values: "
-            "divide them by some power of ten"
+            f"column {int(beyond[0])} of X, with what was seen of it before, has {what} beyond the largest "
+            f"{numbers.dtype}; expected smaller values: divide them by some power of ten{wider}"
         )
 
 
@@ -236,11 +237,13 @@ class _Scaler:
         known = getattr(self, "feature_names_in_", None)
         if known is None and names is not None:
             warnings.warn(
-                f"X has feature names, but {type(self).__name__} was fitted without feature names", stacklevel=4
+                f"X has feature names, but {type(self).__name__} was fitted without feature names",
+                stacklevel=_check.frames_of_the_package(),
             )
         elif known is not None and names is None:
             warnings.warn(
-                f"X has no feature names, but {type(self).__name__} was fitted with feature names", stacklevel=4
+                f"X has no feature names, but {type(self).__name__} was fitted with feature names",
+                stacklevel=_check.frames_of_the_package(),
             )
         elif known is not None and names is not None and list(known) != list(names):
             raise ValueError(f"X has the features {list(names)}; expected {list(known)}, in this order, as in fit")
@@ -309,8 +312,9 @@ class _Scaler:
         TypeError
             X is sparse, or holds what is no number.
         ValueError
-            X does not have two axes, holds no values, complex ones or infinity, or a column whose variance or range is
-            beyond the largest float; a constructor's argument is out of range. The scaler is then as it was.
+            X does not have two axes, holds no values, complex ones or infinity, or a column whose range, mean or sum of
+            squared deviations is beyond the largest float; a constructor's argument is out of range. The scaler is then
+            as it was.
         """
         return self._learn(X, first=True)
 
@@ -429,10 +433,9 @@ class StandardScaler(_Scaler):
         count, mean, m2 = _column_moments(table)
         if not first:
             count, mean, m2 = _merged(self._seen_, (count, mean, m2))
-        with np.errstate(all="ignore"):
-            var = m2 / count
-        if self.with_std:
-            _refuse_overflow(var, np.greater(count, 0), "variance")
+        known = np.greater(count, 0)
+        _refuse_overflow(mean, known & (self.with_mean or self.with_std), "a mean")
+        _refuse_overflow(m2, known & self.with_std, "squared deviations whose sum is")
         remember()
         self._seen_ = count, mean, m2
         self.n_samples_seen_ = count
@@ -440,6 +443,7 @@ class StandardScaler(_Scaler):
         self.var_ = self.scale_ = None
         if self.with_std:
             with np.errstate(all="ignore"):
+                var = m2 / count
                 # The error that a two-pass variance may have: less than that is not told from a constant.
                 unit = np.finfo(np.float64).eps
                 constant = var <= count * unit * var + (count * mean * unit) ** 2
@@ -574,7 +578,7 @@ class MinMaxScaler(_Scaler):
             count += self.n_samples_seen_
         with np.errstate(all="ignore"):
             data_range = data_max - data_min
-        _refuse_overflow(data_range, ~np.isnan(data_min), "range")
+        _refuse_overflow(data_range, ~np.isnan(data_min), "a range")
         remember()
         self.n_samples_seen_ = count
         self.data_min_, self.data_max_, self.data_range_ = data_min, data_max, data_range

@@ -19,6 +19,7 @@ from conftest import ROOT
 from fastnorm import _core, reference
 from fastnorm.cli.cases import load_cases
 from operations import OPERATIONS
+from subprocess_python import output_of
 
 # Exports that are not array functions: they have tests of their own, and neither a reference nor a bench case.
 CONTROLS = {"get_num_threads", "set_num_threads", "num_threads", "verify"}
@@ -118,7 +119,21 @@ def test_public_functions_are_typed(name: str) -> None:
     signature = inspect.signature(getattr(fn, name))
     assert signature.return_annotation is not inspect.Signature.empty
     assert [p.name for p in signature.parameters.values() if p.annotation is inspect.Parameter.empty] == []
-    assert typing.get_type_hints(getattr(fn, name)).keys() >= {*signature.parameters, "return"}
+    hints = typing.get_type_hints(getattr(fn, name))
+    assert hints.keys() >= {*signature.parameters, "return"}
+
+
+def test_type_hints_can_be_read_of_the_references_alone() -> None:
+    """In a program of its own: a name that one module has read, others need not find for themselves."""
+    code = """
+    import inspect, typing
+    from fastnorm import reference
+    for name, function in vars(reference).items():
+        if inspect.isfunction(function) and not name.startswith("_"):
+            typing.get_type_hints(function)
+            print(name)
+    """
+    assert "dropout_add_layer_norm" in output_of(code)
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -222,8 +237,6 @@ def test_versions_agree() -> None:
 
 
 def test_import_needs_numpy_alone() -> None:
-    from subprocess_python import output_of
-
     code = """
     import sys
     before = set(sys.modules)

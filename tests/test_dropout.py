@@ -465,13 +465,14 @@ def test_in_place() -> None:
 
 def test_shapes_and_axes_may_be_arrays() -> None:
     keep = fn.dropout_mask((2, 3), 0.5, rng=1, shared_axes=1)
-    np.testing.assert_array_equal(
-        fn.dropout_mask(np.array([2, 3]), 0.5, rng=1, shared_axes=np.array(1)),  # type: ignore[arg-type]
-        keep,
-    )
+    for module in (fn, reference):
+        np.testing.assert_array_equal(module.dropout_mask(np.array([2, 3]), 0.5, rng=1, shared_axes=1), keep)
+        np.testing.assert_array_equal(module.dropout_mask([2, 3], 0.5, rng=1, shared_axes=(1,)), keep)
+    axis = np.array(1)
+    np.testing.assert_array_equal(fn.dropout_mask((2, 3), 0.5, rng=1, shared_axes=axis), keep)  # type: ignore[arg-type]
     np.testing.assert_array_equal(fn.dropout_mask(np.array(7), 0.5, rng=1), fn.dropout_mask(7, 0.5, rng=1))
     with pytest.raises(TypeError, match="expected an integer"):
-        fn.dropout_mask(np.array([2.5, 3]), 0.5, rng=1)  # type: ignore[arg-type]
+        fn.dropout_mask(np.array([2.5, 3]), 0.5, rng=1)
 
 
 def test_empty() -> None:

@@ -74,6 +74,8 @@ def test_nothing_may_have_no_channels(module: Any) -> None:
         assert y.shape == module.group_norm(x, 2, channel_axis=axis).shape == shape
         grads = module.group_norm_backward(y, cache)
         assert (grads.dx.shape, grads.dweight.shape, grads.dbias.shape) == (shape, (0,), (0,))
+    with pytest.raises(ValueError, match=r"num_groups is 9223372036854775808[;,] expected less than 2\*\*31"):
+        module.group_norm(np.zeros((0, 0), np.float32), 2**63)
     for shape in ((3, 0), (3, 0, 4), (3, 4, 0)):
         with pytest.raises(ValueError, match="nothing to normalise"):
             module.group_norm(np.zeros(shape, np.float32), 2)

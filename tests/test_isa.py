@@ -254,7 +254,7 @@ def objects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         pytest.skip("the C++ sources are not beside the tests")
     if shutil.which("nm") is None:
         pytest.skip("nm is not installed")
-    sources = [path for path in (ROOT / "csrc").rglob("*.?pp") if "bindings" not in path.parts]
+    sources = [path for path in (ROOT / "csrc").rglob("*.?pp") if "bindings" not in path.relative_to(ROOT).parts]
     newest = max(path.stat().st_mtime for path in sources)
     directory = tmp_path_factory.mktemp("objects")
     found = {}

@@ -376,6 +376,17 @@ def test_x_that_does_not_fit_the_layer_is_blamed_itself(layer: nn.Layer) -> None
         assert layer.running_mean.tolist() == [0] * 6  # type: ignore[attr-defined]
 
 
+def test_running_statistics_may_be_kept_more_precisely_than_x() -> None:
+    layer = nn.BatchNorm(3, affine=False)
+    assert layer.running_mean is not None
+    assert layer.running_var is not None
+    layer.running_mean, layer.running_var = layer.running_mean.astype(float), layer.running_var.astype(float)
+    x = np.random.default_rng(2).normal(size=(5, 3)).astype(np.float32)
+    assert layer(x).dtype == layer.eval()(x).dtype == np.float32
+    with pytest.raises(TypeError, match="x has dtype float64; expected float32"):
+        layer(x.astype(float))
+
+
 def test_wrong_input_gets_the_functions_own_messages() -> None:
     f32 = np.float32
     w3, w7 = np.ones(3, f32), np.ones(7, f32)
@@ -420,7 +431,7 @@ def test_wrong_input_gets_the_functions_own_messages() -> None:
         (lambda: nn.BatchNorm(3, momentum=1.5), "momentum is 1.5"),
         (lambda: nn.BatchNorm(3, momentum=float("nan")), "momentum is nan"),
         (lambda: nn.BatchNorm(3, affine=1), "affine is 1"),
-        (lambda: nn.BatchNorm(3, dtype=np.float16), "dtype is <f2"),
+        (lambda: nn.BatchNorm(3, dtype=np.float16), "dtype is float16"),
         (lambda: nn.BatchNorm(3, dtype=None), "dtype is None"),
         (lambda: nn.BatchNorm(3, dtype="nonsense"), "dtype is 'nonsense'"),
         (lambda: nn.BatchNorm(3, channel_axis="1"), "channel_axis is '1'"),

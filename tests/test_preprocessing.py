@@ -398,9 +398,13 @@ def test_columns_beyond_the_largest_float_are_refused_and_change_nothing() -> No
     """They were scaled by 1 or 0 without a word."""
     wide = np.array([[1.0, 1e160], [0.0, -1e160], [2.0, 0.0]])
     cases = [
-        (StandardScaler, wide, "column 1, whose variance is beyond float64"),
-        (MinMaxScaler, wide * 1.5e148, "column 1, whose range is beyond float64"),
-        (MinMaxScaler, np.array([[3e38], [-3e38]], np.float32), "column 0, whose range is beyond float32"),
+        (StandardScaler, wide, "column 1 of X, .* has squared deviations whose sum is beyond the largest float64"),
+        (MinMaxScaler, wide * 1.5e148, "column 1 of X, .* has a range beyond the largest float64"),
+        (
+            MinMaxScaler,
+            np.array([[3e38], [-3e38]], np.float32),
+            "column 0 of X, .* range beyond the largest float32.* or use float64",
+        ),
     ]
     for scaler, x, words in cases:
         fitted = scaler().fit(x[:1])

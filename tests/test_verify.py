@@ -5,6 +5,7 @@ Refuses to judge accuracy: a wrong result here is wrong on purpose.
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ import pytest
 
 import fastnorm as fn
 from fastnorm import _core, _dropout_add_norm, _verify, reference
+from fastnorm.nn import LayerNorm
 from operations import LAYOUTS, OPERATIONS, results
 from subprocess_python import output_of, run_python
 
@@ -244,11 +246,14 @@ def test_warn_returns_the_result() -> None:
         np.testing.assert_array_equal(wrong_call(), np.ones((2, 3)))
 
 
-def test_a_warning_is_about_the_line_that_called() -> None:
-    """Else Python, which shows one warning a line, would show one for all calls of a program."""
-    with fn.verify("warn"), pytest.warns(fn.VerificationWarning) as caught:
-        wrong_call()
-    assert [warning.filename for warning in caught] == [__file__]
+def test_a_warning_is_about_the_line_that_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_verify, "_compare", lambda *_: "a miss")
+    x = np.ones((2, 3), np.float32)
+    for call in (lambda: fn.layer_norm(x), lambda: LayerNorm(3)(x)):
+        with fn.verify("warn"), pytest.warns(fn.VerificationWarning) as caught:
+            call()
+        line = inspect.getsourcelines(call)[1]
+        assert [(warning.filename, warning.lineno) for warning in caught] == [(__file__, line)]
 
 
 def test_nested_blocks_restore_the_state_before_them() -> None:

@@ -31,8 +31,9 @@ bool make_spec(Kind kind, const Array& x, py::handle axis_object, py::handle gro
   if (kind == Kind::group) {
     const int64_t channels = x.size(spec.axis);
     if (!as_integer(groups_object, &spec.groups) || spec.groups < 1 || channels % spec.groups != 0) return false;
-    if (channels == 0 && x.size(spec.batch_axis()) > 0) return false;  // any number of groups, of nothing
-    if (x.rank() == kMaxRank) return false;                            // the channel axis is split in two
+    // Of no channels there may be any number of groups, of nothing, in no sample.
+    if (channels == 0 && (x.size(spec.batch_axis()) > 0 || spec.groups > INT32_MAX)) return false;
+    if (x.rank() == kMaxRank) return false;  // the channel axis is split in two
   }
   *to = spec;
   return true;

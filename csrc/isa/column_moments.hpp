@@ -334,30 +334,34 @@ inline void sum_deviations(const Columns<T>& columns, int64_t outer, const Colum
                           });
 }
 
-// Numbers of sets [begin, end) for the caller, if that wants them.
+// Numbers of sets for the caller, if that wants them.
 template <class T>
-inline void hand_out(const Columns<T>& columns, int64_t outer, double* to, const double* from, int64_t begin,
-                     int64_t end) {
+inline void hand_out(const Columns<T>& columns, int64_t outer, double* to, const double* from) {
   if (to == nullptr) return;
-  const int64_t base = columns.stat(outer, 0), step = columns.plan().column_stat;
+  double* const first = to + columns.stat(outer, 0);
+  const int64_t sets = columns.sets_in_outer(), step = columns.plan().column_stat;
   if (step == 1) {
-    std::memcpy(to + base + begin, from + begin, static_cast<size_t>(end - begin) * sizeof(double));
+    std::memcpy(first, from, static_cast<size_t>(sets) * sizeof(double));
   } else {
-    for (int64_t set = begin; set < end; ++set) to[base + set * step] = from[set];
+    for (int64_t set = 0; set < sets; ++set) first[set * step] = from[set];
   }
 }
 
-// The same of those of `sets` sets alone for which `taken` has a 1.
+// The same of those alone for which `taken` has a 1.
 inline void hand_out_some(const Columns<double>& columns, int64_t outer, double* to, const double* from,
-                          const double* taken, int64_t sets) {
+                          const double* taken) {
   if (to == nullptr) return;
   double* const first = to + columns.stat(outer, 0);
-  const int64_t step = columns.plan().column_stat;
+  const int64_t sets = columns.sets_in_outer(), step = columns.plan().column_stat;
   if (step == 1) {
 #pragma omp simd
-    for (int64_t set = 0; set < sets; ++set) first[set] = taken[set] != 0 ? from[set] : first[set];
+    for (int64_t set = 0; set < sets; ++set) {
+      if (taken[set] != 0) first[set] = from[set];
+    }
   } else {
-    for (int64_t set = 0; set < sets; ++set) first[set * step] = taken[set] != 0 ? from[set] : first[set * step];
+    for (int64_t set = 0; set < sets; ++set) {
+      if (taken[set] != 0) first[set * step] = from[set];
+    }
   }
 }
 
@@ -439,8 +443,8 @@ inline void finish_sets(const Columns<double>& columns, int64_t outer, const Col
     space.done[set] = now ? 1 : space.done[set];
   }
   const auto hand_out_taken = [&](double* to, const double* from) {
-    taken == static_cast<double>(sets) ? hand_out(columns, outer, to, from, 0, sets)
-                                       : hand_out_some(columns, outer, to, from, plain, sets);
+    taken == static_cast<double>(sets) ? hand_out(columns, outer, to, from)
+                                       : hand_out_some(columns, outer, to, from, plain);
   };
   hand_out_taken(args.mean, mean);
   hand_out_taken(args.mean_lo, mean_lo);
@@ -489,10 +493,10 @@ inline void measure_outer(const Columns<T>& columns, int64_t outer, const Column
     for (int64_t set = 0; set < sets; ++set) space.done[set] = 0;
   } else {
     const bool all = plain_moments(columns, outer, space);
-    hand_out(columns, outer, args.mean, space.mean, 0, sets);
-    hand_out(columns, outer, args.mean_lo, space.mean_lo, 0, sets);
-    hand_out(columns, outer, args.var, space.var, 0, sets);
-    hand_out(columns, outer, args.rstd, space.rstd, 0, sets);
+    hand_out(columns, outer, args.mean, space.mean);
+    hand_out(columns, outer, args.mean_lo, space.mean_lo);
+    hand_out(columns, outer, args.var, space.var);
+    hand_out(columns, outer, args.rstd, space.rstd);
     if (all) return;
   }
   exact_moments(columns, outer, space);

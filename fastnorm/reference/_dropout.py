@@ -8,7 +8,7 @@ fast: it holds every draw in memory.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -203,7 +203,7 @@ def dropout_backward(dy: Array, cache: Any, *, out: Array | None = None) -> Arra
 
 
 def dropout_mask(
-    shape: int | tuple[int, ...],
+    shape: int | Sequence[int] | Array,
     p: float = 0.5,
     *,
     rng: Rng,
@@ -212,7 +212,7 @@ def dropout_mask(
     packed: bool = False,
 ) -> Array:
     """True where kept; with ``index_range`` only those elements of the flattened mask; ``packed``: `numpy.packbits`."""
-    extents = shape if isinstance(shape, tuple) else (shape,)
+    extents = tuple(int(n) for n in np.atleast_1d(np.asarray(shape, dtype=np.int64)))
     axes = _axes(shared_axes, len(extents))
     start, stop = index_range if index_range is not None else (0, math.prod(extents))
     p = _probability(p)

@@ -150,6 +150,8 @@ def _per_group(x: Array, channel_axis: int, num_groups: int) -> _Sets:
     batch, channels, *spatial = whole
     if num_groups < 1 or channels % num_groups:
         raise ValueError(f"num_groups is {num_groups}, expected a divisor of the {channels} channels")
+    if channels == 0 and num_groups >= 2**31:
+        raise ValueError(f"num_groups is {num_groups}, expected less than 2**31")
     shape = (batch, num_groups, channels // num_groups, *spatial)
     axes = tuple(range(2, len(shape)))
     return _Sets(order, shape, axes, (channels,), (*shape[1:3], *(1,) * len(spatial)), _void(whole[:1], shape[2:]))
