@@ -394,6 +394,16 @@ def test_wrong_tables_are_refused_and_change_nothing(scaler: Any, x: Any, error:
         np.testing.assert_equal(getattr(fitted, name), value)
 
 
+@pytest.mark.parametrize("scaler", SCALERS)
+@pytest.mark.parametrize("method", ["transform", "partial_fit"])
+def test_warnings_are_about_the_line_that_called(scaler: Any, method: str) -> None:
+    fitted = scaler().fit(GOOD)
+    fitted.feature_names_in_ = np.array(["a", "b", "c"], dtype=object)
+    with pytest.warns(UserWarning, match="X has no feature names") as caught:
+        getattr(fitted, method)(GOOD)
+    assert [warning.filename for warning in caught] == [__file__]
+
+
 def test_columns_beyond_the_largest_float_are_refused_and_change_nothing() -> None:
     """They were scaled by 1 or 0 without a word."""
     wide = np.array([[1.0, 1e160], [0.0, -1e160], [2.0, 0.0]])
