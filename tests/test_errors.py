@@ -56,7 +56,7 @@ def refused_dtypes(argument: str) -> list[Bad]:
             f"{argument} of {dtype}",
             TypeError,
             cast(dtype),
-            (argument, f"{np.dtype(dtype).name}|{dtype}", "real" if dtype == "complex64" else "", "astype", "float"),
+            (argument, f"{np.dtype(dtype).name}|{dtype}", "real.astype" if dtype == "complex64" else "astype", "float"),
         )
         for dtype in dtypes
         if np.dtype(dtype) not in (np.float32, np.float64)

@@ -334,33 +334,23 @@ inline void sum_deviations(const Columns<T>& columns, int64_t outer, const Colum
                           });
 }
 
-// Numbers of sets for the caller, if that wants them.
+// Numbers of sets for the caller, if that wants them; `taken`: of those alone for which it has a 1.
 template <class T>
-inline void hand_out(const Columns<T>& columns, int64_t outer, double* to, const double* from) {
+inline void hand_out(const Columns<T>& columns, int64_t outer, double* to, const double* from,
+                     const double* taken = nullptr) {
   if (to == nullptr) return;
   double* const first = to + columns.stat(outer, 0);
   const int64_t sets = columns.sets_in_outer(), step = columns.plan().column_stat;
-  if (step == 1) {
+  if (step != 1) {
+    for (int64_t set = 0; set < sets; ++set) {
+      if (taken == nullptr || taken[set] != 0) first[set * step] = from[set];
+    }
+  } else if (taken == nullptr) {
     std::memcpy(first, from, static_cast<size_t>(sets) * sizeof(double));
   } else {
-    for (int64_t set = 0; set < sets; ++set) first[set * step] = from[set];
-  }
-}
-
-// The same of those alone for which `taken` has a 1.
-inline void hand_out_some(const Columns<double>& columns, int64_t outer, double* to, const double* from,
-                          const double* taken) {
-  if (to == nullptr) return;
-  double* const first = to + columns.stat(outer, 0);
-  const int64_t sets = columns.sets_in_outer(), step = columns.plan().column_stat;
-  if (step == 1) {
 #pragma omp simd
     for (int64_t set = 0; set < sets; ++set) {
       if (taken[set] != 0) first[set] = from[set];
-    }
-  } else {
-    for (int64_t set = 0; set < sets; ++set) {
-      if (taken[set] != 0) first[set * step] = from[set];
     }
   }
 }
@@ -442,16 +432,14 @@ inline void finish_sets(const Columns<double>& columns, int64_t outer, const Col
     space.scale[set] = now ? 1 : space.scale[set];
     space.done[set] = now ? 1 : space.done[set];
   }
-  const auto hand_out_taken = [&](double* to, const double* from) {
-    taken == static_cast<double>(sets) ? hand_out(columns, outer, to, from)
-                                       : hand_out_some(columns, outer, to, from, plain);
-  };
-  hand_out_taken(args.mean, mean);
-  hand_out_taken(args.mean_lo, mean_lo);
-  hand_out_taken(args.var, var);
-  hand_out_taken(args.rstd, rstd);
-  hand_out_taken(args.rstd_lo, rstd_lo);
-  if (taken == static_cast<double>(sets)) return;
+  const bool all = taken == static_cast<double>(sets);
+  const double* const some = all ? nullptr : plain;
+  hand_out(columns, outer, args.mean, mean, some);
+  hand_out(columns, outer, args.mean_lo, mean_lo, some);
+  hand_out(columns, outer, args.var, var, some);
+  hand_out(columns, outer, args.rstd, rstd, some);
+  hand_out(columns, outer, args.rstd_lo, rstd_lo, some);
+  if (all) return;
   for (int64_t set = 0; set < sets; ++set) {
     if (space.done[set] != 0) continue;
     if (near[set] == 0) {
