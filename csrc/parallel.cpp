@@ -13,6 +13,7 @@ constexpr int64_t kElementsPerThread = 16384;
 
 std::atomic<Pool*> pool{nullptr};
 std::atomic<int> limit{0};
+std::atomic<uint64_t> calls{0};  // that may use several threads
 
 #ifdef FASTNORM_HAS_FORK
 // A child has none of the threads; it makes a pool of its own when it needs one, and never looks at this one again.
@@ -61,13 +62,17 @@ void set_max_threads(int threads) { limit.store(threads); }
 
 int threads_for(int64_t elements) {
   const int64_t useful = elements / kElementsPerThread;
+  if (useful < 2) return 1;
   const int most = max_threads();
-  return useful < 2 ? 1 : useful < most ? static_cast<int>(useful) : most;
+  if (most > 1) calls.fetch_add(1, std::memory_order_relaxed);
+  return useful < most ? static_cast<int>(useful) : most;
 }
 
-void run_parallel(int threads, int64_t count, void (*call)(const void*, int64_t, int64_t), const void* context) {
+void run_parallel(int threads, int64_t count, void (*call)(const void*, int64_t, int64_t), const void* context,
+                  bool backwards) {
   const int64_t helpers = (count < threads ? count : threads) - 1;
-  if (!the_pool().run(static_cast<int>(helpers), count, {call, context})) call(context, 0, count);
+  const uint64_t number = calls.load(std::memory_order_relaxed);
+  if (!the_pool().run(static_cast<int>(helpers), count, {call, context, backwards}, number)) call(context, 0, count);
 }
 
 }  // namespace fastnorm

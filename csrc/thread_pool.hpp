@@ -19,6 +19,8 @@
 #endif
 #if defined(__linux__)
 #include <sched.h>
+#include <sys/syscall.h>
+#include <sys/types.h>
 #include <unistd.h>
 #endif
 
@@ -34,8 +36,11 @@ using Duration = Clock::duration;
 constexpr int64_t kPiecesPerShare = 8;
 // How long an idle thread watches for the next call before it sleeps: the time between two calls of a training step.
 constexpr Duration kWatch = std::chrono::microseconds(50);
-// To wake a thread costs the caller 5 to 10 us, and in a virtual machine up to 50: this much work makes it worth it.
-constexpr Duration kWorthWaking = std::chrono::microseconds(60);
+// To wake a thread costs the caller 5 to 10 us, and in a virtual machine up to 50: this much work makes it worth it. If
+// calls came in a series when it was last awake, so many after the one that had woken it, the next ones will pay for
+// it.
+constexpr Duration kWorthWaking = std::chrono::microseconds(60), kWorthWakingForSeries = std::chrono::microseconds(8);
+constexpr uint64_t kSeries = 4;
 // A caller that waits this long, and twice as long as it worked, for a thread that took a piece has met one that
 // another process keeps from running.
 constexpr Duration kStalled = std::chrono::microseconds(200);
@@ -59,15 +64,25 @@ int current_cpu() {
 #endif
 }
 
-// Lets this thread, a helper, run on any CPU of the process but `cpu`, if there is another. Where all CPUs are busy,
-// the system may wake a helper on its caller's own, in whose place it would then work.
-void keep_off(int cpu) {
+// The system's number of this thread.
+int current_thread() {
+#if defined(__linux__)
+  return static_cast<int>(syscall(SYS_gettid));
+#else
+  return 0;
+#endif
+}
+
+// Lets a thread, a helper, run on any CPU of the process but `cpu`, if there is another. Where all CPUs are busy, the
+// system may wake a helper on its caller's own, in whose place it would then work.
+void keep_off(int thread, int cpu) {
 #if defined(__linux__)
   cpu_set_t set;
   if (cpu >= CPU_SETSIZE || sched_getaffinity(getpid(), sizeof set, &set) != 0) return;
   CPU_CLR(cpu, &set);
-  if (CPU_COUNT(&set) > 0) sched_setaffinity(0, sizeof set, &set);
+  if (CPU_COUNT(&set) > 0) sched_setaffinity(thread, sizeof set, &set);
 #else
+  (void)thread;
   (void)cpu;
 #endif
 }
@@ -75,6 +90,7 @@ void keep_off(int cpu) {
 struct Job {
   void (*call)(const void* context, int64_t begin, int64_t end) = nullptr;
   const void* context = nullptr;
+  bool backwards = false;  // every thread begins at the end of its share
   int64_t piece = 1;
   int shares = 1;
 };
@@ -83,16 +99,17 @@ struct Job {
 // cache; who has finished takes pieces of the others' shares.
 struct alignas(64) Share {
   std::atomic<int64_t> next{0};
-  int64_t end = 0;
+  int64_t begin = 0, end = 0;
 };
 
 // Threads that wait for jobs, one job at a time. Never destroyed: its threads may outlive everything at exit.
 class Pool {
  public:
   // False if the caller had better do its work alone: another thread's job is running, or there is no helper to be had.
-  bool run(int helpers, int64_t count, Job job) {
+  // Jobs of one call have the same number.
+  bool run(int helpers, int64_t count, Job job, uint64_t call) {
     if (busy_.exchange(true, std::memory_order_acquire)) return false;
-    const bool done = run_with(helpers, count, job);
+    const bool done = run_with(helpers, count, job, call);
     busy_.store(false, std::memory_order_release);
     return done;
   }
@@ -102,20 +119,27 @@ class Pool {
   struct Helper {
     Pool* pool = nullptr;
     int index = 0;  // its share; 0 is the caller's
+    std::atomic<int> thread{0};
+    std::atomic<int> kept_off{-1};  // the CPU that it may not run on: its caller's, when they last met
     std::atomic<bool> asleep{false};
     std::mutex mutex;
     std::condition_variable wake;
   };
 
-  bool run_with(int helpers, int64_t count, Job& job) {
+  bool run_with(int helpers, int64_t count, Job& job, uint64_t call) {
     const Clock::time_point start = Clock::now();
     if (start < alone_until_) return false;
     grow(helpers);
     if (helpers > size_) helpers = size_;
     if (helpers < 1) return false;
     job.shares = helpers + 1;
-    const int64_t begin = helpers_[0]->asleep.load() ? begin_alone(start, count, job) : 0;
-    if (begin == count) return true;
+    int64_t begin = 0;
+    if (helpers_[0]->asleep.load()) {
+      begin = begin_alone(start, count, job);
+      if (begin == count) return true;
+      woken_in_ = call;
+    }
+    last_joined_ = call;
     open(begin, count, job);
     wake(0);
     work(job, 0);
@@ -129,6 +153,7 @@ class Pool {
   // Returns where a helper is to join, which may be the end.
   int64_t begin_alone(Clock::time_point start, int64_t count, const Job& job) {
     const Duration before = start - last_end_ > kWatch ? Duration::zero() : alone_;
+    const Duration worth = last_joined_ - woken_in_ < kSeries ? kWorthWaking : kWorthWakingForSeries;
     const int64_t pieces = kPiecesPerShare * job.shares;
     int64_t done = 0, length = count > pieces ? count / pieces : 1;
     for (;;) {
@@ -143,8 +168,8 @@ class Pool {
       }
       const double share = static_cast<double>(count) / static_cast<double>(done);
       const Duration whole = before + std::chrono::duration_cast<Duration>((now - start) * share);
-      if (whole >= kWorthWaking) return done;
-      length = 4 * whole < kWorthWaking ? count : done;
+      if (whole >= worth) return done;
+      length = 4 * whole < worth ? count : done;
     }
   }
 
@@ -154,6 +179,7 @@ class Pool {
     job.piece = share > kPiecesPerShare ? share / kPiecesPerShare : 1;
     for (int i = 0; i < job.shares; ++i) {
       shares_[i].next.store(begin, std::memory_order_relaxed);
+      shares_[i].begin = begin;
       shares_[i].end = begin += share + (i < longer);
     }
     job_ = job;
@@ -204,7 +230,8 @@ class Pool {
     const int64_t begin = share.next.fetch_add(job.piece, std::memory_order_relaxed);
     if (begin >= share.end) return false;
     const int64_t end = begin + job.piece < share.end ? begin + job.piece : share.end;
-    job.call(job.context, begin, end);
+    const int64_t both = share.begin + share.end;
+    job.call(job.context, job.backwards ? both - end : begin, job.backwards ? both - begin : end);
     return true;
   }
 
@@ -219,13 +246,22 @@ class Pool {
   void wake(int helper) {
     Helper& sleeper = *helpers_[static_cast<size_t>(helper)];
     if (!sleeper.asleep.load()) return;
+    // The caller may have moved to where the helper was put: both would want that CPU, and the caller has it.
+    const int cpu = caller_cpu_.load(std::memory_order_relaxed), old = sleeper.kept_off.load(std::memory_order_relaxed);
+    if (old >= 0 && cpu >= 0 && cpu != old) keep_off(sleeper, cpu);
     {
       std::lock_guard<std::mutex> lock(sleeper.mutex);
     }  // it sleeps now, or has seen the new job
     sleeper.wake.notify_one();
   }
 
+  static void keep_off(Helper& helper, int cpu) {
+    fastnorm::keep_off(helper.thread.load(std::memory_order_relaxed), cpu);
+    helper.kept_off.store(cpu, std::memory_order_relaxed);
+  }
+
   void serve(Helper& self) {
+    self.thread.store(current_thread(), std::memory_order_relaxed);
     uint64_t seen = 0;
     for (;;) {
       const Clock::time_point until = Clock::now() + kWatch;
@@ -242,7 +278,7 @@ class Pool {
       }
       seen = generation_.load();
       const int cpu = current_cpu();
-      if (cpu >= 0 && cpu == caller_cpu_.load(std::memory_order_relaxed)) keep_off(cpu);
+      if (cpu >= 0 && cpu == caller_cpu_.load(std::memory_order_relaxed)) keep_off(self, cpu);
       if (!enter()) continue;
       const Job job = job_;
       if (self.index < job.shares) {
@@ -322,7 +358,8 @@ class Pool {
   std::vector<std::unique_ptr<Helper>> helpers_;
   int size_ = 0;
   Clock::time_point last_end_, alone_until_;
-  Duration alone_ = Duration::zero();  // spent in jobs close to each other while the helper slept
+  uint64_t woken_in_ = 0, last_joined_ = 0;  // the calls that woke helpers and that had them at work, last
+  Duration alone_ = Duration::zero();        // spent in jobs close to each other while the helper slept
   std::mutex done_mutex_;
   std::condition_variable done_;
 };

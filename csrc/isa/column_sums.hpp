@@ -91,7 +91,11 @@ class Columns {
     constexpr int64_t kBytes = sizeof(T);
     const int64_t tile = lines_.length < kTile<T> ? lines_.length : kTile<T>;
     const int64_t wanted = kChunkBytes / (tile * kBytes) / kSlab * kSlab;
-    chunk_lines_ = wanted < kMinChunkRows ? kMinChunkRows : wanted > kMaxChunkRows ? kMaxChunkRows : wanted;
+    const int64_t most = wanted < kMinChunkRows ? kMinChunkRows : wanted > kMaxChunkRows ? kMaxChunkRows : wanted;
+    // Equal parts for two threads and for four.
+    chunks_ = (lines_.count + most - 1) / most;
+    if (chunks_ > 2) chunks_ = (chunks_ + 3) / 4 * 4;
+    chunk_lines_ = ((lines_.count + chunks_ - 1) / chunks_ + kSlab - 1) / kSlab * kSlab;
     chunks_ = (lines_.count + chunk_lines_ - 1) / chunk_lines_;
     const int64_t front = unaligned_values(reinterpret_cast<const T*>(plan.x.data));
     bool alike = !kMayOverflow<T>;  // float64 is added up from the beginning of its lines
@@ -152,12 +156,12 @@ class Columns {
   template <class Piece>
   void for_pieces_of(bool backwards, const Piece& piece) const {
     const int64_t count = chunks_ * tiles_, length = lines_.length;
-    parallel_for(across_sets_ ? 1 : plan_.threads, count, [&](int64_t i) {
-      const int64_t index = backwards ? count - 1 - i : i;
+    const auto body = [&](int64_t index) {
       const int64_t column = index % tiles_ * kTile<T>;
       piece(index / tiles_, column, length - column < kTile<T> ? length - column : kTile<T>);
       if (args_.past_cache) finish_stores();
-    });
+    };
+    parallel_for(across_sets_ ? 1 : plan_.threads, count, body, backwards);
   }
 
   // visit(first line, lines, shift, width) for the panels of a chunk; only the last line may be shorter than the
