@@ -1,7 +1,7 @@
 """The first calls of a series after a pause, in microseconds: what it takes until all threads are at work.
 
 Helpers sleep in a pause. The first call begins alone; it wakes them if it is long, or if series were the custom the
-last time. "moved": before each series the system is made to put the caller on another CPU, as it may where others work
+last time. "moved": before each pause the caller is put on the next CPU in turn, as the system may do where others work
 too. Medians over many series. Draws no conclusion and asserts nothing.
 
     python bench/series_of_calls.py [--series 300] [--calls 8] [--pause 0.001]

@@ -73,17 +73,18 @@ int current_thread() {
 #endif
 }
 
-// Lets a thread, a helper, run on any CPU of the process but `cpu`, if there is another. Where all CPUs are busy, the
-// system may wake a helper on its caller's own, in whose place it would then work.
-void keep_off(int thread, int cpu) {
+// Lets a thread, a helper, run on any CPU of the process but `cpu`; false if there is no other, or the system refuses.
+// Where all CPUs are busy, the system may wake a helper on its caller's own, in whose place it would then work.
+bool keep_off(int thread, int cpu) {
 #if defined(__linux__)
   cpu_set_t set;
-  if (cpu >= CPU_SETSIZE || sched_getaffinity(getpid(), sizeof set, &set) != 0) return;
+  if (cpu >= CPU_SETSIZE || sched_getaffinity(getpid(), sizeof set, &set) != 0) return false;
   CPU_CLR(cpu, &set);
-  if (CPU_COUNT(&set) > 0) sched_setaffinity(thread, sizeof set, &set);
+  return CPU_COUNT(&set) > 0 && sched_setaffinity(thread, sizeof set, &set) == 0;
 #else
   (void)thread;
   (void)cpu;
+  return false;
 #endif
 }
 
@@ -106,7 +107,7 @@ struct alignas(64) Share {
 class Pool {
  public:
   // False if the caller had better do its work alone: another thread's job is running, or there is no helper to be had.
-  // Jobs of one call have the same number.
+  // Jobs of one call have the same number, if no other thread calls at the same time.
   bool run(int helpers, int64_t count, Job job, uint64_t call) {
     if (busy_.exchange(true, std::memory_order_acquire)) return false;
     const bool done = run_with(helpers, count, job, call);
@@ -129,18 +130,19 @@ class Pool {
   bool run_with(int helpers, int64_t count, Job& job, uint64_t call) {
     const Clock::time_point start = Clock::now();
     if (start < alone_until_) return false;
+    if (size_ == 0) woken_in_ = call;
     grow(helpers);
     if (helpers > size_) helpers = size_;
     if (helpers < 1) return false;
     job.shares = helpers + 1;
-    int64_t begin = 0;
+    int64_t done = 0;
     if (helpers_[0]->asleep.load()) {
-      begin = begin_alone(start, count, job);
-      if (begin == count) return true;
+      done = begin_alone(start, count, job);
+      if (done == count) return true;
       woken_in_ = call;
     }
     last_joined_ = call;
-    open(begin, count, job);
+    open(job.backwards ? 0 : done, job.backwards ? count - done : count, job);
     wake(0);
     work(job, 0);
     last_end_ = close(start);
@@ -150,7 +152,7 @@ class Pool {
   }
 
   // While the helper sleeps: the first pieces, each as long as all before it, show how long the whole will take.
-  // Returns where a helper is to join, which may be the end.
+  // Returns how much is done when a helper is to join, which may be all.
   int64_t begin_alone(Clock::time_point start, int64_t count, const Job& job) {
     const Duration before = start - last_end_ > kWatch ? Duration::zero() : alone_;
     const Duration worth = last_joined_ - woken_in_ < kSeries ? kWorthWaking : kWorthWakingForSeries;
@@ -158,7 +160,7 @@ class Pool {
     int64_t done = 0, length = count > pieces ? count / pieces : 1;
     for (;;) {
       const int64_t end = length < count - done ? done + length : count;
-      job.call(job.context, done, end);
+      job.call(job.context, job.backwards ? count - end : done, job.backwards ? count - done : end);
       done = end;
       const Clock::time_point now = Clock::now();
       if (done == count) {
@@ -173,9 +175,9 @@ class Pool {
     }
   }
 
-  // Cuts [begin, count) into shares and lets helpers in.
-  void open(int64_t begin, int64_t count, Job& job) {
-    const int64_t share = (count - begin) / job.shares, longer = (count - begin) % job.shares;
+  // Cuts [begin, end) into shares and lets helpers in.
+  void open(int64_t begin, int64_t end, Job& job) {
+    const int64_t share = (end - begin) / job.shares, longer = (end - begin) % job.shares;
     job.piece = share > kPiecesPerShare ? share / kPiecesPerShare : 1;
     for (int i = 0; i < job.shares; ++i) {
       shares_[i].next.store(begin, std::memory_order_relaxed);
@@ -256,7 +258,7 @@ class Pool {
   }
 
   static void keep_off(Helper& helper, int cpu) {
-    fastnorm::keep_off(helper.thread.load(std::memory_order_relaxed), cpu);
+    if (!fastnorm::keep_off(helper.thread.load(std::memory_order_relaxed), cpu)) return;
     helper.kept_off.store(cpu, std::memory_order_relaxed);
   }
 

@@ -92,11 +92,9 @@ class Columns {
     const int64_t tile = lines_.length < kTile<T> ? lines_.length : kTile<T>;
     const int64_t wanted = kChunkBytes / (tile * kBytes) / kSlab * kSlab;
     const int64_t most = wanted < kMinChunkRows ? kMinChunkRows : wanted > kMaxChunkRows ? kMaxChunkRows : wanted;
-    // Equal parts for two threads and for four.
+    // Two, or a multiple of four, which differ by one slab at most: equal parts for two threads and for four.
     chunks_ = (lines_.count + most - 1) / most;
     if (chunks_ > 2) chunks_ = (chunks_ + 3) / 4 * 4;
-    chunk_lines_ = ((lines_.count + chunks_ - 1) / chunks_ + kSlab - 1) / kSlab * kSlab;
-    chunks_ = (lines_.count + chunk_lines_ - 1) / chunk_lines_;
     const int64_t front = unaligned_values(reinterpret_cast<const T*>(plan.x.data));
     bool alike = !kMayOverflow<T>;  // float64 is added up from the beginning of its lines
     for (const Operand* operand : {&plan.y, &plan.dy, &plan.dx}) {
@@ -141,7 +139,9 @@ class Columns {
     return plan_.set_param.offset(outer) + column * plan_.column_param;
   }
   // The longest chain of additions behind a plain sum of a set.
-  double additions() const { return static_cast<double>(chunk_lines_ + chunks_ + lines_.fold + plan_.columns_per_set); }
+  double additions() const {
+    return static_cast<double>(longest_chunk() + chunks_ + lines_.fold + plan_.columns_per_set);
+  }
 
   // body(group, outer) for all outer indices: the groups go to threads, or each outer index to all of them.
   template <class Body>
@@ -170,8 +170,7 @@ class Columns {
   template <class Visit>
   FASTNORM_INLINE void for_panels(int64_t chunk, int64_t column, int64_t width, int64_t shift,
                                   const Visit& visit) const {
-    const int64_t begin = chunk * chunk_lines_, past = begin + chunk_lines_;
-    const int64_t end = past < lines_.count ? past : lines_.count;
+    const int64_t begin = chunk_begin(chunk), end = chunk_begin(chunk + 1);
     const auto room = [&](int64_t line) { return rows_ * columns_ - (line * lines_.length + column + shift); };
     bool left = shift > 0 && begin == 0 && column == 0;
     for (int64_t first = begin; left || first < end;) {
@@ -218,6 +217,13 @@ class Columns {
   // first and second, and of float64 what they have lost
   static constexpr int64_t kRowsOfSums = kMayOverflow<T> ? 4 : 2;
 
+  int64_t slabs() const { return (lines_.count + kSlab - 1) / kSlab; }
+  int64_t chunk_begin(int64_t chunk) const {
+    const int64_t line = slabs() * chunk / chunks_ * kSlab;
+    return line < lines_.count ? line : lines_.count;
+  }
+  int64_t longest_chunk() const { return (slabs() + chunks_ - 1) / chunks_ * kSlab; }
+
   void merge_chunks(double* space) const {
     const ColumnSums total = sums_at(space, 0);
     for (int64_t chunk = 1; chunk < chunks_; ++chunk) add_sums<T>(total, sums_at(space, chunk), lines_.length);
@@ -227,7 +233,7 @@ class Columns {
   const Plan& plan_;
   const NormArgs<T>& args_;
   Lines lines_;
-  int64_t columns_, rows_, chunk_lines_, chunks_, tiles_, panel_lines_, lines_ahead_, lead_, per_group_, groups_;
+  int64_t columns_, rows_, chunks_, tiles_, panel_lines_, lines_ahead_, lead_, per_group_, groups_;
   bool across_sets_;
 };
 
