@@ -130,7 +130,7 @@ class Pool {
   bool run_with(int helpers, int64_t count, Job& job, uint64_t call) {
     const Clock::time_point start = Clock::now();
     if (start < alone_until_) return false;
-    if (size_ == 0) woken_in_ = call;
+    if (size_ == 0) woken_in_ = call;  // a new helper is awake
     grow(helpers);
     if (helpers > size_) helpers = size_;
     if (helpers < 1) return false;

@@ -95,6 +95,9 @@ class Columns {
     // Two, or a multiple of four, which differ by one slab at most: equal parts for two threads and for four.
     chunks_ = (lines_.count + most - 1) / most;
     if (chunks_ > 2) chunks_ = (chunks_ + 3) / 4 * 4;
+    const int64_t slabs = (lines_.count + kSlab - 1) / kSlab;
+    chunk_slabs_ = slabs / chunks_;
+    longer_chunks_ = slabs % chunks_;
     const int64_t front = unaligned_values(reinterpret_cast<const T*>(plan.x.data));
     bool alike = !kMayOverflow<T>;  // float64 is added up from the beginning of its lines
     for (const Operand* operand : {&plan.y, &plan.dy, &plan.dx}) {
@@ -217,12 +220,12 @@ class Columns {
   // first and second, and of float64 what they have lost
   static constexpr int64_t kRowsOfSums = kMayOverflow<T> ? 4 : 2;
 
-  int64_t slabs() const { return (lines_.count + kSlab - 1) / kSlab; }
   int64_t chunk_begin(int64_t chunk) const {
-    const int64_t line = slabs() * chunk / chunks_ * kSlab;
+    const int64_t longer = chunk < longer_chunks_ ? chunk : longer_chunks_;
+    const int64_t line = (chunk * chunk_slabs_ + longer) * kSlab;
     return line < lines_.count ? line : lines_.count;
   }
-  int64_t longest_chunk() const { return (slabs() + chunks_ - 1) / chunks_ * kSlab; }
+  int64_t longest_chunk() const { return (chunk_slabs_ + (longer_chunks_ > 0)) * kSlab; }
 
   void merge_chunks(double* space) const {
     const ColumnSums total = sums_at(space, 0);
@@ -233,7 +236,8 @@ class Columns {
   const Plan& plan_;
   const NormArgs<T>& args_;
   Lines lines_;
-  int64_t columns_, rows_, chunks_, tiles_, panel_lines_, lines_ahead_, lead_, per_group_, groups_;
+  int64_t columns_, rows_, chunks_, chunk_slabs_, longer_chunks_, tiles_, panel_lines_, lines_ahead_, lead_, per_group_,
+      groups_;
   bool across_sets_;
 };
 
