@@ -54,11 +54,11 @@ struct GradientTerms {
 template <class T>
 inline bool find_good_sets(const ColumnSpace<T>& space, const double* good, int64_t sets, int64_t width) {
   const double* const good_columns = add_up_sets(good, sets, width, space.first);
-  double good_ones = 0;
+  double *const done = space.done, good_ones = 0;
 #pragma omp simd reduction(+ : good_ones)
   for (int64_t set = 0; set < sets; ++set) {
-    space.done[set] = good_columns[set] == static_cast<double>(width) ? 1.0 : 0.0;
-    good_ones += space.done[set];
+    done[set] = good_columns[set] == static_cast<double>(width) ? 1.0 : 0.0;
+    good_ones += done[set];
   }
   return good_ones == static_cast<double>(sets);
 }
@@ -100,8 +100,9 @@ inline bool short_tree_gradient_sums(const Columns<float>& columns, int64_t oute
   const double* const mean = spread_sets(space.mean, sets, width, space.of_column[0]);
   const double* const mean_lo = spread_sets(space.mean_lo, sets, width, space.of_column[1]);
   const double* const rstd = spread_sets(space.rstd, sets, width, space.of_column[2]);
+  float* const pivots = space.subtract;
 #pragma omp simd
-  for (int64_t c = 0; c < n; ++c) space.subtract[c] = static_cast<float>(mean[c]);
+  for (int64_t c = 0; c < n; ++c) pivots[c] = static_cast<float>(mean[c]);
   repeat(columns.lines(), space.subtract);
   columns.sum<2>(outer, operands, space.sums,
                  [&](const ColumnSums& to, int64_t column, int64_t lines, int64_t n, const Panel<float>& x,
@@ -122,7 +123,7 @@ inline bool short_tree_gradient_sums(const Columns<float>& columns, int64_t oute
   const ColumnSums sums = columns.sums_at(space.sums, 0);
   const double least = 0x1p-100 * static_cast<double>(columns.rows());
   double *const good = space.of_column[3], *const nothing = space.centre[0];
-  double any_nothing = 0;
+  double *const dy_sums = space.dy, *const dy_xhat_sums = space.dy_xhat, any_nothing = 0;
 #pragma omp simd reduction(+ : any_nothing)
   for (int64_t c = 0; c < n; ++c) {
     const double dy = sums.first[c], product = sums.second[c];
@@ -133,8 +134,8 @@ inline bool short_tree_gradient_sums(const Columns<float>& columns, int64_t oute
     good[c] = plain & ordinary ? 1.0 : 0.0;
     nothing[c] = plain & (product == 0) & (dy == 0) ? 1.0 : 0.0;
     any_nothing += nothing[c];
-    space.dy[c] = dy;
-    space.dy_xhat[c] = (product - rest * dy) * rstd[c];
+    dy_sums[c] = dy;
+    dy_xhat_sums[c] = (product - rest * dy) * rstd[c];
   }
   const bool all_good = find_good_sets(space, good, sets, width);
   if (all_good || any_nothing == 0) return all_good;
@@ -191,15 +192,15 @@ inline bool plain_gradient_sums(const Columns<double>& columns, int64_t outer, c
   sum_gradients(columns, outer, space,
                 [=](const auto& of) { return [m = of(pivots)](const Pack<double>& v) { return v - m; }; });
   const ColumnSums sums = columns.sums_at(space.sums, 0);
-  double* const good = space.weight;
+  double *const good = space.weight, *const dy_sums = space.dy, *const dy_xhat_sums = space.dy_xhat;
 #pragma omp simd
   for (int64_t c = 0; c < n; ++c) {
     const double dy = sums.first[c] + sums.first_lo[c], product = sums.second[c] + sums.second_lo[c];
     const double size = std::fabs(product);
     const bool sound = ((size > 0x1p-800) & (size < 0x1p1000)) | ((size == 0) & (dy == 0));
     good[c] = sound & (rstd[c] > 0x1p-60) & (rstd[c] < 0x1p60) & (scale[c] == 1) ? 1.0 : 0.0;
-    space.dy[c] = std::fabs(sums.first[c]) < HUGE_VAL ? dy : sums.first[c];  // what infinity has lost is NaN
-    space.dy_xhat[c] = (product - ((mean[c] - pivots[c]) + mean_lo[c]) * dy) * rstd[c];
+    dy_sums[c] = std::fabs(sums.first[c]) < HUGE_VAL ? dy : sums.first[c];  // what infinity has lost is NaN
+    dy_xhat_sums[c] = (product - ((mean[c] - pivots[c]) + mean_lo[c]) * dy) * rstd[c];
   }
   return find_good_sets(space, good, sets, width);
 }
@@ -254,12 +255,15 @@ inline void gradient_outer_sums(const Columns<T>& columns, int64_t outer, const 
 inline void gradient_means(const Columns<float>& columns, const ColumnSpace<float>& space) {
   const int64_t width = columns.plan().columns_per_set, sets = columns.sets_in_outer(), n = columns.columns();
   const double count = static_cast<double>(columns.rows() * width), share = 1 / count;
+  const double *const weight = space.weight, *const mean = space.mean, *const rstd = space.rstd;
+  const double *const of_dy = space.dy, *const of_dy_xhat = space.dy_xhat;
   double *const dy = space.of_column[0], *const dy_xhat = space.of_column[1], *const size = space.of_column[2];
+  double *const mean_g = space.mean_g, *const mean_g_xhat = space.mean_g_xhat, *const done = space.done;
 #pragma omp simd
   for (int64_t c = 0; c < n; ++c) {
-    dy[c] = space.weight[c] * space.dy[c];
-    dy_xhat[c] = space.weight[c] * space.dy_xhat[c];
-    size[c] = size_of_gradient(space.weight[c], space.dy[c], space.dy_xhat[c]);
+    dy[c] = weight[c] * of_dy[c];
+    dy_xhat[c] = weight[c] * of_dy_xhat[c];
+    size[c] = size_of_gradient(weight[c], of_dy[c], of_dy_xhat[c]);
   }
   const double* const dy_sums = add_up_sets(dy, sets, width, space.first);
   const double* const dy_xhat_sums = add_up_sets(dy_xhat, sets, width, space.second);
@@ -267,21 +271,24 @@ inline void gradient_means(const Columns<float>& columns, const ColumnSpace<floa
 #pragma omp simd
   for (int64_t set = 0; set < sets; ++set) {
     const double a = dy_sums[set] * share, b = dy_xhat_sums[set] * share;
-    const bool plain = sized(sizes[set], count) & plain_statistic<float>(space.mean[set], space.rstd[set], 1) &
-                       (std::fabs(a) < 0x1p100) & (std::fabs(b * space.rstd[set]) < 0x1p100);
-    space.mean_g[set] = a;
-    space.mean_g_xhat[set] = b;
-    space.done[set] = plain ? 1.0 : 0.0;
+    const bool plain = sized(sizes[set], count) & plain_statistic<float>(mean[set], rstd[set], 1) &
+                       (std::fabs(a) < 0x1p100) & (std::fabs(b * rstd[set]) < 0x1p100);
+    mean_g[set] = a;
+    mean_g_xhat[set] = b;
+    done[set] = plain ? 1.0 : 0.0;
   }
 }
 inline void gradient_means(const Columns<double>& columns, const ColumnSpace<double>& space) {
   const int64_t width = columns.plan().columns_per_set, sets = columns.sets_in_outer(), n = columns.columns();
   const double count = static_cast<double>(columns.rows() * width), share = 1 / count;
+  const double *const weight = space.weight, *const scale = space.scale;
+  const double *const of_dy = space.dy, *const of_dy_xhat = space.dy_xhat;
   double *const dy = space.of_column[0], *const dy_xhat = space.of_column[1], *const lost = space.of_column[2];
+  double *const mean_g = space.mean_g, *const mean_g_xhat = space.mean_g_xhat, *const done = space.done;
 #pragma omp simd
   for (int64_t c = 0; c < n; ++c) {
-    dy[c] = space.weight[c] * space.dy[c];
-    dy_xhat[c] = space.weight[c] * space.dy_xhat[c];
+    dy[c] = weight[c] * of_dy[c];
+    dy_xhat[c] = weight[c] * of_dy_xhat[c];
     lost[c] = 0;
   }
   const SetSums a = add_up_exactly(dy, lost, sets, width, &space.centre[0]);
@@ -291,9 +298,9 @@ inline void gradient_means(const Columns<double>& columns, const ColumnSpace<dou
     // What an infinite sum has lost is NaN, and means nothing.
     const double a_lost = std::fabs(a.sum[set]) < HUGE_VAL ? a.lost[set] : 0;
     const double b_lost = std::fabs(b.sum[set]) < HUGE_VAL ? b.lost[set] : 0;
-    space.mean_g[set] = quotient({a.sum[set], a_lost}, count, share);
-    space.mean_g_xhat[set] = quotient({b.sum[set], b_lost}, count, share);
-    space.done[set] = space.scale[set] == 1 ? 1.0 : 0.0;
+    mean_g[set] = quotient({a.sum[set], a_lost}, count, share);
+    mean_g_xhat[set] = quotient({b.sum[set], b_lost}, count, share);
+    done[set] = scale[set] == 1 ? 1.0 : 0.0;
   }
 }
 
@@ -321,12 +328,14 @@ inline void prepare_gradient(const Columns<T>& columns, int64_t outer, const Col
   const double* const rstd_lo = spread_sets(space.rstd_lo, sets, width, space.centre[2]);
   const double eps = columns.args().eps;
   const double any = columns.rows() * width > 1 ? 1 : 0;  // dx of a set of one value is 0, whatever is rounded
+  const double* const weight = space.weight;
+  T *const subtract = space.subtract, *const factors = space.factor, *const plain = space.plain;
+  T *const less = space.a, *const times = space.b;
 #pragma omp simd
   for (int64_t c = 0; c < n; ++c) {
-    const T subtract = Pivot<T>::next_to(mean[c], rstd[c], varies(rstd[c], eps));
-    const double rest = (mean[c] - static_cast<double>(subtract)) + mean_lo[c];
-    space.subtract[c] = subtract;
-    const double factor = space.weight[c] * rstd[c], b = mean_g_xhat[c] * rstd[c];
+    const T pivot = Pivot<T>::next_to(mean[c], rstd[c], varies(rstd[c], eps));
+    const double rest = (mean[c] - static_cast<double>(pivot)) + mean_lo[c];
+    const double factor = weight[c] * rstd[c], b = mean_g_xhat[c] * rstd[c];
     const double a = rstd[c] * (mean_g[c] - rest * b);
     bool fine;
     if constexpr (kMayOverflow<T>) {
@@ -336,11 +345,11 @@ inline void prepare_gradient(const Columns<T>& columns, int64_t outer, const Col
     } else {
       fine = zero_or_moderate(factor) & (std::fabs(a) < 0x1p110) & fit_factor(b * rstd[c]);
     }
-    space.factor[c] = static_cast<T>(any * factor);
-    space.a[c] = static_cast<T>(any * a);
-    space.b[c] =
-        static_cast<T>(any * (kMayOverflow<T> ? times_twice(mean_g_xhat[c], rstd[c], rstd_lo[c]) : b * rstd[c]));
-    space.plain[c] = fine ? static_cast<T>(done[c]) : T(0);
+    subtract[c] = pivot;
+    factors[c] = static_cast<T>(any * factor);
+    less[c] = static_cast<T>(any * a);
+    times[c] = static_cast<T>(any * (kMayOverflow<T> ? times_twice(mean_g_xhat[c], rstd[c], rstd_lo[c]) : b * rstd[c]));
+    plain[c] = fine ? static_cast<T>(done[c]) : T(0);
   }
   for (T* array : {space.subtract, space.factor, space.a, space.b}) repeat(columns.lines(), array);
   space.find_careful(columns.lines());

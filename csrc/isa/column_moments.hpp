@@ -60,17 +60,6 @@ inline void repeat(const Lines& lines, V* values) {
   }
 }
 
-// Sets of up to so many columns have loops made for their width, vectors over sets: set by set, what there is to do per
-// column took half the time of group norm's backward of 7 x 7 with channels last.
-constexpr int64_t kNarrowSet = 8;
-
-// call(width), as a constant, of 2 to kNarrowSet columns. (What calls it is not inlined: one copy of all these loops.)
-template <class Call>
-FASTNORM_INLINE void with_narrow_set(int64_t width, const Call& call) {
-  with_constant<kNarrowSet - 1>(width - 2,
-                                [&](auto more) { call(std::integral_constant<int, decltype(more)::value + 2>{}); });
-}
-
 // Numbers per column from numbers per set.
 [[gnu::noinline]] inline const double* spread_sets(const double* of_sets, int64_t sets, int64_t width, double* to) {
   if (width == 1) return of_sets;
@@ -145,11 +134,12 @@ struct ColumnSpace {
 
   // To be called when plain[c] is known for all columns.
   void find_careful(const Lines& lines) const {
-    int any = 0;
-#pragma omp simd reduction(| : any)
-    for (int64_t c = 0; c < lines.columns; ++c) any |= plain[c] == 0 ? 1 : 0;
+    T all = 1;
+    const T* const ones = plain;  // a copy, without which compilers make no vectors
+#pragma omp simd reduction(* : all)
+    for (int64_t c = 0; c < lines.columns; ++c) all *= ones[c];
     for (int64_t pack = 0; pack < lines.length / kPack + 2; ++pack) careful[pack] = 0;
-    if (any == 0) return;
+    if (all != 0) return;
     repeat(lines, plain);
     for (int64_t at = 0; at < lines.length + (lines.many ? kPack : 0); ++at) {
       if (plain[at] == 0) careful[at / kPack] = 1;
@@ -273,19 +263,20 @@ inline bool plain_moments(const Columns<float>& columns, int64_t outer, const Co
   const double* const first = add_up_sets(sums.first, sets, width, space.first);
   const double* const second = add_up_sets(sums.second, sets, width, space.second);
   const double additions = columns.additions() + kPack;
-  double good_ones = 0;
+  double *const means = space.mean, *const rstds = space.rstd, *const vars = space.var, *const done = space.done;
+  double *const mean_lo = space.mean_lo, *const rstd_lo = space.rstd_lo, *const scale = space.scale, good_ones = 0;
 #pragma omp simd reduction(+ : good_ones)
   for (int64_t set = 0; set < sets; ++set) {
     const double sum = first[set], squares = second[set], mean = sum / count;
     const double m2 = squares - sum * mean, var = m2 * share;
-    space.mean[set] = mean;
-    space.mean_lo[set] = 0;
-    space.rstd[set] = var + eps == 0 ? 0 : 1 / std::sqrt(var + eps);
-    space.rstd_lo[set] = 0;
-    space.scale[set] = 1;
-    space.var[set] = var;
-    space.done[set] = (m2 * kPlainMargin > squares * additions) | (squares == 0) ? 1.0 : 0.0;
-    good_ones += space.done[set];
+    means[set] = mean;
+    mean_lo[set] = 0;
+    rstds[set] = var + eps == 0 ? 0 : 1 / std::sqrt(var + eps);
+    rstd_lo[set] = 0;
+    scale[set] = 1;
+    vars[set] = var;
+    done[set] = (m2 * kPlainMargin > squares * additions) | (squares == 0) ? 1.0 : 0.0;
+    good_ones += done[set];
   }
   return good_ones == static_cast<double>(sets);
 }
@@ -506,15 +497,16 @@ inline void take_statistics(const Columns<T>& columns, int64_t outer, const Colu
   take(space.mean_lo, args.mean_lo, 0);
   take(space.rstd, args.rstd, 0);
   take(space.rstd_lo, kept ? args.rstd_lo : nullptr, 0);
-  double odd = 0;
+  const double *const means = space.mean, *const rstds = space.rstd;
+  double *const mean_lo = space.mean_lo, *const scale = space.scale, *const var = space.var, odd = 0;
 #pragma omp simd reduction(+ : odd)
   for (int64_t set = 0; set < sets; ++set) {
-    const double mean = space.mean[set], rstd = space.rstd[set];
+    const double mean = means[set], rstd = rstds[set];
     const bool plain = (std::fabs(mean) <= 0x1p1000) & (((rstd >= 0x1p-1000) & (rstd < HUGE_VAL)) | (rstd == 0));
     odd += plain ? 0.0 : 1.0;
-    space.mean_lo[set] = std::fabs(space.mean_lo[set]) * rstd < 0x1p-56 ? 0 : space.mean_lo[set];  // drop_negligible
-    space.scale[set] = 1;
-    space.var[set] = 0;
+    mean_lo[set] = std::fabs(mean_lo[set]) * rstd < 0x1p-56 ? 0 : mean_lo[set];  // drop_negligible
+    scale[set] = 1;
+    var[set] = 0;
   }
   if constexpr (kMayOverflow<T>) {
     for (int64_t set = 0; odd > 0 && set < sets; ++set) {

@@ -52,27 +52,30 @@ inline void prepare_normalise(const Columns<T>& columns, int64_t outer, const Co
   const double* const rstd_lo = kMayOverflow<T> ? spread_sets(space.rstd_lo, sets, width, space.dy_xhat) : nullptr;
   take_weights(columns, outer, space.weight);
   take_parameters(columns, outer, args.bias, kNoBias, space.bias);
+  const double *const weights = space.weight, *const biases = space.bias;
+  T *const subtract = space.subtract, *const factors = space.factor, *const offsets = space.offset;
+  T *const plain_ones = space.plain, *const factors_lo = space.factor_lo;
 #pragma omp simd
   for (int64_t c = 0; c < n; ++c) {
-    const double bias = space.bias[c];
+    const double weight = weights[c], bias = biases[c];
     bool plain;
     if constexpr (kMayOverflow<T>) {
-      plain = as_one_step(rstd[c], space.weight[c], bias);
+      plain = as_one_step(rstd[c], weight, bias);
       const SplitMean split = SplitMean::of({mean[c], mean_lo[c], rstd[c], scale[c], var[c] > 0 ? 1.0 : 0.0});
-      const TwoTerm factor = split_factor(rstd[c], rstd_lo[c], space.weight[c]);
-      space.subtract[c] = split.pivot;
-      space.factor[c] = factor.hi;
-      space.factor_lo[c] = factor.lo;
-      space.offset[c] = split.offset(factor.hi, factor.lo, bias);
+      const TwoTerm factor = split_factor(rstd[c], rstd_lo[c], weight);
+      subtract[c] = split.pivot;
+      factors[c] = factor.hi;
+      factors_lo[c] = factor.lo;
+      offsets[c] = split.offset(factor.hi, factor.lo, bias);
     } else {
-      const double factor = rstd[c] * space.weight[c];
+      const double factor = rstd[c] * weight;
       plain = zero_or_moderate(factor);
-      const FloatFactors factors = FloatFactors::of(mean[c], mean_lo[c], factor, bias);
-      space.subtract[c] = factors.pivot;
-      space.factor[c] = factors.factor;
-      space.offset[c] = factors.offset;
+      const FloatFactors of = FloatFactors::of(mean[c], mean_lo[c], factor, bias);
+      subtract[c] = of.pivot;
+      factors[c] = of.factor;
+      offsets[c] = of.offset;
     }
-    space.plain[c] = plain_statistic<T>(mean[c], rstd[c], scale[c]) & plain ? T(1) : T(0);
+    plain_ones[c] = plain_statistic<T>(mean[c], rstd[c], scale[c]) & plain ? T(1) : T(0);
   }
   for (T* array : {space.subtract, space.factor, space.offset}) repeat(columns.lines(), array);
   if constexpr (kMayOverflow<T>) repeat(columns.lines(), space.factor_lo);

@@ -34,7 +34,7 @@ struct DoubleBatch : PlacedSets {
   double mean[kMostSets], mean_lo[kMostSets], var[kMostSets], rstd[kMostSets], rstd_lo[kMostSets];
   double near[kMostSets], fine[kMostSets], scale[kMostSets];
   double from[kMostSets], rest[kMostSets], rest_lo[kMostSets];  // SplitMean
-  double weight[kMostSets], bias[kMostSets];                    // of sets of one of each for all values
+  SetParameters weight{1}, bias{kNoBias};
   double factor[kMostSets], factor_lo[kMostSets], offset[kMostSets];
 
   template <bool kCentred>
@@ -58,10 +58,10 @@ struct DoubleBatch : PlacedSets {
       from[lane] = split.pivot;
       rest[lane] = split.rest;
       rest_lo[lane] = split.rest_lo;
-      const TwoTerm by = split_factor(rstd[lane], rstd_lo[lane], weight[lane]);
+      const TwoTerm by = split_factor(rstd[lane], rstd_lo[lane], weight.of[lane]);
       factor[lane] = by.hi;
       factor_lo[lane] = by.lo;
-      offset[lane] = split.offset(by.hi, by.lo, bias[lane]);
+      offset[lane] = split.offset(by.hi, by.lo, bias.of[lane]);
     }
   }
 };
@@ -263,12 +263,8 @@ class DoubleBatches {
   void finish(DoubleBatch& batch) const {
     const int64_t lanes = (batch.count + kStatisticLanes - 1) / kStatisticLanes * kStatisticLanes;
     one_leaf_ ? fold<false>(batch, lanes) : fold<true>(batch, lanes);
-    for (int64_t lane = 0; lane < lanes; ++lane) {
-      batch.pivot[lane] = 0;
-      batch.scale[lane] = batch.weight[lane] = 1;
-      batch.bias[lane] = kNoBias;
-      if (!args_.centred) batch.sum[lane] = batch.lost_sum[lane] = 0;
-    }
+    for (int64_t lane = 0; lane < lanes; ++lane) batch.pivot[lane] = 0, batch.scale[lane] = 1;
+    for (int64_t lane = 0; !args_.centred && lane < lanes; ++lane) batch.sum[lane] = batch.lost_sum[lane] = 0;
     finish_lanes(batch, 0, lanes);
     if (args_.centred && !all_ones(batch.near, batch.count)) measure_about_means(batch);
     batch.plain = true;
@@ -278,13 +274,13 @@ class DoubleBatches {
     store_numbers(plan_, batch, batch.var, args_.var);
     store_numbers(plan_, batch, batch.rstd, args_.rstd);
     store_numbers(plan_, batch, batch.rstd_lo, args_.rstd_lo);
-    find_parameters(plan_, batch);
+    load_parameters(plan_, args_, batch);
     if (!all_ones(batch.near, batch.count) || !all_ones(batch.fine, batch.count)) {
       for (int64_t lane = 0; lane < batch.count; ++lane) {
         if (batch.near[lane] * batch.fine[lane] == 0) measure_alone(batch, lane);
       }
     }
-    if (plan_.family == Family::channel) take_parameters(batch);
+    if (plan_.family == Family::channel) judge_parameters(batch);
     if (batch.plain) batch.split_means(lanes);
   }
 
@@ -368,14 +364,8 @@ class DoubleBatches {
   }
 
   // Sets whose parameters do not go into the one step are normalised one by one.
-  void take_parameters(DoubleBatch& batch) const {
+  void judge_parameters(DoubleBatch& batch) const {
     if (!(args_.weight || args_.bias)) return;
-    if (plan_.segments == 1) {
-      for (int64_t lane = 0; lane < batch.count; ++lane) {
-        batch.weight[lane] = weight(batch.param[lane]);
-        batch.bias[lane] = bias(batch.param[lane]);
-      }
-    }
     if (ordinary_parameters_ && all_ordinary(batch.rstd, batch.count, 0)) return;
     for (int64_t lane = 0; lane < batch.count; ++lane) {
       for (int64_t param = batch.param[lane]; param < batch.param[lane] + plan_.segments; ++param) {

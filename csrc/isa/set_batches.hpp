@@ -316,8 +316,8 @@ class SetBatches {
     Offsets stats(plan_.set_stat, batch.first);
     for (int64_t lane = 0; lane < batch.count; ++lane) {
       const Statistic s = given_statistic(args_, stats.next());
-      const double factor = s.rstd * batch.weight[lane];
-      batch.put(lane, FloatFactors::of(s.mean, s.mean_lo, factor, batch.bias[lane]));
+      const double factor = s.rstd * batch.weight.of[lane];
+      batch.put(lane, FloatFactors::of(s.mean, s.mean_lo, factor, batch.bias.of[lane]));
       fit[lane] = fits(s) && zero_or_moderate(factor);
     }
   }

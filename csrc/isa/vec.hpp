@@ -127,6 +127,25 @@ FASTNORM_INLINE Pack<double> widen(const Pack<float>& pack) {
   return wide;
 }
 
+// And back. Stored in halves, as places do it, a whole vector could not be read before both halves are in the cache.
+FASTNORM_INLINE Pack<float> narrow(const Pack<double>& pack) {
+  using Half = Vector<float, kVectorBytes / 2>;
+  Pack<float> narrowed;
+  FASTNORM_UNROLL
+  for (int k = 0; k < Pack<float>::kParts; ++k) {
+    const Half low = convert<Half>(pack.part[2 * k]), high = convert<Half>(pack.part[2 * k + 1]);
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
+    narrowed.part[k] = _mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1);
+#elif defined(__AVX__)
+    narrowed.part[k] = _mm256_insertf128_ps(_mm256_castps128_ps256(low), high, 1);
+#else
+    std::memcpy(&narrowed.part[k], &low, sizeof low);
+    std::memcpy(reinterpret_cast<char*>(&narrowed.part[k]) + sizeof low, &high, sizeof high);
+#endif
+  }
+  return narrowed;
+}
+
 // a * b + c, the product being exact in double, as that of two float32 values is: then one rounding or two give the
 // same bits, and a level that has the fused instruction may use it.
 FASTNORM_INLINE Pack<double> add_exact_product(const Pack<double>& a, const Pack<double>& b, const Pack<double>& c) {

@@ -58,6 +58,19 @@ inline void for_offsets(const Walk& walk, int64_t first, int64_t count, const Vi
   }
 }
 
+// visit(i, offset of first + i, n) for the stretches of `count` places that lie at equal distances, those of the
+// innermost axis.
+template <class Visit>
+inline void for_stretches(const Walk& walk, int64_t first, int64_t count, const Visit& visit) {
+  if (walk.rank <= 1) return visit(0, walk.offset(first), count);
+  const int64_t inner = walk.inner_size();
+  for (int64_t i = 0; i < count;) {
+    const int64_t left = count - i, room = inner - (first + i) % inner, n = room < left ? room : left;
+    visit(i, walk.offset(first + i), n);
+    i += n;
+  }
+}
+
 // Do the places follow each other?
 inline bool contiguous(const Walk& places) { return places.rank == 0 || (places.rank == 1 && places.stride[0] == 1); }
 
