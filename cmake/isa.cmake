@@ -25,6 +25,13 @@ else()
   message(WARNING "This compiler has no OpenMP SIMD (-fopenmp-simd): fastnorm works, but its kernels are slower.")
 endif()
 
+# The jump of a short loop that lies across two lines of the instruction cache made it three times as slow (Zen 5): what
+# is changed in one kernel then slows down another, by 10 % in all (batch norm of 8 x 64 x 8 x 8).
+check_cxx_compiler_flag(-falign-loops=64 FASTNORM_HAS_ALIGNED_LOOPS)
+if(FASTNORM_HAS_ALIGNED_LOOPS)
+  list(APPEND FASTNORM_KERNEL_FLAGS -falign-loops=64)
+endif()
+
 function(fastnorm_add_isa level)
   add_library(fastnorm_isa_${level} OBJECT csrc/isa/kernels.cpp)
   target_include_directories(fastnorm_isa_${level} PRIVATE csrc)

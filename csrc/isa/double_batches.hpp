@@ -403,7 +403,7 @@ class DoubleBatches {
     const auto biases = [b](int64_t param) { return Each<double>{b + param}; };
     const bool one_line = one_run_ && plan_.segments == 1 && lines_ == 1;
     if (kCentred && !one_line) {
-      with_short_run(short_runs_, run_, [&](auto packs) { normalise_planes<packs>(now, next); });
+      with_short_run<16>(short_runs_, run_, [&](auto packs) { normalise_planes<packs>(now, next); });
     } else if (plan_.family == Family::channel) {
       normalise<kCentred>(now, next, none, none);
     } else if (w && b) {

@@ -117,7 +117,8 @@ class DoubleRowTiles {
 
   // dx of rows [first, end), as InputGradient has it. What is read next is asked for here.
   void write(const DoubleRows& rows, int first, int end, bool past_cache) const {
-    ahead_.summed != 0 ? write_rows<true>(rows, first, end, true) : write_rows<false>(rows, first, end, past_cache);
+    if (ahead_.summed != 0) return write_rows<true, kAnyRun>(rows, first, end, true);
+    with_short_run<8>(!past_cache, n_, [&](auto packs) { write_rows<false, packs>(rows, first, end, past_cache); });
   }
 
  private:
@@ -145,14 +146,14 @@ class DoubleRowTiles {
     }
   };
 
-  template <bool kFromMemory>
+  template <bool kFromMemory, int kPacks>
   FASTNORM_LOOPS [[gnu::noinline]] void write_rows(const DoubleRows& rows, int first, int end, bool past_cache) const {
     const int64_t n = n_, ahead = ahead_.written;
     const double* const weight = weight_;
     for (int r = first; r < end; ++r) {
       const double *const x = rows.x[r], *const dy = rows.dy[r];
       const Pack<double> pivot(rows.pivot[r]), rstd(rows.rstd[r]), a(rows.a[r]), b(rows.b[r]);
-      write_asking<kFromMemory>(rows.dx[r], n, x, dy, ahead, past_cache, true, [&](auto at) {
+      write_asking<kFromMemory, kPacks>(rows.dx[r], n, x, dy, ahead, past_cache, true, [&](auto at) {
         Pack<double> g = at.template load<double>(dy), centred = at.template load<double>(x);
         if constexpr (kParams) g *= at.template load<double>(weight);
         if constexpr (!kCentred) return rstd * g - centred * b;

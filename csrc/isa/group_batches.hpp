@@ -68,7 +68,8 @@ class GroupBatches {
             normalise_each(plan_, args_, run_, packs, now);
             return measure(next);
           }
-          args_.past_cache ? normalise<true>(now, next) : normalise<false>(now, next);
+          if (args_.past_cache) return normalise<true, kAnyRun>(now, next);
+          with_short_run<16>(lines_ == 1, run_, [&](auto packs) { normalise<false, packs>(now, next); });
         });
   }
 
@@ -105,10 +106,10 @@ class GroupBatches {
       } else {
         store_numbers(args_, stat, numbers, count);
         if (last) {
-          normalise_set<false>(steps, x, y, set, param, numbers.mean, numbers.rstd, [](int64_t) {});
+          normalise_set<false, kAnyRun>(steps, x, y, set, param, numbers.mean, numbers.rstd, [](int64_t) {});
         } else {
-          normalise_set<false>(steps, x, y, set, param, numbers.mean, numbers.rstd,
-                               [&](int64_t segment) { coming.add_up_to((segment + 1) * plan_.elements); });
+          normalise_set<false, kAnyRun>(steps, x, y, set, param, numbers.mean, numbers.rstd,
+                                        [&](int64_t segment) { coming.add_up_to((segment + 1) * plan_.elements); });
         }
       }
       if (!last) sums = coming.total();
@@ -128,7 +129,8 @@ class GroupBatches {
     }
   }
 
-  template <bool kPastCache>
+  // kPacks: of a line, where a segment is a short one (with_short_run).
+  template <bool kPastCache, int kPacks>
   [[gnu::noinline]] FASTNORM_LOOPS void normalise(const Batch& now, Batch& next) const {
     const SetPlaces::View xs = now.x.view(), ys = now.y.view(), next_xs = next.x.view();
     const Steps steps(plan_, run_);
@@ -138,11 +140,11 @@ class GroupBatches {
       const double mean = now.mean[lane], rstd = now.rstd[lane];
       if (lane < measured) {
         RunInParts coming = run_of(next_xs[lane]);
-        normalise_set<kPastCache>(steps, xs[lane], ys[lane], set, param, mean, rstd,
-                                  [&](int64_t segment) { coming.add_up_to((segment + 1) * elements); });
+        normalise_set<kPastCache, kPacks>(steps, xs[lane], ys[lane], set, param, mean, rstd,
+                                          [&](int64_t segment) { coming.add_up_to((segment + 1) * elements); });
         next.put(lane, coming.total());
       } else {
-        normalise_set<kPastCache>(steps, xs[lane], ys[lane], set, param, mean, rstd, [](int64_t) {});
+        normalise_set<kPastCache, kPacks>(steps, xs[lane], ys[lane], set, param, mean, rstd, [](int64_t) {});
       }
     }
     if (!one_run_) measure(next);
@@ -153,10 +155,10 @@ class GroupBatches {
   }
 
   // before_segment(i) comes before each.
-  template <bool kPastCache, class Before>
+  template <bool kPastCache, int kPacks, class Before>
   FASTNORM_INLINE void normalise_set(const Steps& steps, const char* x_segment, char* y_segment, int64_t set,
                                      int64_t param, double mean, double rstd, const Before& before_segment) const {
-    const int64_t segments = plan_.segments, run = run_, lines = lines_;
+    const int64_t segments = plan_.segments, run = run_, lines = kPacks == kAnyRun ? lines_ : 1;
     const float* weight = args_.weight ? args_.weight + param : nullptr;
     const float* bias = args_.bias ? args_.bias + param : nullptr;
     for (int64_t segment = 0; segment < segments; ++segment) {
@@ -169,7 +171,12 @@ class GroupBatches {
         char* y_line = y_segment;
         for (int64_t line = 0; line < lines; ++line) {
           const float* x = reinterpret_cast<const float*>(x_line);
-          write_run<kPastCache>(reinterpret_cast<float*>(y_line), run, [&](auto at) { return formula(at, x); });
+          float* const y = reinterpret_cast<float*>(y_line);
+          if constexpr (kPacks == kAnyRun) {
+            write_run<kPastCache>(y, run, [&](auto at) { return formula(at, x); });
+          } else {
+            write_short_run<kPacks>(y, run, [&](int, Whole at) { return formula(at, x); });
+          }
           x_line += steps.x_line;
           y_line += steps.y_line;
         }

@@ -219,22 +219,26 @@ class SetBatches {
 
   // In the same loops: arithmetic of the one hides memory of the other.
   template <bool centred, class FormulaOf>
-  [[gnu::noinline]] FASTNORM_LOOPS void normalise_and_measure(const Batch& now, Batch& next,
-                                                              const FormulaOf& formula_of) const {
+  void normalise_and_measure(const Batch& now, Batch& next, const FormulaOf& formula_of) const {
+    if (lines_ == 1 && distance_ == 0) {
+      if (asks_ && kManyRegisters && run_ >= kAskedRun) {
+        return normalise_and_measure_runs<centred, true, kAnyRun>(now, next, formula_of);
+      }
+      return with_short_run(
+          true, run_, [&](auto packs) { normalise_and_measure_runs<centred, false, packs>(now, next, formula_of); });
+    }
+    with_short_run(kManyRegisters && lines_ > 1 && distance_ == 0, run_,
+                   [&](auto packs) { normalise_and_measure_lines<centred, packs>(now, next, formula_of); });
+  }
+
+  // Sets of several lines, or from memory.
+  template <bool centred, int kPacks, class FormulaOf>
+  [[gnu::noinline]] FASTNORM_LOOPS void normalise_and_measure_lines(const Batch& now, Batch& next,
+                                                                    const FormulaOf& formula_of) const {
     const int64_t run = run_, lines = lines_, distance = distance_, count = next.count;
     const SetPlaces::View xs = now.x.view(), ys = now.y.view(), next_xs = next.x.view();
     const int64_t x_step = run_step<float>(plan_.x, run), y_step = run_step<float>(plan_.y, run);
-    int64_t lane = 0;
-    if (kManyRegisters && lines == 1 && distance == 0) {
-      const auto by_twos = [&](auto asking) FASTNORM_LOOPS {
-        for (; lane + 2 <= count; lane += 2) {
-          normalise_and_measure_two<centred, decltype(asking)::value>(now, next, lane, xs, next_xs, ys, formula_of);
-        }
-      };
-      const bool asks = asks_ && run >= kAskedRun;
-      asks ? by_twos(std::true_type{}) : by_twos(std::false_type{});
-    }
-    for (; lane < count; ++lane) {
+    for (int64_t lane = 0; lane < count; ++lane) {
       const char *x_line = xs[lane], *coming_line = next_xs[lane];
       char* y_line = ys[lane];
       const auto formula = formula_of(now, lane);
@@ -243,11 +247,22 @@ class SetBatches {
         const float *x = reinterpret_cast<const float*>(x_line), *coming = reinterpret_cast<const float*>(coming_line);
         float* y = reinterpret_cast<float*>(y_line);
         PlainSums<centred> inner = sums;
-        for_packs(run, [&](auto at) {
-          if (distance != 0) prefetch(coming + at.start, distance);
+        const auto at_place = [&](auto at) {
           inner.add(at, coming);
           at.store(y, formula(at, x));
-        });
+        };
+        if constexpr (kPacks == kAnyRun) {
+          for_packs(run, [&](auto at) {
+            if (distance != 0) prefetch(coming + at.start, distance);
+            at_place(at);
+          });
+        } else {
+          const Whole last{run - kPack};
+          const Pack<float> end = formula(last, x);
+          for_constants<kPacks>([&](auto i) { at_place(Whole{i * kPack}); });
+          inner.add(Partial{kPacks * kPack, run - kPacks * kPack}, coming);
+          last.store(y, end);
+        }
         sums = inner;
         x_line += x_step;
         coming_line += x_step;
@@ -257,34 +272,56 @@ class SetBatches {
     }
   }
 
-  // Two sets of one line each: every sum is a chain of additions that wait for each other, and two chains do not (RMS
-  // norm of rows of 100: 60 us to 56; instance norm 14 x 14: 51 to 46). Few registers do not hold the sums of both
-  // (AVX2: layer norm 512 x 768 83 us instead of 52). kAsks: as asks_.
-  template <bool centred, bool kAsks, class FormulaOf>
-  FASTNORM_INLINE void normalise_and_measure_two(const Batch& now, Batch& next, int64_t lane, const SetPlaces::View& xs,
-                                                 const SetPlaces::View& next_xs, const SetPlaces::View& ys,
-                                                 const FormulaOf& formula_of) const {
+  // Sets of one line each, two at a time: every sum is a chain of additions that wait for each other, and two chains do
+  // not (RMS norm of rows of 100: 60 us to 56; instance norm 14 x 14: 51 to 46). Few registers do not hold the sums of
+  // both (AVX2: layer norm 512 x 768 83 us instead of 52). kAsks: as asks_; kPacks: of a short run (with_short_run).
+  template <bool centred, bool kAsks, int kPacks, class FormulaOf>
+  [[gnu::noinline]] FASTNORM_LOOPS void normalise_and_measure_runs(const Batch& now, Batch& next,
+                                                                   const FormulaOf& formula_of) const {
+    const int64_t run = run_, count = next.count;
+    const SetPlaces::View xs = now.x.view(), ys = now.y.view(), next_xs = next.x.view();
     const auto values = [](char* set) { return reinterpret_cast<float*>(set); };
-    const float *x0 = values(xs[lane]), *x1 = values(xs[lane + 1]);
-    const float *coming0 = values(next_xs[lane]), *coming1 = values(next_xs[lane + 1]);
-    float *y0 = values(ys[lane]), *y1 = values(ys[lane + 1]);
-    const auto formula0 = formula_of(now, lane), formula1 = formula_of(now, lane + 1);
-    PlainSums<centred> sums0, sums1;
-    for_packs(run_, [&](auto at) {
-      if constexpr (kAsks) {
-        prefetch(coming0 + at.start, kNearAheadBytes);
-        prefetch(coming1 + at.start, kNearAheadBytes);
-        prefetch(y0 + at.start, kNearAheadBytes);
-        prefetch(y1 + at.start, kNearAheadBytes);
+    const auto normalise = [&](int64_t lane, auto sets) FASTNORM_LOOPS {
+      constexpr int kSets = decltype(sets)::value;
+      using Formula = decltype(formula_of(now, lane));
+      const float* const x[2] = {values(xs[lane]), values(xs[lane + kSets - 1])};
+      const float* const coming[2] = {values(next_xs[lane]), values(next_xs[lane + kSets - 1])};
+      float* const y[2] = {values(ys[lane]), values(ys[lane + kSets - 1])};
+      const Formula formulas[2] = {formula_of(now, lane), formula_of(now, lane + kSets - 1)};
+      PlainSums<centred> sums[kSets];
+      const auto at_place = [&](auto at) {
+        Pack<float> results[kSets];
+        for_constants<kSets>([&](auto k) {
+          if constexpr (kAsks) {
+            prefetch(coming[k] + at.start, kNearAheadBytes);
+            prefetch(y[k] + at.start, kNearAheadBytes);
+          }
+          sums[k].add(at, coming[k]);
+          results[k] = formulas[k](at, x[k]);
+        });
+        for_constants<kSets>([&](auto k) { at.store(y[k], results[k]); });
+      };
+      if constexpr (kPacks == kAnyRun) {
+        for_packs(run, at_place);
+      } else if (run == (kPacks + 1) * kPack) {
+        for_constants<kPacks + 1>([&](auto i) { at_place(Whole{i * kPack}); });
+      } else {
+        const Whole last{run - kPack};
+        Pack<float> ends[kSets];
+        for_constants<kSets>([&](auto k) { ends[k] = formulas[k](last, x[k]); });
+        for_constants<kPacks>([&](auto i) { at_place(Whole{i * kPack}); });
+        for_constants<kSets>([&](auto k) {
+          sums[k].add(Partial{kPacks * kPack, run - kPacks * kPack}, coming[k]);
+          last.store(y[k], ends[k]);
+        });
       }
-      sums0.add(at, coming0);
-      sums1.add(at, coming1);
-      const Pack<float> first = formula0(at, x0), second = formula1(at, x1);
-      at.store(y0, first);
-      at.store(y1, second);
-    });
-    next.put(lane, sums0);
-    next.put(lane + 1, sums1);
+      for_constants<kSets>([&](auto k) { next.put(lane + k, sums[k]); });
+    };
+    int64_t lane = 0;
+    if constexpr (kManyRegisters) {
+      for (; lane + 2 <= count; lane += 2) normalise(lane, std::integral_constant<int, 2>{});
+    }
+    for (; lane < count; ++lane) normalise(lane, std::integral_constant<int, 1>{});
   }
 
   // Lines [line, end) of the sets in lanes [first, last).
